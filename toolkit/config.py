@@ -1,0 +1,285 @@
+"""The whole experiment as frozen dataclasses.
+
+Owns every config key, its default, its one-line help and its type; turns what Hydra composed into an
+``ExpConfig`` (``from_mapping``, ``from_omegaconf``) and fills in what depends on other keys (``resolve``).
+The only module that knows OmegaConf. It does not know Slurm, torch or the engine: relations between
+degrees and model shapes are checked by ``engine/dims.py`` and ``launch/check.py``.
+Read next: ``launch/plan.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import re
+import types
+import typing
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+log = logging.getLogger(__name__)
+
+C = typing.TypeVar("C")
+
+
+def opt(default: Any, help: str) -> Any:
+    """A dataclass field with its help text. Lists and dicts are copied for each instance."""
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is served."""
+
+    name: str = opt("smollm2-moe", "served model name, the `model` of the OpenAI API")
+    path: str = opt("", "Hugging Face folder: config.json, *.safetensors, tokenizer")
+    build: str = opt("", "demo model to build into `path` when the folder is missing: smollm2_moe")
+    hf_config: dict[str, Any] | None = opt(None, "config.json given inline, for load_format=dummy without a folder")
+    tokenizer: str = opt("", "tokenizer folder; empty: `path`; `bytes`: built-in, one token a byte")
+    load_format: Literal["auto", "dummy"] = opt("auto", "auto: read safetensors; dummy: seeded random weights")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "weights and activations; auto: float32 on CPU")
+    seed: int = opt(0, "seed of dummy weights")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees of one worker. tp_size = attn_tp * dp_size = moe_tp * ep_size * moe_dp_size."""
+
+    tp_size: int = opt(1, "ranks of one worker: the size of the cooperating group, not of a weight split")
+    dp_size: int = opt(1, "attention data-parallel groups; attn_tp = tp_size / dp_size")
+    ep_size: int = opt(1, "expert-parallel ranks; moe_tp = tp_size / ep_size / moe_dp_size")
+    moe_dp_size: int = opt(1, "replicas of the whole expert set inside one worker")
+    moe_dense_tp_size: int | None = opt(None, "dense FFN and shared expert: null: split over tp_size, 1: replicated")
+    enable_dp_attention: bool = opt(False, "needed for dp_size > 1: each DP group has its own requests and KV cache")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The engine of every rank; SGLang's words."""
+
+    backend: str = opt("native", "engine adapter: native")
+    attention_backend: str = opt("auto", "auto, sdpa")
+    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all")
+    moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch")
+    page_size: int = opt(16, "tokens a KV block")
+    max_total_tokens: int = opt(8192, "KV cache capacity of one DP rank, tokens")
+    max_running_requests: int = opt(64, "requests in one DP rank's running batch")
+    max_queued_requests: int = opt(4096, "requests a server holds before it answers 503")
+    chunked_prefill_size: int = opt(512, "token budget of one DP rank's step; longer prompts are prefilled in chunks")
+    context_length: int = opt(0, "longest prompt + output, tokens; 0: the model's")
+    disable_radix_cache: bool = opt(False, "turn prefix reuse off")
+    ep_num_redundant_experts: int = opt(0, "expert replicas beyond one of each; slots = experts + redundant")
+    expert_distribution_recorder_mode: Literal["stat"] | None = opt("stat", "stat: counts a window; null: off")
+    expert_distribution_recorder_window: int = opt(8, "forward passes a recorder window")
+    random_seed: int = opt(0, "seed for requests that bring none")
+
+
+@dataclass(frozen=True)
+class DeployConfig:
+    """How many workers, and how they are reached."""
+
+    mode: Literal["agg"] = opt("agg", "agg: each worker prefills and decodes")
+    host: str = opt("127.0.0.1", "address the frontend binds; loopback unless told otherwise")
+    router: str = opt("round_robin", "which DP rank takes a request: round_robin")
+    api_key_env: str = opt("", "environment variable that holds the API key clients must send; empty: none")
+    ready_stall_s: float = opt(180.0, "give up when a rank has reported no progress in loading for so long")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where the processes run."""
+
+    launcher: Literal["local", "slurm"] = opt("local", "local: processes of this machine; slurm: a Slurm job")
+    device: Literal["cpu", "cuda"] = opt("cpu", "what a rank computes on")
+    gpus_per_node: int = opt(8, "ranks a node (GPUs, or CPU ranks where device=cpu)")
+    gpu_memory_gb: float = opt(0.0, "memory of one GPU, 10^9 bytes; 0: not checked")
+    cpu_threads_per_rank: int = opt(1, "torch threads of a CPU rank")
+    port: int = opt(0, "first of the consecutive ports of a run; 0: a free range is looked for")
+    results_dir: str = opt("results", "run folders are made under it")
+    partition: str = opt("", "Slurm partition; empty: the cluster's default")
+    account: str = opt("", "Slurm account; empty: the user's default")
+    time_min: int = opt(60, "Slurm time limit, minutes")
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """The sweep. The same keys, without `load.`, are the options of `python -m toolkit.loadgen`."""
+
+    concurrency: list[int] = opt([1, 2, 4, 8], "load points: requests in flight at a time")
+    num_requests: int = opt(0, "measured requests a point; 0: max(min_requests, requests_per_slot * concurrency)")
+    min_requests: int = opt(4, "fewest measured requests of a point")
+    requests_per_slot: int = opt(2, "measured requests of a point for each unit of concurrency")
+    warmup_requests: int = opt(
+        -1, "requests before the measured ones of a point, left out of every figure; -1: concurrency"
+    )
+    dataset: str = opt("prompts", "where requests come from: prompts, random")
+    dataset_path: str = opt("", "file of the dataset; empty: the bundled prompts")
+    endpoint: Literal["chat", "completions"] = opt("chat", "/v1/chat/completions or /v1/completions")
+    isl: int = opt(128, "prompt length of dataset=random, tokens")
+    osl: int = opt(32, "max_tokens of every request")
+    ignore_eos: bool = opt(True, "generate exactly osl tokens")
+    temperature: float = opt(0.0, "0: greedy")
+    seed: int = opt(0, "order of prompts, sampling")
+    timeout_s: float = opt(600.0, "a request that takes longer is failed")
+    record_text: bool = opt(True, "keep every answer's text in requests.parquet")
+
+
+@dataclass(frozen=True)
+class ExpConfig:
+    """One experiment, complete."""
+
+    exp: str = opt("adhoc", "name of the experiment: results/<exp>/<time>/")
+    model: ModelConfig = opt(ModelConfig(), "")
+    parallel: ParallelConfig = opt(ParallelConfig(), "")
+    engine: EngineConfig = opt(EngineConfig(), "")
+    deploy: DeployConfig = opt(DeployConfig(), "")
+    cluster: ClusterConfig = opt(ClusterConfig(), "")
+    load: LoadConfig = opt(LoadConfig(), "")
+    rehearsal: dict[str, dict[str, Any]] = opt({}, "group -> keys that a CPU rehearsal of a GPU experiment replaces")
+    dry_run: bool = opt(False, "print the plan and exit")
+
+
+GROUPS: dict[str, type] = {
+    f.name: typing.get_type_hints(ExpConfig)[f.name]
+    for f in dataclasses.fields(ExpConfig)
+    if dataclasses.is_dataclass(typing.get_type_hints(ExpConfig)[f.name])
+}
+
+
+def register_hydra_defaults() -> None:
+    """Offers each group's defaults to Hydra as ``<group>/defaults``, so that a yaml holds only its choices."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for group, cls in GROUPS.items():
+        store.store(group=group, name="defaults", node=dataclasses.asdict(cls()))
+
+
+def from_omegaconf(node: Any) -> ExpConfig:
+    """What Hydra composed -> ``ExpConfig``. Raises ``ValueError`` on an unknown key or a value of a wrong type."""
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(node, resolve=True)
+    return from_mapping(typing.cast(dict[str, Any], plain), ExpConfig)
+
+
+def from_mapping(values: dict[str, Any], cls: type[C]) -> C:
+    """A plain dict -> the config dataclass ``cls``.
+
+    Raises:
+        ValueError: unknown key (with the closest known one), or a value of a wrong type.
+    """
+    _refuse_unknown(values, cls, "")
+    try:
+        return msgspec.convert(values, cls)
+    except msgspec.ValidationError as error:
+        raise ValueError(_explain(str(error), values)) from None
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """A config dataclass -> plain dict, the inverse of ``from_mapping``."""
+    return dataclasses.asdict(config)
+
+
+def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
+    """Fills in what depends on other keys and returns a new config; every change is logged.
+
+    - ``cluster.device=cpu``: the keys of ``rehearsal`` replace the experiment's, except those in ``explicit``
+      (what the user named on the command line: ``model``, ``load.osl``).
+    - ``engine.moe_a2a_backend=none`` (SGLang's word) becomes ``allgather``.
+    - ``model.dtype=auto`` becomes float32 on CPU and bfloat16 on GPUs.
+    - ``model.path`` and ``cluster.results_dir`` lose ``~``; an empty ``model.tokenizer`` becomes ``model.path``.
+    """
+    values = to_mapping(config)
+
+    def put(group: str, key: str, value: Any) -> None:
+        if values[group].get(key) != value:
+            log.info("resolved %s.%s: %s -> %s", group, key, values[group].get(key), value)
+            values[group][key] = value
+
+    if config.cluster.device == "cpu":
+        for group, keys in config.rehearsal.items():
+            if group not in GROUPS:
+                raise ValueError(f"rehearsal.{group} is not a config group{_closest(group, list(GROUPS))}")
+            for key, value in keys.items():
+                if group not in explicit and f"{group}.{key}" not in explicit:
+                    put(group, key, value)
+    if values["engine"]["moe_a2a_backend"] == "none":
+        put("engine", "moe_a2a_backend", "allgather")
+    if values["model"]["dtype"] == "auto":
+        put("model", "dtype", "float32" if config.cluster.device == "cpu" else "bfloat16")
+    for group, key in (("model", "path"), ("cluster", "results_dir")):
+        if values[group][key]:
+            put(group, key, str(Path(values[group][key]).expanduser()))
+    if not values["model"]["tokenizer"]:
+        put("model", "tokenizer", values["model"]["path"] or "bytes")
+    return from_mapping(values, ExpConfig)
+
+
+def help_text() -> str:
+    """Every key with its default and help, for ``--help``."""
+    lines: list[str] = []
+    for group, cls in GROUPS.items():
+        lines.append(f"\n{group}: {(cls.__doc__ or '').splitlines()[0]}")
+        for f in dataclasses.fields(cls):
+            default = getattr(cls(), f.name)
+            shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+            lines.append(f"  {group}.{f.name}={shown if shown != '' else chr(39) * 2}  {f.metadata['help']}")
+    return "\n".join(lines)
+
+
+def explain_override(text: str) -> str | None:
+    """Why the command-line override ``text`` (``group.key=value``) cannot be right, or None.
+
+    Hydra's own message advises ``+group.key``, which would only move the mistake; this one names the key meant.
+    """
+    match = re.match(r"^\+{0,2}~?(\w+)\.(\w+)(?:=|$)", text)
+    if match is None or match[1] not in GROUPS:
+        return None
+    known = [f.name for f in dataclasses.fields(GROUPS[match[1]])]
+    if match[2] in known:
+        return None
+    return f"{match[1]}.{match[2]} is not a config key{_closest(match[2], known)}"
+
+
+def _closest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}"
+
+
+def _refuse_unknown(values: dict[str, Any], cls: type, prefix: str) -> None:
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"{prefix}{key} is not a config key{_closest(key, list(hints))}")
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            _refuse_unknown(value, typing.cast(type, hints[key]), f"{prefix}{key}.")
+
+
+def _explain(message: str, values: dict[str, Any]) -> str:
+    """msgspec's message (``Expected `int`, got `str` - at `$.a.b```) with the field and its value in front."""
+    what, _, where = message.partition(" - at `$")
+    path = where.rstrip("`").lstrip(".")
+    value: Any = values
+    for part in re.findall(r"\w+", path):
+        value = value[int(part)] if isinstance(value, list) else value.get(part) if isinstance(value, dict) else value
+    return f"{path}={value!r}: {what}{_choices(path)}"
+
+
+def _choices(path: str) -> str:
+    """The values a key allows, when they are few."""
+    group, _, name = path.partition(".")
+    hint = typing.get_type_hints(GROUPS[group]).get(name) if group in GROUPS else None
+    options = [
+        arg
+        for part in (typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint])
+        for arg in (typing.get_args(part) if typing.get_origin(part) is Literal else [])
+    ]
+    return f"; use one of: {', '.join(map(str, options))}" if options else ""

@@ -1,0 +1,76 @@
+"""What one engine rank or frontend is told at its start: a JSON file that the launcher writes.
+
+No torch, no hydra: the engine can be started by anything that writes this file and sets ``TOKEN_ENV``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
+
+TOKEN_ENV = "TOOLKIT_RUN_TOKEN"  # the secret of the run; in the environment, never in a file or on a command line
+
+
+class WorkerArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One worker: the ranks that run one model together.
+
+    Attributes:
+        rank_hosts: address of each rank, [tp_size].
+        inbox_ports: port of each rank's ZeroMQ inbox, on its own host, [tp_size].
+        dist_port: torch.distributed rendezvous, on rank 0's host.
+        frontend: (host, port) of the frontend's ZeroMQ inbox.
+        local_ranks: index of each rank on its host (its GPU), [tp_size].
+        experts_path: where rank 0 keeps experts.npz; empty: not written.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    engine: EngineConfig
+    device: str
+    cpu_threads: int
+    rank_hosts: list[str]
+    inbox_ports: list[int]
+    local_ranks: list[int]
+    dist_port: int
+    frontend: tuple[str, int]
+    experts_path: str = ""
+
+
+class FrontendArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The OpenAI server in front of one worker's ranks.
+
+    Attributes:
+        http: (host, port) it serves on.
+        inbox: (host, port) of its ZeroMQ inbox, which every rank connects to.
+        rank_inboxes: (host, port) of each rank's inbox, by rank.
+        api_key_env: environment variable with the API key; empty: none is asked for.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    engine: EngineConfig
+    http: tuple[str, int]
+    inbox: tuple[str, int]
+    rank_inboxes: list[tuple[str, int]]
+    router: str = "round_robin"
+    api_key_env: str = ""
+
+
+def read_worker_args(path: str | Path) -> WorkerArgs:
+    return msgspec.json.decode(Path(path).read_bytes(), type=WorkerArgs)
+
+
+def read_frontend_args(path: str | Path) -> FrontendArgs:
+    return msgspec.json.decode(Path(path).read_bytes(), type=FrontendArgs)
+
+
+def run_token() -> str:
+    """The run's secret. Raises ``ValueError`` when the launcher did not set it."""
+    token = os.environ.get(TOKEN_ENV, "")
+    if not token:
+        raise ValueError(f"{TOKEN_ENV} is not set: the launcher sets it to a secret shared by one run's processes")
+    return token

@@ -1,0 +1,149 @@
+"""Wire types between the frontend and the ranks, and their encoding.
+
+MessagePack by msgspec: a message that does not match its type is refused, nothing is ever unpickled.
+Every frame carries the run's token; a frame without it is dropped. Sockets are ZeroMQ PUSH -> PULL:
+each rank binds its inbox, the frontend binds one inbox for all ranks.
+
+Every message of the frontend goes to its addressee, and a ``Wake`` to every other rank of the worker,
+because all ranks must take part in the step that follows (worker.py, "agree").
+Read next: ``worker.py`` or ``frontend/server.py``.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from toolkit.engine.core import FinishReason, SamplingParams
+
+# --- frontend -> rank -------------------------------------------------------------------------------
+
+
+class Generate(msgspec.Struct, tag=True, frozen=True):
+    """Start a request; answered by ``Outputs`` until one carries a finish reason."""
+
+    rid: str
+    prompt: list[int]
+    sampling: SamplingParams
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """The client went away: drop the request. Unknown ids are ignored. Not answered."""
+
+    rid: str
+
+
+class Control(msgspec.Struct, tag=True, frozen=True):
+    """An operation on a rank, sent to every rank alike and answered by one ``ControlReply`` from each."""
+
+    cid: str
+    op: Literal["flush_cache", "dump_experts", "shutdown"]
+
+
+class Wake(msgspec.Struct, tag=True, frozen=True):
+    """Another rank of this worker has something to do."""
+
+
+ToRank = Generate | Abort | Control | Wake
+
+# --- rank -> frontend -------------------------------------------------------------------------------
+
+
+class Progress(msgspec.Struct, tag=True, frozen=True):
+    """Start-up progress of a rank: ``done`` of ``total`` in ``stage`` (connect, load, warm-up)."""
+
+    rank: int
+    stage: str
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """A rank can take requests. ``info``: max_model_len, max_total_tokens, memory by kind in bytes, ..."""
+
+    rank: int
+    info: dict[str, Any]
+
+
+class Output(msgspec.Struct, frozen=True):
+    """New tokens of one request. ``finish`` ends it; ``error`` says why when finish is "error"."""
+
+    rid: str
+    token_ids: list[int]
+    finish: FinishReason | None = None
+    cached_tokens: int = 0
+    error: str = ""
+
+
+class Outputs(msgspec.Struct, tag=True, frozen=True):
+    """All new tokens of one step of one DP rank."""
+
+    dp_rank: int
+    outputs: list[Output]
+
+
+class Stats(msgspec.Struct, tag=True, frozen=True):
+    """State of one DP rank, sent at most a few times a second.
+
+    Counters (``*_total``) never fall. ``balancedness`` is mean over layers of mean/max GPU load in the last
+    recorder window, sent by rank 0, NaN elsewhere or before the first window.
+    """
+
+    dp_rank: int
+    running: int
+    waiting: int
+    kv_used_tokens: int
+    kv_total_tokens: int
+    steps_total: int
+    step_s_total: float
+    prompt_tokens_total: int
+    cached_tokens_total: int
+    generated_tokens_total: int
+    preemptions_total: int
+    balancedness: float
+
+
+class ControlReply(msgspec.Struct, tag=True, frozen=True):
+    cid: str
+    rank: int
+    ok: bool
+    detail: str = ""
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """A rank cannot go on; sent before it exits."""
+
+    rank: int
+    error: str
+
+
+ToFrontend = Progress | Ready | Outputs | Stats | ControlReply | Failed
+
+M = TypeVar("M")
+
+_encoder = msgspec.msgpack.Encoder()
+_to_rank = msgspec.msgpack.Decoder(ToRank)
+_to_frontend = msgspec.msgpack.Decoder(ToFrontend)
+
+
+def encode(message: ToRank | ToFrontend, token: str) -> list[bytes]:
+    """The frames of one multipart message."""
+    return [token.encode(), _encoder.encode(message)]
+
+
+def decode_to_rank(frames: list[bytes], token: str) -> ToRank:
+    """Raises ``ValueError`` when the token is wrong or the message malformed."""
+    return _decode(_to_rank, frames, token)
+
+
+def decode_to_frontend(frames: list[bytes], token: str) -> ToFrontend:
+    """Raises ``ValueError`` when the token is wrong or the message malformed."""
+    return _decode(_to_frontend, frames, token)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[M], frames: list[bytes], token: str) -> M:
+    if len(frames) != 2 or not hmac.compare_digest(frames[0], token.encode()):
+        raise ValueError("message without the token of this run: dropped")
+    return decoder.decode(frames[1])  # msgspec.ValidationError and DecodeError are ValueErrors
