@@ -124,8 +124,8 @@ ToFrontend = Progress | Ready | Outputs | Stats | ControlReply | Failed
 M = TypeVar("M")
 
 _encoder = msgspec.msgpack.Encoder()
-_to_rank = msgspec.msgpack.Decoder(ToRank)
-_to_frontend = msgspec.msgpack.Decoder(ToFrontend)
+_to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+_to_frontend: msgspec.msgpack.Decoder[ToFrontend] = msgspec.msgpack.Decoder(ToFrontend)
 
 
 def encode(message: ToRank | ToFrontend, token: str) -> list[bytes]:

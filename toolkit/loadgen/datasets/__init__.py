@@ -1,0 +1,63 @@
+"""Datasets: where requests come from. The protocol, and the table of known ones.
+
+A dataset is an endless sequence of samples whose order depends on the seed only. It knows nothing of HTTP or of when
+its samples are sent. To add one: a module here, and an entry in ``DATASETS`` that imports it when it is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from toolkit.config import LoadConfig
+from toolkit.registry import Registry
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation or one text to continue; exactly one of ``messages`` and ``prompt`` is given.
+
+    Attributes:
+        id: names it in requests.parquet (``prompt_id``).
+        messages: OpenAI chat messages, each with ``role`` and ``content``.
+        prompt: plain text.
+    """
+
+    id: str
+    messages: tuple[dict[str, str], ...] = ()
+    prompt: str = ""
+
+    def as_messages(self) -> list[dict[str, str]]:
+        """For the chat endpoint: a plain text becomes one message of the user."""
+        return list(self.messages) or [{"role": "user", "content": self.prompt}]
+
+    def as_prompt(self) -> str:
+        """For the completions endpoint: the messages' texts, separated by empty lines, without any template."""
+        return self.prompt or "\n\n".join(message["content"] for message in self.messages)
+
+
+class Dataset(Protocol):
+    """Samples without end. Raises ``ValueError`` when it is made, not later, if its file is not usable."""
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+
+DatasetFactory = Callable[[LoadConfig, str], Dataset]
+"""(the sweep's options, tokenizer: a folder, ``bytes`` or empty) -> dataset."""
+
+DATASETS: Registry[DatasetFactory] = Registry("dataset")
+
+
+@DATASETS.register("prompts")
+def _prompts(load: LoadConfig, tokenizer: str) -> Dataset:
+    from toolkit.loadgen.datasets.prompts import BUNDLED, Prompts
+
+    return Prompts(load.dataset_path or BUNDLED, load.seed)
+
+
+@DATASETS.register("random")
+def _random(load: LoadConfig, tokenizer: str) -> Dataset:
+    from toolkit.loadgen.datasets.random import RandomWords
+
+    return RandomWords(load.isl, load.seed, tokenizer)

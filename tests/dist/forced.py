@@ -1,0 +1,59 @@
+"""Drives a ModelRunner through the real scheduler with given tokens, and collects the logits of every position."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from toolkit.config import EngineConfig, ModelConfig
+from toolkit.engine.arch import context_length, read_arch
+from toolkit.engine.core import SamplingParams, StepContext
+from toolkit.engine.kv.pool import BlockPool
+from toolkit.engine.parallel import Groups
+from toolkit.engine.runner import ModelRunner
+from toolkit.engine.scheduler import Scheduler
+
+
+def forced_logits(
+    groups: Groups, model: ModelConfig, engine: EngineConfig, sequences: list[list[int]], prompt_len: int
+) -> dict[int, dict[int, np.ndarray]]:
+    """Serves ``sequences[i]`` on DP rank i % dp_size, its tokens after ``prompt_len`` forced.
+
+    Returns:
+        Logits [V] by sequence and position, of this rank's DP group. Positions reused from the prefix cache, and
+        the last one, which is never fed back, have none.
+    """
+    arch = read_arch(model)
+    runner = ModelRunner(model, arch, engine, groups, "cpu")
+    pool = BlockPool(runner.cache.num_blocks, not engine.disable_radix_cache)
+    scheduler = Scheduler(
+        pool, engine.page_size, engine.chunked_prefill_size, engine.max_running_requests, context_length(arch, engine)
+    )
+    dims, dp_rank = groups.dims, groups.dims.dp_rank(groups.rank)
+    mine = [i for i in range(len(sequences)) if i % dims.dp_size == dp_rank]
+    for i in mine:
+        output = SamplingParams(max_tokens=len(sequences[i]) - prompt_len)
+        assert scheduler.add(str(i), sequences[i][:prompt_len], output) is None
+    logits: dict[int, dict[int, np.ndarray]] = {i: {} for i in mine}
+    step = 0
+    while True:
+        batch = scheduler.schedule()
+        tokens = torch.tensor([[batch.num_tokens, bool(batch.prefill)]])
+        agreed = groups.world_cpu.all_gather(tokens)
+        dp_tokens = tuple(agreed[dims.leader(dp), 0].item() for dp in range(dims.dp_size))
+        if not any(dp_tokens):
+            break
+        hidden = runner.hidden(batch, StepContext(step, dp_tokens, bool(agreed[:, 1].any())))
+        rows = runner.model.logits(hidden)
+        forced, first = [], 0
+        for scheduled in batch.scheduled:
+            request = scheduled.request
+            for j in range(scheduled.num_tokens):
+                logits[int(request.rid)][request.num_computed + j] = rows[first + j].numpy().copy()
+            first += scheduled.num_tokens
+            if scheduled.samples:
+                forced.append(sequences[int(request.rid)][len(request.tokens)])
+        scheduler.finish(batch, forced)
+        scheduler.audit()
+        step += 1
+    return logits

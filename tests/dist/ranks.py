@@ -1,0 +1,68 @@
+"""Runs a function on several gloo ranks, each a process with one torch thread, and brings its results back."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from toolkit.engine.dims import ParallelDims
+from toolkit.engine.parallel import Groups
+
+# torch is imported once, in the server that ranks are forked from
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "toolkit.engine.runner", "toolkit.engine.models.base"])
+
+
+def run_ranks(dims: ParallelDims, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``function(groups, *args)`` on ``dims.tp_size`` ranks -> its results, by rank."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(dims.tp_size):
+        here, there = _context.Pipe(duplex=False)
+        process = _context.Process(target=_rank, args=(there, dims, rank, port, function, args), daemon=True)
+        process.start()
+        there.close()
+        pipes.append(here)
+        processes.append(process)
+    results = []
+    for rank, pipe in enumerate(pipes):
+        if not pipe.poll(240):
+            raise TimeoutError(f"rank {rank} gave no result in 240 s")
+        try:
+            ok, value = pipe.recv()
+        except EOFError:
+            ok, value = False, "died"
+        if not ok:
+            for process in processes:
+                process.kill()
+            raise AssertionError(f"rank {rank}: {value}")
+        results.append(value)
+    for process in processes:
+        process.join()
+    return results
+
+
+def _rank(
+    pipe: Connection, dims: ParallelDims, rank: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        groups = Groups.connect(dims, rank, "127.0.0.1", port, "cpu")
+        with torch.inference_mode():
+            result = function(groups, *args)
+        pipe.send((True, result))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

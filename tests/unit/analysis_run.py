@@ -1,0 +1,120 @@
+"""Writes a run folder as a real run would, through ``toolkit.records``: requests of a queueing server whose steps
+slow down with load, and expert counts of a skewed gate."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from toolkit import records
+from toolkit.analysis.metrics import sweep_row
+from toolkit.records import ExpertCounts, PointStatus, RequestRecord, RunStatus
+
+EPOCH = 1_760_000_000.0
+
+
+def record(**changes: Any) -> RequestRecord:
+    """One successful request of five tokens in three chunks, with ``changes``."""
+    values: dict[str, Any] = {
+        "point": 0, "concurrency": 1, "request_id": "r0", "prompt_id": "p0", "warmup": False, "status": "ok",
+        "error": "", "http_status": 200, "t_send": EPOCH, "scheduled_s": 0.0, "first_byte_s": 0.09,
+        "first_token_s": 0.1, "last_token_s": 0.4, "end_s": 0.41, "prompt_tokens": 10, "cached_tokens": 0,
+        "output_tokens": 5, "expected_output_tokens": 5, "finish_reason": "length", "dp_rank": 0,
+        "chunk_s": [0.1, 0.2, 0.4], "chunk_tokens": [1, 1, 3], "output_text": "text",
+    }  # fmt: skip
+    return RequestRecord(**(values | changes))
+
+
+def failure(**changes: Any) -> RequestRecord:
+    """One request that the server refused."""
+    nan = math.nan
+    refused: dict[str, Any] = {
+        "status": "error", "error": "HTTP 503: overloaded", "http_status": 503, "first_token_s": nan,
+        "last_token_s": nan, "output_tokens": 0, "finish_reason": "", "chunk_s": [], "chunk_tokens": [],
+    }  # fmt: skip
+    return record(**(refused | changes))
+
+
+def point_records(
+    rng: np.random.Generator, index: int, concurrency: int, begin: float, requests: int, osl: int = 32
+) -> list[RequestRecord]:
+    """A closed loop of ``concurrency`` slots; the first request of each slot is warm-up."""
+    free = [begin + 0.01 * slot for slot in range(concurrency)]
+    rows = []
+    step = 0.02 * (1 + concurrency / 12)
+    for number in range(concurrency + requests):
+        slot = int(np.argmin(free))
+        ttft = 0.08 + 0.012 * concurrency * rng.random() + 0.03 * rng.random()
+        gaps = step * rng.gamma(30, 1 / 30, osl - 1)
+        gaps[rng.random(osl - 1) < 0.04 * concurrency / 4] += 0.06  # a prefill of another request in the same step
+        times = ttft + np.concatenate([[0.0], np.cumsum(gaps)])
+        rows.append(
+            record(
+                point=index, concurrency=concurrency, request_id=f"{index}-{number}", prompt_id=f"p{number % 48}",
+                warmup=number < concurrency, t_send=free[slot], first_byte_s=ttft - 0.002, first_token_s=ttft,
+                last_token_s=float(times[-1]), end_s=float(times[-1]) + 0.001, prompt_tokens=int(rng.integers(20, 200)),
+                output_tokens=osl, expected_output_tokens=osl, dp_rank=number % 4, chunk_s=times.tolist(),
+                chunk_tokens=[1] * osl,
+            )
+        )  # fmt: skip
+        free[slot] = rows[-1].t_send + rows[-1].end_s
+    return rows
+
+
+def skewed_experts(
+    rng: np.random.Generator, begin: float, end: float, layers: int = 30, experts: int = 8, ep_size: int = 4
+) -> ExpertCounts:
+    """Windows of half a second whose counts follow one skewed popularity a layer; no redundant expert."""
+    popularity = rng.dirichlet(np.full(experts, 1.5), size=layers)
+    edges = np.arange(begin, end + 0.5, 0.5)
+    counts = np.stack([[rng.multinomial(640, p) for p in popularity] for _ in edges[1:]]).astype(np.int64)
+    return ExpertCounts(
+        counts=counts,
+        times=np.stack([edges[:-1], edges[1:]], axis=1),
+        placement=np.tile(np.arange(experts, dtype=np.int32), (1, layers, 1)),
+        placement_times=np.array([begin - 10]),
+        layer_ids=np.arange(layers, dtype=np.int32),
+        ep_size=ep_size,
+    )
+
+
+def make_run(results: Path, points: tuple[int, ...] = (1, 2, 4, 8), requests_per_slot: int = 4) -> Path:
+    """A finished run under ``results/smoke/``; the last load point has one failed request."""
+    rng = np.random.default_rng(7)
+    folder = records.new_run_folder(results, "smoke")
+    rows: list[RequestRecord] = []
+    begin = EPOCH
+    for index, concurrency in enumerate(points):
+        rows += point_records(rng, index, concurrency, begin, requests_per_slot * concurrency)
+        begin = max(row.t_send + row.end_s for row in rows) + 0.2
+    rows.append(failure(point=len(points) - 1, concurrency=points[-1], request_id="late", t_send=begin - 0.5))
+    records.write_requests(folder, rows)
+    requests = records.read_requests(folder)
+    records.write_sweep(
+        folder, [sweep_row(requests[requests["point"] == i], c, num_gpus=4) for i, c in enumerate(points)]
+    )
+    records.write_experts(folder / records.EXPERTS, skewed_experts(rng, EPOCH, begin))
+    records.write_status(folder, RunStatus("done", "", [PointStatus(c, "done") for c in points]))
+    records.write_json(folder / records.PLAN, {"num_nodes": 1, "num_gpus": 4})
+    records.write_json(
+        folder / records.MANIFEST,
+        {
+            "git": {"commit": "0123abc", "dirty": False},
+            "host": {"cpu": "8 cores"},
+            "command": ["toolkit", "+exp=smoke"],
+        },
+    )
+    config = {
+        "exp": "smoke",
+        "model": {"name": "smollm2-moe"},
+        "parallel": {"tp_size": 4, "dp_size": 4, "ep_size": 4, "enable_dp_attention": True},
+        "engine": {"moe_a2a_backend": "all_to_all", "ep_num_redundant_experts": 0},
+        "load": {"concurrency": list(points), "osl": 32},
+    }
+    (folder / records.CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    (folder / records.OVERRIDES).write_text("- +exp=smoke\n", encoding="utf-8")
+    return folder

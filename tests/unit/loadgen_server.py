@@ -1,0 +1,162 @@
+"""A real HTTP server, in a thread, that behaves as a test tells it to; and a way to send it calls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any
+
+from aiohttp import web
+
+from toolkit.loadgen.arrival import ClosedLoop
+from toolkit.loadgen.client import Call, HttpClient, open_session
+from toolkit.records import RequestRecord
+
+Behaviour = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
+
+GAP_S = 0.005
+
+
+def event(value: Any) -> bytes:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+def delta(content: str | None = None, usage: int | None = None, finish: str | None = None, **other: Any) -> bytes:
+    """A chat chunk; ``usage``: completion tokens so far."""
+    chunk: dict[str, Any] = {"choices": [{"delta": {"content": content, **other}, "finish_reason": finish}]}
+    if usage is not None:
+        chunk["usage"] = {"prompt_tokens": 7, "completion_tokens": usage}
+    return event(chunk)
+
+
+ROLE = delta("", role="assistant")
+DONE = b"data: [DONE]\n\n"
+
+
+def stream(
+    *parts: bytes, gap_s: float = GAP_S, headers: dict[str, str] | None = None, reset: bool = False
+) -> Behaviour:
+    """Writes each part on its own, ``gap_s`` apart; with ``reset`` the connection is torn down after the last."""
+
+    async def behave(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", **(headers or {})})
+        await response.prepare(request)
+        for part in parts:
+            await response.write(part)
+            await asyncio.sleep(gap_s)
+        if reset:
+            assert request.transport is not None
+            request.transport.abort()
+        return response
+
+    return behave
+
+
+def tokens(count: int | None = None, gap_s: float = GAP_S) -> Behaviour:
+    """A well-behaved answer of ``count`` (else max_tokens) tokens, each counted in its chunk."""
+
+    async def behave(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        total = count or body["max_tokens"]
+        words = [delta(f"w{i} ", usage=i + 1) for i in range(total)]
+        return await stream(ROLE, *words, delta("", usage=total, finish="length"), DONE, gap_s=gap_s)(request, body)
+
+    return behave
+
+
+def reply(status: int, text: str, content_type: str = "application/json") -> Behaviour:
+    async def behave(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return web.Response(status=status, text=text, content_type=content_type)
+
+    return behave
+
+
+async def hang(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    await asyncio.sleep(3600)
+    raise AssertionError("the client should have given up")
+
+
+class ScriptedServer:
+    """Answers the n-th completion request with the n-th behaviour; the last one repeats."""
+
+    def __init__(self) -> None:
+        self.behaviours: list[Behaviour] = [tokens()]
+        self.health = web.HTTPOk
+        self.models = ["demo"]
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.open_at_arrival: list[int] = []  # requests open when each one arrived, itself included
+        self.connections: set[tuple[str, int]] = set()
+        self.url = ""
+        self._open = 0
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        behave = self.behaviours[min(len(self.bodies), len(self.behaviours) - 1)]
+        self.bodies.append(body)
+        self.headers.append({name.lower(): value for name, value in request.headers.items()})
+        self.paths.append(request.path)
+        assert request.transport is not None
+        self.connections.add(request.transport.get_extra_info("peername"))
+        self._open += 1
+        self.open_at_arrival.append(self._open)
+        try:
+            return await behave(request, body)
+        finally:
+            self._open -= 1
+
+    async def _health(self, request: web.Request) -> web.Response:
+        raise self.health(text='{"state": "loading"}')
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": name} for name in self.models]})
+
+    async def _serve(self, started: threading.Event) -> None:
+        self._stop = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        started.set()
+        await self._stop.wait()
+        await runner.cleanup()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[ScriptedServer]:
+        started = threading.Event()
+        thread = threading.Thread(target=lambda: asyncio.run(self._serve(started)), daemon=True)
+        thread.start()
+        assert started.wait(10), "the test's server did not start"
+        try:
+            yield self
+        finally:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            thread.join(10)
+
+
+def call(number: int, warmup: bool = False, expected: int = 0) -> Call:
+    body = json.dumps({"model": "demo", "max_tokens": 3}).encode()
+    return Call(f"r{number}", f"p{number}", body, 0, 1, warmup, expected)
+
+
+def fetch(url: str, count: int = 1, concurrency: int = 1, timeout_s: float = 20.0) -> Sequence[RequestRecord]:
+    """Sends ``count`` calls with the real client and gives their rows, in the order they ended."""
+    records: list[RequestRecord] = []
+
+    async def run() -> None:
+        async with open_session() as session:
+            client = HttpClient(session, f"{url}/v1/chat/completions", timeout_s, records.append)
+            await ClosedLoop(concurrency).run([call(n) for n in range(count)], client.send)
+
+    asyncio.run(run())
+    return records

@@ -1,0 +1,185 @@
+"""The plan, the checks before a start, and the native adapter's commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.launch_experiment import experiment
+from toolkit.engine.args import TOKEN_ENV, read_frontend_args, read_worker_args
+from toolkit.launch import check, ports
+from toolkit.launch.adapters import adapters
+from toolkit.launch.plan import num_ports, plan
+
+# --- plan -------------------------------------------------------------------------------------------
+
+
+def test_ranks_fill_nodes_in_order() -> None:
+    cfg = experiment(
+        parallel={"tp_size": 16, "dp_size": 8, "ep_size": 16},
+        cluster={"launcher": "slurm", "device": "cuda", "gpus_per_node": 8},
+    )
+    deployment = plan(cfg, 25_000)
+    assert (deployment.num_nodes, deployment.num_gpus) == (2, 16)
+    ranks = list(deployment.ranks())
+    assert [(r.node, r.local_rank) for r in ranks] == [(rank // 8, rank % 8) for rank in range(16)]
+    assert [(r.dp_rank, r.attn_tp_rank, r.ep_rank) for r in ranks] == [(r // 2, r % 2, r) for r in range(16)]
+
+
+def test_a_local_deployment_is_one_node_whatever_its_size() -> None:
+    cfg = experiment(parallel={"tp_size": 16, "dp_size": 16, "ep_size": 8}, cluster={"gpus_per_node": 4})
+    assert plan(cfg, 25_000).num_nodes == 1
+
+
+def test_ports_are_distinct_and_consecutive() -> None:
+    cfg = experiment()
+    used = plan(cfg, 25_000).ports()
+    assert sorted(used) == list(range(25_000, 25_000 + num_ports(cfg)))
+    assert len(set(used.values())) == len(used)
+
+
+def test_a_plan_is_json() -> None:
+    deployment = plan(experiment(), 25_000)
+    assert json.loads(json.dumps(deployment.to_json()))["workers"][0]["ranks"][3]["inbox_port"] == 25_006
+
+
+# --- check ------------------------------------------------------------------------------------------
+
+
+def test_a_sound_experiment_has_no_errors() -> None:
+    assert check.check(experiment()) == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"parallel": {"ep_size": 3}}, r"parallel\.ep_size=3 does not divide"),
+        ({"parallel": {"enable_dp_attention": False}}, r"needs parallel\.enable_dp_attention=true"),
+        ({"engine": {"ep_num_redundant_experts": 1}}, r"ep_size=4 does not divide 9 slots.*use 4 redundant experts"),
+        ({"engine": {"moe_a2a_backend": "all2all"}}, r"engine\.moe_a2a_backend=all2all.*did you mean all_to_all"),
+        ({"deploy": {"router": "rr"}}, r"deploy\.router=rr is not known, use one of: .*round_robin"),
+        ({"deploy": {"api_key_env": "NO_SUCH_VARIABLE"}}, r"NO_SUCH_VARIABLE.*is not set"),
+        ({"cluster": {"launcher": "slurm"}}, r"add dry_run=true"),
+        ({"cluster": {"port": 70_000}}, r"cluster\.port=70000: the run takes 7 ports"),
+        ({"cluster": {"results_dir": "/dev/null/results"}}, r"cluster\.results_dir=/dev/null/results cannot be made"),
+        ({"exp": "a/b"}, r"exp='a/b' must be a folder name"),
+        ({"model": {"load_format": "auto"}}, r"model\.hf_config is given, but model\.load_format=auto"),
+        ({"model": {"hf_config": None, "path": "/no/model"}}, r"model\.path=/no/model has no config\.json"),
+        ({"model": {"tokenizer": "/no/tokenizer"}}, r"model\.tokenizer=/no/tokenizer has no tokenizer\.json"),
+        ({"model": {"build": "gpt5", "path": "/no/model"}}, r"model\.build=gpt5 is not known"),
+        ({"load": {"concurrency": []}}, r"load\.concurrency=\[\]"),
+        ({"load": {"osl": 0}}, r"load\.osl=0"),
+        ({"load": {"dataset": "nowhere"}}, r"load\.dataset=nowhere is not known"),
+        ({"load": {"dataset_path": "/no/file"}}, r"load\.dataset_path=/no/file is not a file"),
+        ({"load": {"dataset": "random", "isl": 500, "osl": 20}}, r"load\.isl=500 \+ load\.osl=20 is longer"),
+        ({"engine": {"max_total_tokens": 10**12}}, r"4 ranks on this machine need .*kv_cache"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told(groups: dict[str, Any], message: str) -> None:
+    errors = check.check(experiment(**groups))
+    assert any(re.search(message, error) for error in errors), errors
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    errors = check.check(
+        experiment(engine={"moe_a2a_backend": "x"}, load={"osl": 0}, parallel={"ep_size": 3}, deploy={"router": "x"})
+    )
+    assert len(errors) == 4
+
+
+def test_gpu_memory_is_compared_with_what_a_rank_needs() -> None:
+    cluster = {"launcher": "slurm", "device": "cuda", "gpu_memory_gb": 0.001}
+    cfg = dataclasses.replace(experiment(cluster=cluster), dry_run=True)
+    (error,) = check.check(cfg)
+    assert error.startswith("cluster.gpu_memory_gb=0.001: weights and KV cache need")
+    larger = dataclasses.replace(cfg, cluster=dataclasses.replace(cfg.cluster, gpu_memory_gb=80.0))
+    assert check.check(larger) == []
+
+
+def test_uneven_nodes_are_refused() -> None:
+    cfg = experiment(cluster={"launcher": "slurm", "device": "cuda", "gpus_per_node": 3})
+    errors = check.check(dataclasses.replace(cfg, dry_run=True))
+    assert errors == ["parallel.tp_size=4 does not fill nodes of cluster.gpus_per_node=3 evenly: use a multiple of 3"]
+
+
+def test_a_taken_port_is_named_with_its_owner() -> None:
+    base = ports.free_range(num_ports(experiment()))
+    with socket.create_server(("127.0.0.1", base + 2)):
+        (error,) = check.check(experiment(cluster={"port": base}))
+    assert f"port {base + 2} is in use, taken by pid {os.getpid()}" in error
+    assert check.check(experiment(cluster={"port": base})) == []
+
+
+def test_a_model_that_will_be_built_is_not_missed(tmp_path: Path) -> None:
+    keys = {"hf_config": None, "load_format": "auto", "tokenizer": "", "path": str(tmp_path / "m")}
+    cfg = experiment(model={**keys, "build": "smollm2_moe"})
+    assert check.will_build(cfg.model)
+    assert check.check(cfg) == []
+    assert check.check(experiment(model=keys)) != []
+
+
+def test_the_names_that_are_checked_are_those_the_engine_offers() -> None:
+    from toolkit.engine.attention import backend, sdpa  # noqa: F401  registers itself
+    from toolkit.engine.moe import all_to_all, allgather, dispatch, gemm  # noqa: F401  register themselves
+
+    tables = {
+        "engine.moe_a2a_backend": set(dispatch.DISPATCHERS),
+        "engine.attention_backend": {"auto", *backend.BACKENDS},
+        "engine.moe_runner_backend": {"auto", *gemm.GEMMS},
+        "engine.backend": set(adapters()),
+    }
+    for field, known in tables.items():
+        assert set(check.NAMES[field]) == known
+
+
+# --- native adapter ---------------------------------------------------------------------------------
+
+
+def test_native_commands_word_by_word() -> None:
+    cfg = experiment(parallel={"tp_size": 2, "dp_size": 2, "ep_size": 2}, cluster={"cpu_threads_per_rank": 3})
+    specs = adapters()["native"](plan(cfg, 25_000), cfg, ["127.0.0.1"], Path("/runs/1")).specs
+    module = [sys.executable, "-m"]
+    assert [(spec.name, spec.node, list(spec.argv)) for spec in specs] == [
+        ("rank-0", 0, [*module, "toolkit.engine.worker", "--args", "/runs/1/launch/worker-args.json", "--rank", "0"]),
+        ("rank-1", 0, [*module, "toolkit.engine.worker", "--args", "/runs/1/launch/worker-args.json", "--rank", "1"]),
+        ("frontend-0", 0, [*module, "toolkit.engine.frontend", "--args", "/runs/1/launch/frontend-args.json"]),
+    ]
+    assert {tuple(spec.env.items()) for spec in specs} == {
+        (
+            ("OMP_NUM_THREADS", "3"),
+            ("MKL_NUM_THREADS", "3"),
+            ("PYTHONUNBUFFERED", "1"),
+            ("TOKENIZERS_PARALLELISM", "false"),
+            ("HF_HUB_OFFLINE", "1"),
+            ("GLOO_SOCKET_IFNAME", "lo"),
+        )
+    }
+
+
+def test_native_arguments_on_two_nodes(tmp_path: Path) -> None:
+    cfg = experiment(cluster={"launcher": "slurm", "device": "cuda", "gpus_per_node": 2})
+    processes = adapters()["native"](plan(cfg, 25_000), cfg, ["n7", "n9"], tmp_path)
+    (tmp_path / "launch").mkdir()
+    for name, content in processes.files.items():
+        (tmp_path / name).write_bytes(content)
+    worker = read_worker_args(tmp_path / "launch/worker-args.json")
+    assert worker.rank_hosts == ["n7", "n7", "n9", "n9"]
+    assert worker.local_ranks == [0, 1, 0, 1]
+    assert worker.inbox_ports == [25_003, 25_004, 25_005, 25_006]
+    assert (worker.dist_port, worker.frontend) == (25_002, ("n7", 25_001))
+    assert (worker.model, worker.parallel, worker.engine) == (cfg.model, cfg.parallel, cfg.engine)
+    assert worker.experts_path == str(tmp_path / "experts.npz")
+    frontend = read_frontend_args(tmp_path / "launch/frontend-args.json")
+    assert frontend.http == ("127.0.0.1", 25_000)
+    assert frontend.rank_inboxes == list(zip(worker.rank_hosts, worker.inbox_ports, strict=True))
+    assert [spec.node for spec in processes.specs] == [0, 0, 1, 1, 0]
+    assert "GLOO_SOCKET_IFNAME" not in processes.specs[0].env
+    assert TOKEN_ENV not in str(processes)

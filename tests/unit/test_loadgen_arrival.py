@@ -1,0 +1,76 @@
+"""The closed loop: slots stay full, in order, and warm-up flows into the measured part."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from toolkit.loadgen.arrival import ClosedLoop
+
+
+class Calls:
+    """Stands for the server's side: each call is open until the test ends it."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, asyncio.Event] = {}
+        self.begun: list[str] = []
+        self.most = 0
+
+    async def send(self, call: str, due: float) -> None:
+        self.begun.append(call)
+        self.open[call] = asyncio.Event()
+        self.most = max(self.most, len(self.open))
+        await self.open[call].wait()
+        del self.open[call]
+
+    async def end(self, call: str) -> None:
+        self.open[call].set()
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+
+def test_warm_up_is_handed_over_without_a_pause() -> None:
+    async def run() -> None:
+        calls = Calls()
+        loop = asyncio.create_task(ClosedLoop(2).run(["warm-0", "warm-1", "a", "b", "c"], calls.send))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert list(calls.open) == ["warm-0", "warm-1"]
+        await calls.end("warm-1")
+        assert set(calls.open) == {"warm-0", "a"}, "a measured call starts while the other slot still warms up"
+        await calls.end("a")
+        await calls.end("b")
+        assert set(calls.open) == {"warm-0", "c"}
+        await calls.end("warm-0")
+        assert not loop.done(), "it waits for the last one"
+        await calls.end("c")
+        await loop
+        assert calls.begun == ["warm-0", "warm-1", "a", "b", "c"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 8])
+def test_concurrency_is_held_and_not_exceeded(concurrency: int) -> None:
+    open_now, seen = 0, []
+
+    async def send(call: int, due: float) -> None:
+        nonlocal open_now
+        open_now += 1
+        seen.append(open_now)
+        await asyncio.sleep(0.001 * (call % 3))
+        open_now -= 1
+
+    asyncio.run(ClosedLoop(concurrency).run(range(40), send))
+    assert seen == [*range(1, concurrency), *[concurrency] * (41 - concurrency)]
+
+
+def test_more_slots_than_calls() -> None:
+    done = []
+
+    async def send(call: int, due: float) -> None:
+        done.append(call)
+
+    asyncio.run(ClosedLoop(8).run([1, 2], send))
+    assert done == [1, 2]

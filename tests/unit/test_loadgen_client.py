@@ -1,0 +1,176 @@
+"""One request against a real server that behaves well, badly or not at all: exactly one row, and a true one."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.unit.loadgen_server import (
+    DONE,
+    ROLE,
+    Behaviour,
+    ScriptedServer,
+    call,
+    delta,
+    event,
+    fetch,
+    hang,
+    reply,
+    stream,
+    tokens,
+)
+from toolkit.loadgen.client import HttpClient, open_session
+from toolkit.records import RequestRecord
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer().running() as running:
+        yield running
+
+
+def one(server: ScriptedServer, behaviour: Behaviour, timeout_s: float = 20.0) -> RequestRecord:
+    server.behaviours = [behaviour]
+    (record,) = fetch(server.url, timeout_s=timeout_s)
+    return record
+
+
+def test_a_good_answer(server: ScriptedServer) -> None:
+    words = [delta("He", usage=1), delta("llo", usage=2), delta("!", usage=3, finish="length")]
+    record = one(server, stream(ROLE, *words, DONE, headers={"x-dp-rank": "3"}))
+    assert (record.status, record.error, record.http_status) == ("ok", "", 200)
+    assert (record.output_text, record.finish_reason, record.dp_rank) == ("Hello!", "length", 3)
+    assert (record.output_tokens, record.prompt_tokens, record.chunk_tokens) == (3, 7, [1, 1, 1])
+    assert record.request_id == "r0" == server.headers[0]["x-request-id"]
+    assert record.prompt_id == "p0"
+    assert record.scheduled_s <= 0 < record.first_byte_s <= record.first_token_s
+    assert record.chunk_s == sorted(record.chunk_s)
+    assert [record.first_token_s, record.last_token_s] == [record.chunk_s[0], record.chunk_s[-1]]
+    assert record.last_token_s <= record.end_s
+
+
+def test_the_first_token_is_not_the_role(server: ScriptedServer) -> None:
+    record = one(server, stream(ROLE, delta("a", finish="stop"), DONE, gap_s=0.1))
+    assert record.first_token_s - record.first_byte_s >= 0.09  # the server waits 0.1 s between the two
+    assert len(record.chunk_s) == 1
+
+
+def test_the_end_is_not_the_last_token(server: ScriptedServer) -> None:
+    record = one(server, stream(delta("a", usage=1, finish="stop"), event({"choices": []}), DONE, gap_s=0.1))
+    assert record.end_s - record.last_token_s >= 0.09
+
+
+def test_characters_and_events_may_be_cut_anywhere(server: ScriptedServer) -> None:
+    text = "größe 🤖 日本"
+    data = delta(text, usage=4, finish="stop") + DONE.replace(b"\n", b"\r\n")
+    record = one(server, stream(*(data[i : i + 7] for i in range(0, len(data), 7)), gap_s=0.001))
+    assert (record.status, record.output_text, record.chunk_tokens) == ("ok", text, [4])
+
+
+def test_a_finish_reason_without_done_is_an_end(server: ScriptedServer) -> None:
+    assert one(server, stream(delta("a", finish="stop"))).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "http_status", "reason"),
+    [
+        (reply(503, '{"error": {"message": "queue is full"}}'), 503, "HTTP 503: queue is full"),
+        (reply(404, "nothing here", "text/plain"), 404, "HTTP 404: nothing here"),
+        (reply(307, ""), 307, "HTTP 307: Temporary Redirect"),
+        (reply(200, "<html>login</html>", "text/html"), 200, "content type text/html .*login"),
+        (reply(200, '{"choices": []}'), 200, "content type application/json"),
+        (stream(delta("a"), b"data: {broken\n\n"), 200, "malformed event .*broken"),
+        (stream(delta("a"), event({"error": {"message": "rank 3 died"}})), 200, "rank 3 died"),
+        (stream(delta("a"), delta("", finish="abort"), DONE), 200, "finish_reason=abort"),
+        (stream(delta("a")), 200, "without a finish reason"),
+        (stream(DONE), 200, "no token"),
+        (stream(delta("a"), reset=True), 200, "connection broke|reset|disconnected|closed"),
+        (stream(reset=True), 200, "connection broke|reset|disconnected|closed"),
+    ],
+)
+def test_failures_have_a_row_that_says_why(
+    server: ScriptedServer, behaviour: Behaviour, http_status: int, reason: str
+) -> None:
+    record = one(server, behaviour)
+    assert (record.status, record.http_status) == ("error", http_status)
+    assert re.search(reason, record.error), record.error
+    assert len(record.error) <= 500
+    assert record.end_s > 0
+
+
+def test_a_broken_stream_keeps_what_came(server: ScriptedServer) -> None:
+    record = one(server, stream(ROLE, delta("a", usage=1), delta("b", usage=2), reset=True))
+    assert (record.status, record.output_text, record.output_tokens) == ("error", "ab", 2)
+    assert len(record.chunk_s) == 2
+    assert record.first_token_s == record.chunk_s[0]
+
+
+@pytest.mark.parametrize("behaviour", [hang, stream(delta("a"), *[b": ping\n\n"] * 400)])
+def test_a_request_that_takes_too_long(server: ScriptedServer, behaviour: Behaviour) -> None:
+    record = one(server, behaviour, timeout_s=0.3)
+    assert (record.status, record.error) == ("timeout", "no complete answer after timeout_s=0.3")
+
+
+def test_nobody_listens() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # bound but not listening: refuses
+        (record,) = fetch(f"http://127.0.0.1:{bound.getsockname()[1]}")
+    assert (record.status, record.http_status) == ("error", 0)
+    assert "Cannot connect" in record.error
+    assert math.isnan(record.first_token_s)
+    assert record.t_send > 1e9
+
+
+def test_after_a_failure_the_next_request_is_fine(server: ScriptedServer) -> None:
+    bad = [reply(503, "{}"), stream(delta("a"), reset=True), stream(b"data: {\n\n"), tokens()]
+    server.behaviours = bad
+    assert [record.status for record in fetch(server.url, count=6)] == ["error"] * 3 + ["ok"] * 3
+
+
+def test_connections_are_kept(server: ScriptedServer) -> None:
+    server.behaviours = [tokens(2, gap_s=0.001)]
+    records = fetch(server.url, count=40, concurrency=4)
+    assert [record.status for record in records] == ["ok"] * 40
+    assert len(server.connections) == 4
+
+
+def test_more_than_a_hundred_at_a_time(server: ScriptedServer) -> None:
+    server.behaviours = [tokens(2, gap_s=0.2)]
+    records = fetch(server.url, count=130, concurrency=130)
+    assert len(records) == 130
+    assert max(server.open_at_arrival) == 130
+
+
+def test_a_cancelled_request_has_a_row(server: ScriptedServer) -> None:
+    server.behaviours = [stream(delta("a", usage=1), *[b": ping\n\n"] * 4000)]
+    records: list[RequestRecord] = []
+
+    async def run() -> None:
+        async with open_session() as session:
+            client = HttpClient(session, f"{server.url}/v1/chat/completions", 20.0, records.append)
+            task = asyncio.create_task(client.send(call(0), 0.0))
+            while client.output_tokens == 0:  # noqa: ASYNC110  the client has no event for it
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+
+    asyncio.run(run())
+    assert [(record.status, record.output_text) for record in records] == [("cancelled", "a")]
+
+
+def test_the_key_is_sent_and_nowhere_else(server: ScriptedServer) -> None:
+    async def run() -> RequestRecord:
+        records: list[RequestRecord] = []
+        async with open_session(api_key="sesame") as session:
+            await HttpClient(session, f"{server.url}/v1/chat/completions", 20.0, records.append).send(call(0), 0.0)
+        return records[0]
+
+    record = asyncio.run(run())
+    assert server.headers[0]["authorization"] == "Bearer sesame"
+    assert "sesame" not in repr(record)

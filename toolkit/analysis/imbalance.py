@@ -1,0 +1,118 @@
+"""How unevenly the experts, and the GPUs that hold them, are loaded.
+
+Owns the arithmetic from logical expert counts and a placement to GPU loads, balancedness and imbalance. Pure numpy.
+Knows nothing of how counts are recorded (the engine) or where they lie (records.py).
+Load is in (token, expert) assignments. Shape letters: W windows, L MoE layers, E logical experts, P slots (physical
+experts), G GPUs (EP ranks). Slot p is on GPU p // (P / G).
+Read next: load.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.records import ExpertCounts
+
+Floats = NDArray[np.float64]
+
+
+def gpu_loads(counts_WLE: NDArray[np.int64], placement_LP: NDArray[np.int32], ep_size: int) -> Floats:
+    """Load of each GPU in each window and layer, [W, L, G]; replicas of an expert share its load evenly.
+
+    Evenly, because that is what spreading over replicas aims at; which replica took which token is not recorded.
+
+    Raises:
+        ValueError: slots that ``ep_size`` does not divide, a slot of an unknown expert, an expert without a slot.
+    """
+    (windows, layers, experts), slots = counts_WLE.shape, placement_LP.shape[1]
+    assert placement_LP.shape[0] == layers, (placement_LP.shape, counts_WLE.shape)
+    if ep_size < 1 or slots % ep_size:
+        raise ValueError(f"ep_size={ep_size} does not divide {slots} slots")
+    if ((placement_LP < 0) | (placement_LP >= experts)).any():
+        raise ValueError(f"placement names experts outside 0..{experts - 1}")
+    loads = np.empty((windows, layers, ep_size))
+    for layer, expert_of_slot in enumerate(placement_LP):
+        replicas = np.bincount(expert_of_slot, minlength=experts)
+        if (replicas == 0).any():
+            raise ValueError(f"layer {layer}: expert {int(np.argmin(replicas))} has no slot")
+        share = counts_WLE[:, layer, expert_of_slot] / replicas[expert_of_slot]
+        loads[:, layer] = share.reshape(windows, ep_size, slots // ep_size).sum(-1)
+    return loads
+
+
+def balancedness(loads: Floats) -> Floats:
+    """mean / max over the last axis (GPUs): 1 is even, 1/G is everything on one GPU; NaN where there is no load.
+
+    SGLang's balancedness of a layer, without the 1e-5 it adds to both terms, which calls an idle layer balanced.
+    """
+    top = loads.max(-1)
+    even: Floats = loads.mean(-1) / np.where(top > 0, top, np.nan)
+    return even
+
+
+def imbalance(loads: Floats) -> Floats:
+    """max / mean, the inverse of ``balancedness``: how many times the mean the busiest GPU has to do.
+
+    TensorRT-LLM's load statistics report max / mean - 1 under this name.
+    """
+    return 1 / balancedness(loads)
+
+
+@dataclass(frozen=True)
+class PointLoad:
+    """Expert load in one stretch of time, usually a load point.
+
+    Attributes:
+        windows: recorder windows it is made of.
+        expert_counts_LE: assignments of each logical expert, summed over the windows.
+        gpu_loads_LG: load of each GPU, each window under the placement that held then, summed over the windows.
+        balancedness_mean: mean over windows and layers of ``balancedness``, each weighted with its assignments. A
+            step waits for its busiest GPU, so a window's skew costs time even where the next window's is opposite.
+        imbalance_max: ``imbalance`` of the summed loads, in the layer where it is largest: the lasting skew, which
+            a better placement can remove.
+    """
+
+    windows: int
+    expert_counts_LE: NDArray[np.int64]
+    gpu_loads_LG: Floats
+    balancedness_mean: float
+    imbalance_max: float
+
+
+def point_load(experts: ExpertCounts, begin: float = -np.inf, end: float = np.inf) -> PointLoad:
+    """Load in the recorder windows that overlap ``begin`` to ``end`` (Unix seconds; by default all of them).
+
+    A window at the edge is taken whole. Without a window, or without load in any, both figures are NaN.
+
+    Raises:
+        ValueError: arrays that do not fit together, or a placement as in ``gpu_loads``.
+    """
+    counts, times, placement = experts.counts, experts.times, experts.placement
+    layers = (len(experts.layer_ids),)
+    fits = counts.ndim == 3 and placement.ndim == 3 and layers == counts.shape[1:2] == placement.shape[1:2]
+    if not fits or times.shape != (len(counts), 2) or not len(placement) == len(experts.placement_times) > 0:
+        raise ValueError(f"shapes do not fit: counts {counts.shape}, times {times.shape}, placement {placement.shape}")
+    inside = (times[:, 0] < end) & (times[:, 1] > begin)
+    counts, times = counts[inside], times[inside]
+    # The middle of a window: a window ends where a placement changes, and clocks of the two may differ by a little.
+    epoch = np.searchsorted(experts.placement_times, times.mean(1), side="right") - 1
+    epoch = np.clip(epoch, 0, len(placement) - 1)
+    loads_WLG = np.zeros((*counts.shape[:2], experts.ep_size))
+    for index in np.unique(epoch):
+        held = epoch == index
+        loads_WLG[held] = gpu_loads(counts[held], placement[index], experts.ep_size)
+    total_LG = loads_WLG.sum(0)
+    weight_WL = loads_WLG.sum(-1)
+    loaded = weight_WL > 0
+    return PointLoad(
+        windows=len(counts),
+        expert_counts_LE=counts.sum(0),
+        gpu_loads_LG=total_LG,
+        balancedness_mean=float(np.average(balancedness(loads_WLG)[loaded], weights=weight_WL[loaded]))
+        if loaded.any()
+        else np.nan,
+        imbalance_max=float(np.nanmax(imbalance(total_LG))) if loaded.any() else np.nan,
+    )

@@ -1,0 +1,215 @@
+"""``Run``: a run folder, opened for reading; each part is read when it is first asked for.
+
+Owns what happens when a part is missing or broken: the part is empty, ``missing`` or ``warnings`` says so, and the
+rest stays usable.
+Knows the file names and schemas through records.py. Nothing is unpickled or evaluated.
+Read next: charts.py, findings.py, report.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from toolkit import records
+from toolkit.analysis.imbalance import PointLoad, point_load
+from toolkit.analysis.metrics import interval, itl_s, sweep_row
+
+T = TypeVar("T")
+
+COUNT_COLUMNS = ("concurrency", "requests", "failed")
+
+
+@dataclass(frozen=True)
+class LoadPoint:
+    """One load point: the requests sent in it (warm-up included) and its row of the sweep."""
+
+    concurrency: int
+    requests: pd.DataFrame
+    row: pd.Series[Any]
+
+
+class Run:
+    """A run folder.
+
+    Args:
+        path: the folder, or a link to it (``results/<exp>/latest``).
+
+    Raises:
+        ValueError: ``path`` is not a folder, or holds nothing of a run.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path).resolve()
+        self.warnings: list[str] = []
+        self.missing: list[str] = []
+        parts = (records.STATUS, records.REQUESTS, records.SWEEP, records.CONFIG)
+        if not any((self.path / part).exists() for part in parts):
+            raise ValueError(
+                f"run={path} is not a run folder: it holds none of {', '.join(parts)}; "
+                "give results/<exp>/latest or results/<exp>/<time>"
+            )
+
+    @property
+    def name(self) -> str:
+        """``<exp>/<time>``."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @cached_property
+    def status(self) -> records.RunStatus | None:
+        return self._read(records.STATUS, lambda: records.read_status(self.path), None)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return self._read(records.MANIFEST, lambda: self._mapping(records.MANIFEST), {})
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        return self._read(records.PLAN, lambda: self._mapping(records.PLAN), {})
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return self._read(records.CONFIG, lambda: self._mapping(records.CONFIG), {})
+
+    @cached_property
+    def overrides(self) -> list[str]:
+        """What the user changed on the command line."""
+
+        def read() -> list[str]:
+            value = yaml.safe_load((self.path / records.OVERRIDES).read_text(encoding="utf-8")) or []
+            if not isinstance(value, list):
+                raise ValueError(f"a list is expected, not {type(value).__name__}")
+            return [str(item) for item in value]
+
+        return self._read(records.OVERRIDES, read, [])
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """``requests.parquet``; no rows when it is missing, broken or lacks a column."""
+        columns = records.requests_schema().names
+
+        def read() -> pd.DataFrame:
+            requests = records.read_requests(self.path, columns)
+            itl_s(requests)  # refuses chunks that do not fit together
+            return requests
+
+        return self._read(records.REQUESTS, read, _no_rows(columns))
+
+    @cached_property
+    def sweep(self) -> pd.DataFrame:
+        """``sweep.csv``, with rows computed from the requests for the load points that it lacks."""
+        table = self._read(records.SWEEP, self._read_sweep, _no_rows(list(records.SWEEP_COLUMNS)))
+        claimed = self._rows_by_point(table)
+        extra = []
+        for point, rows in self.requests.groupby("point", sort=True):
+            if point not in claimed and not rows["warmup"].all():
+                row = sweep_row(rows, int(rows["concurrency"].iloc[0]), self.num_gpus or 1)
+                if self.num_gpus is None:
+                    row["output_tok_s_per_gpu"] = np.nan
+                extra.append(row)
+        if not extra:
+            return table
+        self.warnings.append(f"{records.SWEEP} lacks {len(extra)} load point(s): computed from {records.REQUESTS}")
+        added = pd.DataFrame(extra, columns=list(records.SWEEP_COLUMNS))
+        return pd.concat([table, added], ignore_index=True) if len(table) else added
+
+    @cached_property
+    def points(self) -> list[LoadPoint]:
+        """The load points, in the order of ``sweep``."""
+        sweep, requests = self.sweep, self.requests
+        by_row = {row: point for point, row in self._rows_by_point(sweep).items()}
+        return [
+            LoadPoint(int(row["concurrency"]), requests[requests["point"] == by_row.get(index)], row)
+            for index, (_, row) in enumerate(sweep.iterrows())
+        ]
+
+    @cached_property
+    def experts(self) -> records.ExpertCounts | None:
+        def read() -> records.ExpertCounts:
+            experts = records.read_experts(self.path / records.EXPERTS)
+            point_load(experts)  # refuses arrays that do not fit together
+            return experts
+
+        return self._read(records.EXPERTS, read, None)
+
+    @cached_property
+    def point_loads(self) -> list[PointLoad | None]:
+        """Expert load in the measured interval of each load point; None where nothing was recorded in it."""
+        loads: list[PointLoad | None] = []
+        for point in self.points:
+            begin, end = interval(point.requests)
+            known = self.experts is not None and np.isfinite(begin) and np.isfinite(end)
+            load = point_load(self.experts, begin, end) if self.experts is not None and known else None
+            loads.append(load if load is not None and load.windows else None)
+        return loads
+
+    @cached_property
+    def whole_load(self) -> PointLoad | None:
+        """Expert load from the first measured request to the last, or None where nothing was recorded then."""
+        if self.experts is None:
+            return None
+        begin, end = interval(self.requests)
+        load = point_load(self.experts, begin, end) if np.isfinite(end) else point_load(self.experts)
+        return load if load.expert_counts_LE.sum() else None
+
+    @cached_property
+    def num_gpus(self) -> int | None:
+        """GPUs (CPU ranks in a rehearsal) of the deployment, from the plan; None when it does not say."""
+        value = self.plan.get("num_gpus")
+        return value if isinstance(value, int) and value > 0 else None
+
+    def read_all(self) -> None:
+        """Reads every part now, so that ``warnings`` and ``missing`` are complete."""
+        _ = (self.status, self.manifest, self.plan, self.config, self.overrides, self.points, self.point_loads)
+
+    def _read(self, name: str, read: Callable[[], T], otherwise: T) -> T:
+        if not (self.path / name).exists():
+            self.missing.append(name)
+            return otherwise
+        try:
+            return read()
+        except Exception as error:  # a broken file may raise anything its parser has
+            self.warnings.append(f"{name} cannot be read: {type(error).__name__}: {str(error)[:200]}")
+            return otherwise
+
+    def _mapping(self, name: str) -> dict[str, Any]:
+        text = (self.path / name).read_text(encoding="utf-8")
+        value = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"a mapping is expected, not {type(value).__name__}")
+        return value
+
+    def _read_sweep(self) -> pd.DataFrame:
+        if not (self.path / records.SWEEP).read_bytes().endswith(b"\n"):
+            raise ValueError("its last line is cut off")
+        table = records.read_sweep(self.path)
+        missing = [name for name in records.SWEEP_COLUMNS if name not in table.columns]
+        if missing:
+            raise ValueError(f"no column {', '.join(missing)}")
+        table = table[list(records.SWEEP_COLUMNS)].astype(np.float64)
+        if table[list(COUNT_COLUMNS)].isna().any(axis=None):
+            raise ValueError(f"an empty cell in {', '.join(COUNT_COLUMNS)}")
+        return pd.DataFrame(table.astype(dict.fromkeys(COUNT_COLUMNS, np.int64)))
+
+    def _rows_by_point(self, sweep: pd.DataFrame) -> dict[Any, int]:
+        """Load point index -> position of its row: the first row of the same concurrency not yet taken."""
+        free = list(enumerate(sweep["concurrency"]))
+        found: dict[Any, int] = {}
+        for point, concurrency in self.requests.groupby("point", sort=True)["concurrency"].first().items():
+            match = next((entry for entry in free if entry[1] == concurrency), None)
+            if match is not None:
+                free.remove(match)
+                found[point] = match[0]
+        return found
+
+
+def _no_rows(columns: list[str]) -> pd.DataFrame:
+    return pd.DataFrame({name: [] for name in columns})

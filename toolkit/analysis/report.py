@@ -1,0 +1,145 @@
+"""``report.html``: one self-contained page about a run, without scripts, links or anything to fetch.
+
+Owns what stands where on the page; the sentences are findings.py's, the pictures charts.py's, the markup
+templates/report.html's. Everything from the run folder is escaped.
+Read next: finish.py.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from toolkit import records
+from toolkit.analysis.charts import Drawn
+from toolkit.analysis.findings import best_row, expert_summary, number, verdict, warnings
+from toolkit.analysis.load import COUNT_COLUMNS, Run
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the sweep table: its short title and its name in ``sweep.csv``."""
+
+    title: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Columns under one heading."""
+
+    title: str
+    columns: tuple[Column, ...]
+
+
+def _percentiles(metric: str) -> Group:
+    return Group(f"{metric.upper()}, ms", tuple(Column(p, f"{metric}_{p}_ms") for p in ("p50", "p99")))
+
+
+GROUPS: tuple[Group, ...] = (
+    Group("load", (Column("conc.", "concurrency"), Column("requests", "requests"), Column("failed", "failed"))),
+    Group("seconds", (Column("duration", "duration_s"),)),
+    Group("mean tokens", (Column("ISL", "isl_mean"), Column("OSL", "osl_mean"))),
+    *(_percentiles(metric) for metric in ("ttft", "itl", "tpot", "e2e")),
+    Group(
+        "output tok/s",
+        (
+            Column("all", "output_tok_s"),
+            Column("per GPU", "output_tok_s_per_gpu"),
+            Column("per user", "output_tok_s_per_user"),
+        ),
+    ),
+    Group("GPU load", (Column("balance", "balancedness_mean"), Column("max/mean", "imbalance_max"))),
+)
+
+
+def write_report(run: Run, charts: Iterable[Drawn]) -> Path:
+    """Writes the page into the run folder, replacing an earlier one, and returns its path."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("toolkit.analysis"),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("report.html").render(
+        name=run.name,
+        subtitle=_subtitle(run),
+        verdict=verdict(run),
+        warnings=warnings(run),
+        groups=GROUPS,
+        sweep=_sweep_rows(run),
+        experts=expert_summary(run),
+        charts=[
+            {
+                "name": chart.name,
+                "caption": chart.caption,
+                "problem": chart.problem,
+                "data": base64.b64encode(chart.path.read_bytes()).decode() if chart.path else "",
+            }
+            for chart in charts
+        ],
+        overrides=run.overrides,
+        config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
+        provenance=_provenance(run.manifest),
+    )
+    path = run.path / records.REPORT
+    with records.replacing(path, "wb") as out:
+        out.write(page.encode())
+    return path
+
+
+def _subtitle(run: Run) -> str:
+    """Model, mapping and size of the deployment, as far as the folder says."""
+    model, parallel, engine = (_group(run.config, name) for name in ("model", "parallel", "engine"))
+    parts = [str(model["name"])] if "name" in model else []
+    parts += [f"{key.removesuffix('_size').upper()}={parallel[key]}" for key in ("tp_size", "dp_size", "ep_size")
+              if key in parallel]  # fmt: skip
+    parts += [str(engine["moe_a2a_backend"])] if "moe_a2a_backend" in engine else []
+    parts += [f"{run.num_gpus} GPUs or ranks"] if run.num_gpus else []
+    parts += [f"state: {run.status.state}"] if run.status else []
+    return " · ".join(parts)
+
+
+def _group(config: dict[str, Any], name: str) -> dict[str, Any]:
+    value = config.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _sweep_rows(run: Run) -> list[dict[str, Any]]:
+    best = best_row(run)
+    return [
+        {
+            "best": position == best,
+            "groups": [[_cell(column.key, row[column.key]) for column in group.columns] for group in GROUPS],
+        }
+        for position, (_, row) in enumerate(run.sweep.iterrows())
+    ]
+
+
+def _cell(key: str, value: float) -> str:
+    return f"{value:,.0f}" if key in COUNT_COLUMNS else number(float(value))
+
+
+def _provenance(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Plain values first, then one section for each nested mapping, its keys dotted."""
+    nested = {key: value for key, value in manifest.items() if isinstance(value, dict)}
+    top = [(key, _text(value)) for key, value in manifest.items() if key not in nested]
+    return {"top": top, "sections": [(key, list(_flat(value, ""))) for key, value in nested.items()]}
+
+
+def _flat(values: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _text(value)
+
+
+def _text(value: Any) -> str:
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)

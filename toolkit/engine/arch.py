@@ -1,0 +1,210 @@
+"""Arch: a model's shape, read from its Hugging Face config.json. No torch, so that plans and checks are instant.
+
+Owns what every family has in common (sizes, which layers are MoE, bytes a token) and the rules between shapes
+and degrees. What a family computes is in ``models/``, one file each, which read family keys from ``Arch.hf``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.config import EngineConfig, ModelConfig
+from toolkit.engine.dims import ParallelDims
+from toolkit.registry import unknown
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Shape of one model.
+
+    Attributes:
+        kv_heads: KV heads, 1 for MLA (one latent vector for all heads).
+        kv_values: cached values a token, layer and KV head: 2 * head_dim, or kv_lora_rank + qk_rope_head_dim for MLA.
+        attn_params: attention parameters of one layer, (split by heads, split by KV heads, replicated).
+        moe_layers: indices of the layers whose FFN is a mixture of experts; the others are dense.
+    """
+
+    family: str
+    hf: dict[str, Any]
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    kv_heads: int
+    kv_values: int
+    attn_params: tuple[int, int, int]
+    max_len: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    moe_intermediate: int
+    dense_intermediate: int
+    shared_intermediate: int
+    tied: bool
+
+    @property
+    def mla(self) -> bool:
+        return "kv_lora_rank" in self.hf
+
+    def slots(self, engine: EngineConfig) -> int:
+        """Physical experts a layer."""
+        return self.num_experts + engine.ep_num_redundant_experts
+
+
+def _mixtral(hf: dict[str, Any]) -> Arch:
+    d, heads = hf["hidden_size"], hf["num_attention_heads"]
+    kv, head_dim = hf["num_key_value_heads"], hf.get("head_dim") or d // heads
+    return Arch(
+        family="mixtral", hf=hf, vocab_size=hf["vocab_size"], hidden_size=d, num_layers=hf["num_hidden_layers"],
+        num_heads=heads, kv_heads=kv, kv_values=2 * head_dim,
+        attn_params=(2 * d * head_dim * heads, 2 * d * head_dim * kv, 0),
+        max_len=hf["max_position_embeddings"], moe_layers=tuple(range(hf["num_hidden_layers"])),
+        num_experts=hf["num_local_experts"], top_k=hf["num_experts_per_tok"],
+        moe_intermediate=hf["intermediate_size"], dense_intermediate=0, shared_intermediate=0,
+        tied=hf.get("tie_word_embeddings", False),
+    )  # fmt: skip
+
+
+def _deepseek_v3(hf: dict[str, Any]) -> Arch:
+    d, heads = hf["hidden_size"], hf["num_attention_heads"]
+    nope, rope, v = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"], hf["v_head_dim"]
+    lora, q_lora = hf["kv_lora_rank"], hf.get("q_lora_rank")
+    by_heads = (q_lora or d) * heads * (nope + rope) + lora * heads * (nope + v) + heads * v * d
+    attn = (by_heads, 0, d * (q_lora or 0) + d * (lora + rope))
+    dense, every = hf["first_k_dense_replace"], hf.get("moe_layer_freq", 1)
+    return Arch(
+        family="deepseek_v3", hf=hf, vocab_size=hf["vocab_size"], hidden_size=d, num_layers=hf["num_hidden_layers"],
+        num_heads=heads, kv_heads=1, kv_values=lora + rope, attn_params=attn, max_len=hf["max_position_embeddings"],
+        moe_layers=tuple(i for i in range(hf["num_hidden_layers"]) if i >= dense and i % every == 0),
+        num_experts=hf["n_routed_experts"], top_k=hf["num_experts_per_tok"],
+        moe_intermediate=hf["moe_intermediate_size"], dense_intermediate=hf["intermediate_size"],
+        shared_intermediate=hf["moe_intermediate_size"] * (hf.get("n_shared_experts") or 0),
+        tied=hf.get("tie_word_embeddings", False),
+    )  # fmt: skip
+
+
+FAMILIES: dict[str, Callable[[dict[str, Any]], Arch]] = {"mixtral": _mixtral, "deepseek_v3": _deepseek_v3}
+
+
+def read_arch(model: ModelConfig) -> Arch:
+    """The shape of ``model``, from ``model.hf_config`` or ``model.path``/config.json.
+
+    Raises:
+        ValueError: no config, a family that is not supported, or a key that the family needs and lacks.
+    """
+    if model.hf_config is not None:
+        hf, where = model.hf_config, "model.hf_config"
+    else:
+        file = Path(model.path) / "config.json"
+        if not model.path or not file.is_file():
+            raise ValueError(
+                f"model.path={model.path or repr('')} has no config.json: give a Hugging Face folder, "
+                "or model.hf_config with model.load_format=dummy"
+            )
+        hf, where = json.loads(file.read_text()), str(file)
+    family = str(hf.get("model_type", ""))
+    if family not in FAMILIES:
+        raise ValueError(unknown(f"{where}: model_type", family, list(FAMILIES)))
+    try:
+        return FAMILIES[family](hf)
+    except KeyError as error:
+        raise ValueError(f"{where} lacks {error}, which model_type={family} needs") from None
+
+
+def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
+    """Every way in which shapes, degrees and engine options do not fit together, as sentences. Empty: fine."""
+    slots = arch.slots(engine)
+    errors: list[str] = []
+
+    def must_divide(field: str, degree: int, count: int, what: str, way_out: str) -> None:
+        if count % degree:
+            errors.append(f"{field}={degree} does not divide {count} {what}: {way_out}")
+
+    if engine.ep_num_redundant_experts < 0:
+        errors.append(f"engine.ep_num_redundant_experts={engine.ep_num_redundant_experts} must not be negative")
+    if slots % dims.ep_size:
+        more = engine.ep_num_redundant_experts + (-slots) % dims.ep_size
+        errors.append(
+            f"parallel.ep_size={dims.ep_size} does not divide {slots} slots (model.num_experts={arch.num_experts} + "
+            f"engine.ep_num_redundant_experts={engine.ep_num_redundant_experts}): use {more} redundant experts "
+            f"({arch.num_experts + more}) or ep_size={_largest_divisor(slots, dims.ep_size)}"
+        )
+    attn = "parallel.tp_size / parallel.dp_size"
+    fits = [n for n in range(1, arch.num_heads + 1) if not arch.num_heads % n and not arch.vocab_size % n]
+    fit = f"use attention TP of {', '.join(map(str, fits))} (raise dp_size)"
+    must_divide(attn, dims.attn_tp, arch.num_heads, "attention heads", fit)
+    if not arch.mla and arch.kv_heads % dims.attn_tp and dims.attn_tp % arch.kv_heads:
+        errors.append(f"{attn}={dims.attn_tp} neither divides nor is a multiple of {arch.kv_heads} KV heads: {fit}")
+    must_divide(attn, dims.attn_tp, arch.vocab_size, "vocabulary rows", fit)
+    if arch.moe_layers:
+        field = "parallel.tp_size / parallel.ep_size / parallel.moe_dp_size"
+        must_divide(field, dims.moe_tp, arch.moe_intermediate, "expert FFN columns", "raise ep_size")
+    if len(arch.moe_layers) < arch.num_layers:
+        way = "use parallel.moe_dense_tp_size=1"
+        must_divide("parallel.tp_size", dims.dense_tp, arch.dense_intermediate, "dense FFN columns", way)
+    if engine.moe_a2a_backend in ("all_to_all", "deepep") and dims.moe_tp > 1:
+        errors.append(
+            f"engine.moe_a2a_backend={engine.moe_a2a_backend} needs whole experts, but each is split over "
+            f"{dims.moe_tp} ranks: use ep_size={dims.moe_group} or moe_a2a_backend=allgather"
+        )
+    return errors + _check_engine(arch, engine)
+
+
+def _check_engine(arch: Arch, engine: EngineConfig) -> list[str]:
+    errors = [
+        f"engine.{name}={getattr(engine, name)} must be at least 1"
+        for name in ("page_size", "max_running_requests", "chunked_prefill_size", "max_queued_requests",
+                     "expert_distribution_recorder_window")
+        if getattr(engine, name) < 1
+    ]  # fmt: skip
+    if engine.max_total_tokens < 2 * engine.page_size:
+        errors.append(
+            f"engine.max_total_tokens={engine.max_total_tokens} holds fewer than two blocks of "
+            f"engine.page_size={engine.page_size}: use at least {2 * engine.page_size}"
+        )
+    if engine.context_length < 0 or engine.context_length > arch.max_len:
+        errors.append(
+            f"engine.context_length={engine.context_length} must be within the model's {arch.max_len} "
+            "(max_position_embeddings), or 0 for all of it"
+        )
+    if engine.chunked_prefill_size < engine.max_running_requests:
+        errors.append(
+            f"engine.chunked_prefill_size={engine.chunked_prefill_size} is the token budget of a step and must hold "
+            f"one token of each of engine.max_running_requests={engine.max_running_requests}: raise it, or lower that"
+        )
+    return errors
+
+
+def context_length(arch: Arch, engine: EngineConfig) -> int:
+    """Longest prompt + output of one request: the model's limit, the option, and what the KV cache can hold."""
+    capacity = engine.max_total_tokens // engine.page_size * engine.page_size
+    return min(engine.context_length or arch.max_len, capacity)
+
+
+def memory_by_kind(arch: Arch, dims: ParallelDims, engine: EngineConfig, dtype: str) -> dict[str, int]:
+    """Bytes one rank needs, by kind. Activations and communication buffers are not in it."""
+    size, d = DTYPE_BYTES[dtype], arch.hidden_size
+    dense_layers = arch.num_layers - len(arch.moe_layers)
+    expert = 3 * d * arch.moe_intermediate // dims.moe_tp
+    embedding = arch.vocab_size * d
+    by_heads, by_kv, replicated = arch.attn_params
+    kv_shards = 1 if arch.mla else min(dims.attn_tp, arch.kv_heads)
+    tokens = engine.max_total_tokens // engine.page_size * engine.page_size
+    return {
+        "embedding": size * (embedding if arch.tied and dims.attn_tp == 1 else embedding + embedding // dims.attn_tp),
+        "attention": size * arch.num_layers * (by_heads // dims.attn_tp + by_kv // kv_shards + replicated),
+        "dense_ffn": size * dense_layers * 3 * d * arch.dense_intermediate // dims.dense_tp,
+        "shared_experts": size * len(arch.moe_layers) * 3 * d * arch.shared_intermediate,
+        "experts": size * len(arch.moe_layers) * arch.slots(engine) // dims.ep_size * expert,
+        "kv_cache": size * arch.num_layers * tokens * arch.kv_values * arch.kv_heads // kv_shards,
+    }
+
+
+def _largest_divisor(n: int, at_most: int) -> int:
+    return max(d for d in range(1, min(n, at_most) + 1) if n % d == 0)

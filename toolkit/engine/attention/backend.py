@@ -1,0 +1,126 @@
+"""The attention seam: what a backend is given and what it must do.
+
+T: tokens of this DP group's step, decode tokens first. H: query heads of this rank.
+Backends are made by name (``make_attention``) and know neither models nor requests.
+Read next: ``sdpa.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from toolkit.engine.core import Batch
+from toolkit.engine.kv.pool import KVCache
+from toolkit.registry import Registry
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some requests of a step whose tokens are adjacent.
+
+    Attributes:
+        first: index of the segment's first token in the step.
+        q_lens: tokens of each request in this step.
+        kv_lens: tokens of each request in the cache after this step's are written.
+        kv_rows: cache rows of each request, [kv_len].
+    """
+
+    first: int
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    kv_rows: tuple[Tensor, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.q_lens)
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.first, self.first + self.num_tokens)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Made once a step: where this step's tokens go in the cache, and what each request reads.
+
+    Attributes:
+        rows_T: cache row of each token.
+        decode: one token a request. prefill: chunks of any length.
+    """
+
+    rows_T: Tensor
+    decode: Segment
+    prefill: Segment
+
+
+class AttentionBackend(Protocol):
+    """Causal attention over the paged cache."""
+
+    def plan(self, batch: Batch) -> AttentionPlan:
+        """Reads block tables of the scheduled requests; called once a step, before any layer."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor | None, layer: int, window: int, plan: AttentionPlan, scale: float
+    ) -> Tensor:
+        """Writes k, v [T, kv heads, dim] to the cache and attends q [T, H, k_dim] over it -> [T, H, v_dim].
+
+        ``window``: tokens visible including the own one; 0: all. ``v`` None: values are the keys' leading part.
+        """
+        ...
+
+    def write(self, k: Tensor, layer: int, plan: AttentionPlan) -> None:
+        """Only stores this step's keys [T, kv heads, k_dim]; for models that attend in two ways (MLA)."""
+        ...
+
+    def decode(self, q: Tensor, layer: int, plan: AttentionPlan, scale: float, v_dim: int) -> Tensor:
+        """Attends the decode segment's q over rows already written, values being the keys' first ``v_dim``."""
+        ...
+
+    def gather(self, layer: int, segment: Segment) -> Tensor:
+        """Cached keys of the segment's requests one after another, [sum(kv_lens), kv heads, k_dim]."""
+        ...
+
+    def ragged(self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, scale: float) -> Tensor:
+        """Attention over given k, v [sum(kv_lens), H, dim] instead of the cache -> [tokens, H, v_dim]."""
+        ...
+
+
+class AttentionFactory(Protocol):
+    def __call__(self, cache: KVCache, device: str) -> AttentionBackend: ...
+
+
+BACKENDS: Registry[AttentionFactory] = Registry("engine.attention_backend")
+
+
+def make_attention(name: str, cache: KVCache, device: str) -> AttentionBackend:
+    """The backend called ``name``; auto: sdpa."""
+    from toolkit.engine.attention import sdpa  # noqa: F401  (registers itself)
+
+    return BACKENDS["sdpa" if name == "auto" else name](cache, device)
+
+
+def plan_segments(batch: Batch, page_size: int, device: str) -> AttentionPlan:
+    """The plan of a batch, in the form every backend starts from."""
+    rows: list[Tensor] = []
+    segments: list[Segment] = []
+    first = 0
+    for part in (batch.decode, batch.prefill):
+        kv_rows: list[Tensor] = []
+        for scheduled in part:
+            request = scheduled.request
+            end = request.num_computed + scheduled.num_tokens
+            blocks = torch.tensor(request.blocks[: -(-end // page_size)], dtype=torch.long)
+            all_rows = (blocks[:, None] * page_size + torch.arange(page_size)).flatten()[:end]
+            kv_rows.append(all_rows.to(device))
+            rows.append(all_rows[request.num_computed :])
+        q_lens = tuple(s.num_tokens for s in part)
+        kv_lens = tuple(len(r) for r in kv_rows)
+        segments.append(Segment(first, q_lens, kv_lens, tuple(kv_rows)))
+        first += sum(q_lens)
+    rows_T = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
+    return AttentionPlan(rows_T.to(device), segments[0], segments[1])

@@ -1,0 +1,89 @@
+"""Prometheus metrics of the server, under the names of SGLang with the prefix ``wideep:``.
+
+What ranks count comes from their latest ``Stats`` at scrape time; what only the server sees (latencies, HTTP) is
+observed here. Latencies are for watching a server; a benchmark's are measured by its client.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from toolkit.engine.messages import Stats
+
+PREFIX = "wideep:"
+
+_TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+_ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+_E2E_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+
+_GAUGES: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
+    ("num_running_reqs", "Requests in the running batch", lambda s: s.running),
+    ("num_queue_reqs", "Requests waiting for the running batch", lambda s: s.waiting),
+    ("kv_used_tokens", "KV cache in use, tokens", lambda s: s.kv_used_tokens),
+    ("token_usage", "KV cache in use, 0 to 1", lambda s: s.kv_used_tokens / s.kv_total_tokens),
+)
+_COUNTERS: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
+    ("prompt_tokens", "Prompt tokens taken into the running batch", lambda s: s.prompt_tokens_total),
+    ("cached_tokens", "Prompt tokens found in the prefix cache", lambda s: s.cached_tokens_total),
+    ("generation_tokens", "Tokens generated", lambda s: s.generated_tokens_total),
+    ("preemptions", "Requests pushed out of the running batch", lambda s: s.preemptions_total),
+    ("engine_steps", "Forward passes", lambda s: s.steps_total),
+    ("engine_step_seconds", "Time in forward passes", lambda s: s.step_s_total),
+)
+
+
+class RankCollector(Collector):
+    """The ranks' latest ``Stats`` as metric families, one sample a DP rank."""
+
+    def __init__(self, stats: Callable[[], Mapping[int, Stats]], num_open: Callable[[], int]) -> None:
+        self._stats, self._num_open = stats, num_open
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        stats = sorted(self._stats().items())
+        for name, help_text, value in _GAUGES:
+            gauge = GaugeMetricFamily(PREFIX + name, help_text, labels=["dp_rank"])
+            for dp_rank, s in stats:
+                gauge.add_metric([str(dp_rank)], value(s))
+            yield gauge
+        for name, help_text, value in _COUNTERS:
+            counter = CounterMetricFamily(PREFIX + name, help_text, labels=["dp_rank"])
+            for dp_rank, s in stats:
+                counter.add_metric([str(dp_rank)], value(s))
+            yield counter
+        balancedness = GaugeMetricFamily(
+            PREFIX + "expert_balancedness", "Mean over layers of mean / max GPU load, last recorder window"
+        )
+        for _, s in stats:
+            if not math.isnan(s.balancedness):
+                balancedness.add_metric([], s.balancedness)
+        yield balancedness
+        yield GaugeMetricFamily(PREFIX + "num_open_reqs", "Requests the server holds", value=self._num_open())
+
+
+class Metrics:
+    """All metrics of one server, in a registry of its own."""
+
+    def __init__(self, stats: Callable[[], Mapping[int, Stats]], num_open: Callable[[], int]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(RankCollector(stats, num_open))
+        self.ttft = self._histogram(
+            "time_to_first_token_seconds", "Request sent to its rank to first token", _TTFT_BUCKETS
+        )
+        self.itl = self._histogram("inter_token_latency_seconds", "Gaps between later tokens", _ITL_BUCKETS)
+        self.e2e = self._histogram(
+            "e2e_request_latency_seconds", "Request sent to its rank to last token", _E2E_BUCKETS
+        )
+        self.http = Counter(
+            PREFIX + "http_requests", "HTTP requests answered", ["route", "code"], registry=self._registry
+        )
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(PREFIX + name, help_text, buckets=buckets, registry=self._registry)

@@ -1,0 +1,146 @@
+"""The KV cache of one rank: the tensors, and the books on who uses which block.
+
+``KVCache`` owns the memory. ``BlockPool`` owns the books: reference counts, the prefix cache (blocks found again by
+the hash of everything up to their end), and which unused block is given away first. It knows neither requests nor
+tensors, every operation is O(1) a block, and ranks of one attention TP group keep equal books by doing the same.
+Read next: ``scheduler.py``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import xxhash
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """What one token leaves in the cache of one layer of one rank.
+
+    ``v_dim`` = 0 means that values are the leading part of the keys (MLA's latent).
+    """
+
+    layers: int
+    heads: int
+    k_dim: int
+    v_dim: int
+
+
+class KVCache:
+    """Paged keys and values: ``k[layer]`` is [blocks * page_size, heads, k_dim]; block b owns rows from b * page_size.
+
+    Raises:
+        MemoryError: the device cannot hold it.
+    """
+
+    def __init__(self, spec: KVSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: str) -> None:
+        rows = num_blocks * page_size
+        self.spec, self.page_size, self.num_blocks = spec, page_size, num_blocks
+        self.k = torch.zeros(spec.layers, rows, spec.heads, spec.k_dim, dtype=dtype, device=device)
+        self.v = torch.zeros(spec.layers, rows, spec.heads, spec.v_dim, dtype=dtype, device=device)
+
+    def write(self, layer: int, rows_T: Tensor, k: Tensor, v: Tensor | None) -> None:
+        """Stores k [T, heads, k_dim] (and v) at the cache rows ``rows_T``."""
+        self.k[layer].index_copy_(0, rows_T, k)
+        if v is not None:
+            self.v[layer].index_copy_(0, rows_T, v)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+class BlockPool:
+    """Reference-counted blocks with a prefix cache.
+
+    A block whose count falls to zero keeps its content and stays findable until it is given away; the one that was
+    released longest ago goes first.
+    """
+
+    def __init__(self, num_blocks: int, prefix_cache: bool = True) -> None:
+        self.num_blocks, self.prefix_cache = num_blocks, prefix_cache
+        self._refs = [0] * num_blocks
+        self._hash: list[int | None] = [None] * num_blocks
+        self._by_hash: dict[int, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks nobody uses, cached content or not."""
+        return len(self._free)
+
+    def match(self, hashes: Sequence[int]) -> list[int]:
+        """The longest run of cached blocks for ``hashes``, from the start. Takes no reference."""
+        blocks: list[int] = []
+        for block_hash in hashes:
+            block = self._by_hash.get(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def num_idle(self, blocks: Sequence[int]) -> int:
+        """How many of ``blocks`` would leave the free ones if they were acquired."""
+        return sum(self._refs[block] == 0 for block in blocks)
+
+    def acquire(self, blocks: Sequence[int]) -> None:
+        """Takes one more reference on each of ``blocks``."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                del self._free[block]
+            self._refs[block] += 1
+
+    def allocate(self) -> int:
+        """A block of unknown content with one reference. There must be a free one."""
+        block, _ = self._free.popitem(last=False)
+        assert self._refs[block] == 0, f"block {block} was free with {self._refs[block]} references"
+        self._forget(block)
+        self._refs[block] = 1
+        return block
+
+    def publish(self, block: int, block_hash: int) -> None:
+        """Makes a full block findable. If its content is cached already, the older block stays the one found."""
+        if self.prefix_cache and self._hash[block] is None and block_hash not in self._by_hash:
+            self._hash[block] = block_hash
+            self._by_hash[block_hash] = block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Gives one reference of each back; later blocks of a request are given away before earlier ones."""
+        for block in reversed(blocks):
+            self._refs[block] -= 1
+            assert self._refs[block] >= 0, f"block {block} was released once too often"
+            if self._refs[block] == 0:
+                self._free[block] = None
+
+    def clear_cache(self) -> None:
+        """Forgets all cached content; running requests keep their blocks."""
+        for block in list(self._by_hash.values()):
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        block_hash = self._hash[block]
+        if block_hash is not None:
+            del self._by_hash[block_hash]
+            self._hash[block] = None
+
+    def audit(self, holders: Sequence[Sequence[int]]) -> None:
+        """Asserts that the books are right, given the blocks of every request that holds some."""
+        refs = [0] * self.num_blocks
+        for blocks in holders:
+            for block in blocks:
+                refs[block] += 1
+        assert refs == self._refs, "reference counts differ from what requests hold"
+        assert set(self._free) == {b for b, n in enumerate(refs) if n == 0}, "free blocks are not the unreferenced ones"
+        assert all(self._hash[b] == h for h, b in self._by_hash.items()), "prefix cache points at a reused block"
+        assert len(self._by_hash) == sum(h is not None for h in self._hash), "a cached block cannot be found"
+
+
+def block_hash(parent: int, tokens: Sequence[int]) -> int:
+    """128-bit hash of a full block and all before it. ``parent``: the previous block's, 0 for the first."""
+    digest = xxhash.xxh3_128(parent.to_bytes(16, "little"))
+    digest.update(b"".join(token.to_bytes(4, "little") for token in tokens))
+    return digest.intdigest()

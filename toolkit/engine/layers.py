@@ -1,0 +1,162 @@
+"""Building blocks of every family: norm, rotary embedding, SwiGLU, embedding and LM head.
+
+T: tokens of the DP group, S: rows of this rank's slice (parallel.TokenLayout), D: hidden, V: vocabulary.
+Knows no family. Read next: ``models/mixtral.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolkit.engine.parallel import Comm, TokenLayout
+from toolkit.engine.weights import Shard, Weights
+
+
+class RMSNorm:
+    """x / rms(x) * weight, computed in float32."""
+
+    def __init__(self, weights: Weights, name: str, size: int, eps: float) -> None:
+        self.weight, self.eps = weights.get(f"{name}.weight", (size,)), eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+
+
+class Rotary:
+    """Rotary position embedding of ``dim`` values a head.
+
+    Args:
+        rope: Hugging Face's rope settings, old or new style (``rope_parameters``); types default, linear, yarn.
+        interleaved: pairs are (x0, x1), (x2, x3), ... as in DeepSeek; otherwise (x_i, x_{i + dim/2}).
+    """
+
+    def __init__(self, dim: int, rope: dict[str, Any], max_len: int, device: str, interleaved: bool = False) -> None:
+        inverse = _inverse_frequencies(dim, rope)
+        angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inverse)
+        factor = _attention_factor(rope)
+        self.cos = (angles.cos() * factor).to(device)
+        self.sin = (angles.sin() * factor).to(device)
+        self.interleaved = interleaved
+
+    def __call__(self, x: Tensor, positions_T: Tensor) -> Tensor:
+        """x [T, heads, dim] rotated by ``positions_T``."""
+        cos, sin = self.cos[positions_T][:, None, :], self.sin[positions_T][:, None, :]
+        pairs = x.float()
+        if self.interleaved:
+            a, b = pairs[..., 0::2], pairs[..., 1::2]
+            out = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        else:
+            a, b = pairs.chunk(2, dim=-1)
+            out = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        return out.to(x.dtype)
+
+
+def rope_settings(hf: dict[str, Any]) -> dict[str, Any]:
+    """One dict from either style of config.json: rope_theta + rope_scaling, or rope_parameters."""
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    if rope["rope_type"] not in ("default", "linear", "yarn"):
+        raise ValueError(f"rope_type={rope['rope_type']} is not supported: default, linear and yarn are")
+    return rope
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention scale: 0.1 * mscale * ln(factor) + 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _inverse_frequencies(dim: int, rope: dict[str, Any]) -> Tensor:
+    """[dim / 2] float32. YaRN: Peng et al. 2023 (arXiv 2309.00071), as DeepSeek-V3 applies it."""
+    theta: float = rope["rope_theta"]
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    inverse = 1.0 / theta**exponent
+    if rope["rope_type"] == "linear":
+        return inverse / float(rope["factor"])
+    if rope["rope_type"] == "default":
+        return inverse
+
+    def corr(rotations: float) -> float:
+        length = rope["original_max_position_embeddings"]
+        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(corr(rope.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(corr(rope.get("beta_slow") or 1)), dim - 1)
+    ramp = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return inverse / float(rope["factor"]) * ramp + inverse * (1 - ramp)
+
+
+def _attention_factor(rope: dict[str, Any]) -> float:
+    if rope["rope_type"] != "yarn":
+        return 1.0
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    factor = float(rope["factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return yarn_mscale(factor, rope["mscale"]) / yarn_mscale(factor, rope["mscale_all_dim"])
+    return yarn_mscale(factor, 1.0)
+
+
+class DenseFFN:
+    """SwiGLU: down(silu(gate x) * up x), its columns split over ``comm``. Takes and returns slices [S, D]."""
+
+    def __init__(self, weights: Weights, name: str, hidden: int, intermediate: int, comm: Comm) -> None:
+        self.comm = comm
+        part = Shard(0, comm.rank, comm.size)
+        gate = weights.get(f"{name}.gate_proj.weight", (intermediate, hidden), part)
+        up = weights.get(f"{name}.up_proj.weight", (intermediate, hidden), part)
+        self.gate_up = torch.cat([gate, up])
+        self.down = weights.get(f"{name}.down_proj.weight", (hidden, intermediate), Shard(1, comm.rank, comm.size))
+
+    def __call__(self, x_SD: Tensor, layout: TokenLayout) -> Tensor:
+        if self.comm.size == 1:
+            return self.local(x_SD)
+        x = self.comm.all_gather(layout.pad_to_max(x_SD))
+        return self.comm.reduce_scatter(self.local(x))[: layout.rows]
+
+    def local(self, x: Tensor) -> Tensor:
+        """This rank's columns over the given rows: partial sums when the FFN is split."""
+        return swiglu(x, self.gate_up, self.down)
+
+
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """[n, D] through one SwiGLU FFN: gate_up [2F, D], down [D, F]."""
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+class Embedding:
+    """Token embedding, replicated on every rank."""
+
+    def __init__(self, weights: Weights, name: str, vocab: int, hidden: int) -> None:
+        self.weight = weights.get(f"{name}.weight", (vocab, hidden))
+
+    def __call__(self, tokens_T: Tensor) -> Tensor:
+        return F.embedding(tokens_T, self.weight)
+
+
+class LMHead:
+    """Vocabulary projection, rows split over the attention TP group."""
+
+    def __init__(self, weight: Tensor, comm: Comm) -> None:
+        self.weight, self.comm = weight, comm
+
+    @classmethod
+    def load(cls, weights: Weights, name: str, vocab: int, hidden: int, comm: Comm, tied: Embedding | None) -> LMHead:
+        """``tied``: the embedding whose rows are used when the checkpoint has no head of its own."""
+        part = Shard(0, comm.rank, comm.size)
+        if tied is not None:
+            return cls(tied.weight[part.of(vocab)], comm)
+        return cls(weights.get(f"{name}.weight", (vocab, hidden), part), comm)
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        """[N, D], the same on every rank of the group -> logits [N, V] in float32."""
+        part = F.linear(x_ND, self.weight).float()
+        if self.comm.size == 1:
+            return part
+        return self.comm.all_gather(part.T.contiguous()).T

@@ -1,0 +1,94 @@
+"""Dispatch and combine by all-to-all: a token travels once to each rank that holds one of its experts.
+
+The reference of what DeepEP does, with its two ways. Steps with many rows exchange counts first, so that only real
+rows move (DeepEP's normal mode). Steps with few rows, as in decode, send every row to every rank: sizes are then known
+from what the ranks agreed on, which saves a collective (low latency mode). Each destination weights and sums the
+results of its own experts before they travel back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, StepRows, expert_major, pack_rows, unpack_rows
+from toolkit.engine.parallel import Comm
+
+FEW_ROWS = 16  # largest slice for which a collective costs more than the rows sent in vain
+
+
+@dataclass
+class _Handle:
+    num_rows: int  # S
+    sent: Tensor  # own row of each row sent, destination-major
+    send: list[int]  # rows to each rank
+    recv: list[int]  # rows from each rank
+    received: Tensor
+    work: dist.Work | None
+    dtype: torch.dtype
+    hidden: int
+    top_k: int
+    rows: Tensor | None = None  # of y, in pair order
+    tokens: Tensor | None = None  # received row of each pair
+    weights: Tensor | None = None
+
+
+@DISPATCHERS.register("all_to_all")
+class AllToAllDispatcher:
+    def __init__(self, comm: Comm, num_slots: int, alignment: int, ep_rank: int, ep_size: int) -> None:
+        assert comm.size == ep_size, f"all_to_all needs whole experts: {comm.size} ranks, ep_size {ep_size}"
+        self.comm, self.alignment = comm, alignment
+        self.num_local = num_slots // ep_size
+
+    def dispatch_start(self, x_SD: Tensor, slot_ids_SK: Tensor, weights_SK: Tensor, step: StepRows) -> _Handle:
+        ranks = torch.arange(self.comm.size, device=x_SD.device)
+        owner_SK = torch.where(slot_ids_SK >= 0, slot_ids_SK // self.num_local, -1)
+        few = max(step.rows) <= FEW_ROWS
+        wanted_RS = (owner_SK[None] == ranks[:, None, None]).any(-1) | few
+        dest, sent = torch.nonzero(wanted_RS, as_tuple=True)
+        send, recv = [len(x_SD)] * self.comm.size, list(step.rows)
+        if not few:
+            send, recv = self._exchange_counts(dest)
+        local = torch.where(owner_SK[sent] == dest[:, None], slot_ids_SK[sent] % self.num_local, -1)
+        packed = pack_rows(x_SD[sent], local, weights_SK[sent])
+        received, work = self.comm.all_to_all(packed, send, recv)
+        return _Handle(len(x_SD), sent, send, recv, received, work, x_SD.dtype, x_SD.shape[1], slot_ids_SK.shape[1])
+
+    def _exchange_counts(self, dest: Tensor) -> tuple[list[int], list[int]]:
+        """Rows this rank sends to and gets from each rank."""
+        counts = torch.bincount(dest, minlength=self.comm.size)
+        one_each = [1] * self.comm.size
+        received, work = self.comm.all_to_all(counts, one_each, one_each)
+        if work is not None:
+            work.wait()
+        return counts.tolist(), received.tolist()
+
+    def dispatch_finish(self, handle: _Handle) -> tuple[Dispatched, _Handle]:
+        h = handle
+        if h.work is not None:
+            h.work.wait()
+        x, local, weights = unpack_rows(h.received, h.dtype, h.hidden, h.top_k)
+        tokens, k = torch.nonzero(local >= 0, as_tuple=True)
+        order, h.rows, counts, starts, total = expert_major(local[tokens, k], self.num_local, self.alignment)
+        h.tokens, h.weights = tokens[order], weights[tokens, k][order]
+        out = x.new_zeros(total, h.hidden)
+        out[h.rows] = x[h.tokens]
+        return Dispatched("contiguous", out, None, counts.cpu(), starts.cpu()), h
+
+    def combine_start(self, y: Tensor, handle: _Handle) -> tuple[Tensor, _Handle]:
+        h = handle
+        assert h.rows is not None and h.tokens is not None and h.weights is not None, "combine before dispatch_finish"
+        partial = torch.zeros(len(h.received), h.hidden, device=y.device)
+        partial.index_add_(0, h.tokens, y[h.rows].float() * h.weights[:, None])
+        back, h.work = self.comm.all_to_all(partial.to(h.dtype), h.recv, h.send)
+        return back, h
+
+    def combine_finish(self, handle: tuple[Tensor, _Handle]) -> Tensor:
+        back, h = handle
+        if h.work is not None:
+            h.work.wait()
+        out = torch.zeros(h.num_rows, h.hidden, device=back.device)
+        return out.index_add_(0, h.sent, back.float()).to(h.dtype)

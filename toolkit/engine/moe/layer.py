@@ -1,0 +1,114 @@
+"""MoELayer: gate -> placement -> dispatch -> experts -> combine, the shared expert beside it.
+
+S: rows of this rank's slice, D: hidden, K: top-k. Every row is owned by one rank, so the layer needs no gather of
+its own; ranks without rows take part with none. Read next: ``dispatch.py``, ``all_to_all.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.config import EngineConfig
+from toolkit.engine.arch import Arch
+from toolkit.engine.eplb.placement import Placement
+from toolkit.engine.eplb.recorder import Recorder
+from toolkit.engine.moe.dispatch import StepRows, TokenDispatcher, make_dispatcher
+from toolkit.engine.moe.gate import Gate
+from toolkit.engine.moe.gemm import ExpertGemm, ExpertWeights, make_gemm
+from toolkit.engine.parallel import Groups, TokenLayout
+from toolkit.engine.weights import Shard, Weights
+
+
+@dataclass
+class MoEContext:
+    """What all MoE layers of a rank share: where experts are, how rows travel, who counts.
+
+    ``recorder`` is set by the worker when counting is on.
+    """
+
+    engine: EngineConfig
+    groups: Groups
+    placement: Placement
+    dispatcher: TokenDispatcher
+    recorder: Recorder | None = None
+
+    @classmethod
+    def create(cls, arch: Arch, engine: EngineConfig, groups: Groups, device: str) -> MoEContext:
+        """Trivial placement, and the dispatcher of ``engine.moe_a2a_backend`` over the rank's expert group."""
+        slots, dims = arch.slots(engine), groups.dims
+        layers, rank = len(arch.moe_layers), groups.ep_rank
+        placement = Placement.trivial(layers, arch.num_experts, slots, rank, dims.ep_size, device)
+        alignment = make_gemm(engine.moe_runner_backend).alignment
+        name = engine.moe_a2a_backend
+        dispatcher = make_dispatcher(name, groups.moe, slots, alignment, rank, dims.ep_size)
+        return cls(engine, groups, placement, dispatcher)
+
+    def step_rows(self, layout: TokenLayout) -> StepRows:
+        """Rows of each rank of the expert group in this step."""
+        dims = self.groups.dims
+        rows = tuple(layout.rows_by_dp[dims.dp_rank(rank)] for rank in self.groups.moe.ranks)
+        return StepRows(rows, layout.is_extend)
+
+
+class MoELayer:
+    """One mixture-of-experts FFN.
+
+    Args:
+        index: which of the model's MoE layers it is, from 0.
+        shared: the shared expert, called with the same rows, or None.
+    """
+
+    def __init__(
+        self,
+        context: MoEContext,
+        index: int,
+        gate: Gate,
+        experts: ExpertWeights,
+        shared: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.context, self.index, self.gate, self.shared = context, index, gate, shared
+        self.experts = experts
+        self.gemm: ExpertGemm = make_gemm(context.engine.moe_runner_backend)
+        self.gemm.pack(experts)
+
+    def __call__(self, x_SD: Tensor, layout: TokenLayout) -> Tensor:
+        context, dispatcher = self.context, self.context.dispatcher
+        ids_SK, weights_SK = self.gate(x_SD)
+        ids_SK[layout.valid :] = -1  # padding is neither sent nor counted
+        if context.recorder is not None:
+            context.recorder.record(self.index, ids_SK)
+        slots_SK = context.placement.to_slots(self.index, ids_SK)
+        sent = dispatcher.dispatch_start(x_SD, slots_SK, weights_SK, context.step_rows(layout))
+        shared = self.shared(x_SD) if self.shared is not None else None
+        rows, handle = dispatcher.dispatch_finish(sent)
+        out = dispatcher.combine_finish(dispatcher.combine_start(self.gemm(rows), handle))
+        return out if shared is None else out + shared
+
+
+def load_experts(
+    weights: Weights,
+    context: MoEContext,
+    index: int,
+    names: Callable[[int], tuple[str, str, str]],
+    hidden: int,
+    ffn: int,
+) -> ExpertWeights:
+    """The experts in this rank's slots of MoE layer ``index``, each split over moe_tp ranks by FFN columns.
+
+    Args:
+        names: expert -> checkpoint names of its gate, up and down projections.
+    """
+    dims = context.groups.dims
+    part = dims.moe_tp_rank(context.groups.rank), dims.moe_tp
+    gate_up, down = [], []
+    for expert in context.placement.local_experts(index):
+        gate_name, up_name, down_name = names(expert)
+        gate = weights.get(gate_name, (ffn, hidden), Shard(0, *part))
+        up = weights.get(up_name, (ffn, hidden), Shard(0, *part))
+        gate_up.append(torch.cat([gate, up]))
+        down.append(weights.get(down_name, (hidden, ffn), Shard(1, *part)))
+    return ExpertWeights(torch.stack(gate_up), torch.stack(down))

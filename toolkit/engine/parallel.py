@@ -1,0 +1,185 @@
+"""Groups: the process groups of one rank, and how a step's tokens lie over the ranks.
+
+The only module that makes process groups; ``dims.py`` has the degrees. The residual stream of a DP group is split
+over its attention TP ranks by tokens: each rank keeps the rows of its slice, attention gathers them and
+reduce-scatters its output. So every rank of the worker owns different tokens, and dispatchers see one case only.
+Read next: ``models/mixtral.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from toolkit.engine.core import StepContext
+from toolkit.engine.dims import ParallelDims
+
+
+class Comm:
+    """Collectives over one set of ranks. With one rank they return their input."""
+
+    def __init__(self, ranks: list[int], rank: int, group: dist.ProcessGroup | None) -> None:
+        assert group is not None or len(ranks) == 1, f"no process group for {ranks}"
+        self.ranks, self.size, self.rank, self.group = ranks, len(ranks), ranks.index(rank), group
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[n, ...] on every rank -> [size * n, ...], in rank order."""
+        if self.size == 1:
+            return x
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        dist.all_gather_single(out, x.contiguous(), group=self.group)
+        return out
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """[size * n, ...] -> the sum over ranks of this rank's [n, ...]."""
+        if self.size == 1:
+            return x
+        out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
+        dist.reduce_scatter_single(out, x.contiguous(), group=self.group)
+        return out
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sums ``x`` over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_to_all(self, x: Tensor, send: list[int], recv: list[int]) -> tuple[Tensor, dist.Work | None]:
+        """Rows to every rank: ``send[r]`` rows go to rank r, ``recv[r]`` come from it. Wait on the work before use."""
+        if self.size == 1:
+            return x, None
+        out = x.new_empty(sum(recv), *x.shape[1:])
+        return out, dist.all_to_all_single(out, x.contiguous(), recv, send, group=self.group, async_op=True)
+
+    def broadcast_bytes(self, data: bytes) -> bytes:
+        """What the first rank passes, on every rank."""
+        if self.size == 1:
+            return data
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, self.ranks[0], group=self.group)
+        if not length.item():
+            return b""
+        buffer = torch.empty(int(length), dtype=torch.uint8)
+        if self.rank == 0:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(buffer, self.ranks[0], group=self.group)
+        return buffer.numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The communicators of one rank.
+
+    Attributes:
+        attn_tp: ranks that share this rank's DP group.
+        attn_tp_cpu: the same for host data.
+        moe: ranks that hold one whole set of experts.
+        dense: ranks that split a dense FFN.
+        world_cpu: all ranks, for host data (``agree``).
+    """
+
+    dims: ParallelDims
+    rank: int
+    attn_tp: Comm
+    attn_tp_cpu: Comm
+    moe: Comm
+    dense: Comm
+    world_cpu: Comm
+
+    @classmethod
+    def single(cls) -> Groups:
+        """One rank, no process group."""
+        one = Comm([0], 0, None)
+        return cls(ParallelDims(1, 1, 1, 1, None), 0, one, one, one, one, one)
+
+    @classmethod
+    def connect(cls, dims: ParallelDims, rank: int, host: str, port: int, device: str) -> Groups:
+        """Joins the worker's ranks at ``host:port`` (rank 0 listens). Blocks until all are there, 10 minutes at most.
+
+        A later collective has no deadline of its own: a peer's death breaks the connection, and a stall is the
+        watchdog's to find, since an idle rank may rightly wait for hours.
+        """
+        world = dims.tp_size
+        if world == 1 and device == "cpu":
+            return cls.single()
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, world, is_master=rank == 0, timeout=timedelta(minutes=10)
+        )
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        long = timedelta(days=30)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=long)
+
+        def split(size: int, backend: str | None = None) -> Comm:
+            mine = [rank]
+            group = None
+            for first in range(0, world, size):
+                ranks = list(range(first, first + size))
+                made = dist.new_group(ranks, backend=backend, timeout=long) if size > 1 else None
+                if rank in ranks:
+                    mine, group = ranks, made
+            return Comm(mine, rank, group)
+
+        return cls(
+            dims, rank, attn_tp=split(dims.attn_tp), attn_tp_cpu=split(dims.attn_tp, "gloo"),
+            moe=split(dims.moe_group), dense=split(dims.dense_tp), world_cpu=split(world, "gloo"),
+        )  # fmt: skip
+
+    @property
+    def ep_size(self) -> int:
+        return self.dims.ep_size
+
+    @property
+    def ep_rank(self) -> int:
+        return self.dims.ep_rank(self.rank)
+
+
+class TokenLayout:
+    """How the tokens of one step lie over the ranks.
+
+    T: tokens of this DP group, replicated on its attention TP ranks. S: rows of this rank's slice, ceil(T / attn_tp).
+
+    Attributes:
+        num_tokens: T.
+        rows: S.
+        valid: leading rows of the slice that are tokens; the rest is padding.
+        max_rows: the largest S of any rank.
+    """
+
+    def __init__(self, ctx: StepContext, groups: Groups) -> None:
+        tp = groups.dims.attn_tp
+        self.comm = groups.attn_tp
+        self.num_tokens = ctx.dp_tokens[groups.dims.dp_rank(groups.rank)]
+        self.rows_by_dp = tuple(-(-tokens // tp) for tokens in ctx.dp_tokens)
+        self.rows = -(-self.num_tokens // tp)
+        self.first = self.rows * self.comm.rank
+        self.valid = max(0, min(self.rows, self.num_tokens - self.first))
+        self.max_rows = max(self.rows_by_dp)
+        self.is_extend = ctx.is_extend
+
+    def scatter(self, x_T: Tensor) -> Tensor:
+        """[T, ...] known to every rank of the group -> this rank's [S, ...], padded with zeros."""
+        if self.comm.size == 1:
+            return x_T
+        mine = x_T[self.first : self.first + self.valid]
+        return torch.cat([mine, x_T.new_zeros(self.rows - self.valid, *x_T.shape[1:])])
+
+    def gather(self, x_S: Tensor) -> Tensor:
+        """This rank's [S, ...] -> the group's [T, ...]."""
+        return self.comm.all_gather(x_S)[: self.num_tokens]
+
+    def reduce_scatter(self, x_T: Tensor) -> Tensor:
+        """Partial sums [T, ...] -> this rank's [S, ...] of their sum over the group."""
+        if self.comm.size == 1:
+            return x_T
+        pad = self.rows * self.comm.size - self.num_tokens
+        return self.comm.reduce_scatter(torch.cat([x_T, x_T.new_zeros(pad, *x_T.shape[1:])]))
+
+    def pad_to_max(self, x_S: Tensor) -> Tensor:
+        """[S, ...] -> [max_rows, ...] for collectives that need equal shares."""
+        if self.rows == self.max_rows:
+            return x_S
+        return torch.cat([x_S, x_S.new_zeros(self.max_rows - self.rows, *x_S.shape[1:])])

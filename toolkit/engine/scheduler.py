@@ -1,0 +1,231 @@
+"""Scheduler: which tokens of which requests run in the next step, and what becomes of them after it.
+
+Continuous batching under a token budget: every decoding request gets its token, then prefill is cut into chunks.
+First come, first served; when KV blocks run out, the request that arrived last gives its blocks back and is computed
+again later. Work in a step does not grow with the number of waiting requests. Ranks of one attention TP group run the
+same scheduler on the same messages and so stay equal without talking. Knows no tensors. Read next: ``runner.py``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from toolkit.engine.core import Batch, FinishReason, Request, SamplingParams, ScheduledRequest
+from toolkit.engine.kv.pool import BlockPool, block_hash
+from toolkit.engine.messages import Output
+
+
+@dataclass
+class SchedulerStats:
+    """Counters since start; none of them falls."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass
+class Scheduler:
+    """Requests of one DP rank.
+
+    Args:
+        page_size: tokens a block.
+        token_budget: tokens a step (chunked_prefill_size).
+        max_running: requests in the running batch.
+        max_len: prompt + output of one request; the pool must hold at least one such request.
+    """
+
+    pool: BlockPool
+    page_size: int
+    token_budget: int
+    max_running: int
+    max_len: int
+    stats: SchedulerStats = field(default_factory=SchedulerStats)
+
+    def __post_init__(self) -> None:
+        assert self.pool.num_blocks * self.page_size >= self.max_len, "the pool cannot hold one longest request"
+        self._waiting: OrderedDict[str, Request] = OrderedDict()
+        self._running: dict[str, Request] = {}  # in order of admission
+        self._arrivals = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    def add(self, rid: str, prompt: Sequence[int], sampling: SamplingParams) -> Output | None:
+        """Queues a request. Returns its final output when it cannot be served."""
+        if not prompt or len(prompt) >= self.max_len:
+            error = f"prompt has {len(prompt)} tokens, which must be between 1 and {self.max_len - 1}"
+            return Output(rid, [], "error", error=error)
+        if rid in self._waiting or rid in self._running:
+            return Output(rid, [], "error", error=f"request id {rid} is in use")
+        self._waiting[rid] = Request(rid, list(prompt), len(prompt), sampling, self._arrivals)
+        self._arrivals += 1
+        return None
+
+    def abort(self, rid: str) -> None:
+        """Drops a request wherever it is; an unknown id is ignored. Not to be called between schedule and finish."""
+        if rid in self._running:
+            self._release(self._running.pop(rid))
+        self._waiting.pop(rid, None)
+
+    def flush_cache(self) -> None:
+        """Forgets all cached prefixes."""
+        self.pool.clear_cache()
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch:
+        """The next step's batch; empty when there is nothing to do. Every batch must be given to ``finish``."""
+        decode = self._schedule_decode()
+        budget = self.token_budget - len(decode)
+        prefill: list[ScheduledRequest] = []
+        complete = True  # nobody is admitted while a running prompt waits for budget or blocks
+        for request in self._running.values():
+            if _is_prefilling(request):
+                budget -= self._schedule_chunk(request, budget, prefill)
+                complete &= bool(prefill) and prefill[-1].request is request and prefill[-1].samples
+        while complete and budget and self._waiting and len(self._running) < self.max_running:
+            request = next(iter(self._waiting.values()))
+            if not self._admit(request):
+                break
+            budget -= self._schedule_chunk(request, budget, prefill)
+        return Batch(tuple(decode), tuple(prefill))
+
+    def finish(self, batch: Batch, sampled: Sequence[int]) -> list[Output]:
+        """Takes the step's result: one token for each request of the batch that ``samples``, in batch order."""
+        outputs: list[Output] = []
+        tokens = iter(sampled)
+        for scheduled in batch.scheduled:
+            request, samples = scheduled.request, scheduled.samples
+            request.num_computed += scheduled.num_tokens
+            self._publish(request)
+            if not samples:
+                continue
+            token = next(tokens)
+            request.tokens.append(token)
+            self.stats.generated_tokens += 1
+            reason = self._finish_reason(request, token)
+            if reason is not None:
+                self._release(self._running.pop(request.rid))
+            outputs.append(Output(request.rid, [token], reason, request.num_cached))
+        return outputs
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _schedule_decode(self) -> list[ScheduledRequest]:
+        decode: dict[str, ScheduledRequest] = {}
+        for request in sorted((r for r in self._running.values() if not _is_prefilling(r)), key=lambda r: r.arrival):
+            if request.rid not in self._running:
+                continue  # was preempted for an earlier one
+            while not self._grow(request, request.num_computed + 1):
+                victim = max(self._running.values(), key=lambda r: r.arrival)
+                self._preempt(victim)
+                decode.pop(victim.rid, None)
+                if victim is request:
+                    break
+            else:
+                decode[request.rid] = ScheduledRequest(request, 1)
+        return list(decode.values())
+
+    def _schedule_chunk(self, request: Request, budget: int, prefill: list[ScheduledRequest]) -> int:
+        """Schedules as many of the request's missing tokens as budget and blocks allow; returns how many."""
+        wanted = min(budget, len(request.tokens) - request.num_computed)
+        room = (len(request.blocks) + self.pool.num_free) * self.page_size - request.num_computed
+        count = min(wanted, room)
+        if count > 0:
+            grown = self._grow(request, request.num_computed + count)
+            assert grown, f"{request.rid}: {count} tokens did not fit into the room of {room}"
+            prefill.append(ScheduledRequest(request, count))
+        return max(count, 0)
+
+    def _admit(self, request: Request) -> bool:
+        """Moves the first waiting request to the running ones, if its whole prompt fits beside them.
+
+        A block for each running request stays free, so that it is not preempted in the very next steps.
+        """
+        self._hash_blocks(request)
+        # at least one token must be computed for logits
+        reusable = (len(request.tokens) - 1) // self.page_size
+        cached = self.pool.match(request.block_hashes[:reusable])
+        needed = -(-len(request.tokens) // self.page_size) - len(cached) + self.pool.num_idle(cached)
+        if self._running and needed + len(self._running) > self.pool.num_free:
+            return False
+        self.pool.acquire(cached)
+        request.blocks = list(cached)
+        request.num_computed = request.num_published = len(cached)
+        request.num_computed *= self.page_size
+        if request.preemptions == 0:
+            request.num_cached = request.num_computed
+            self.stats.prompt_tokens += request.prompt_len
+            self.stats.cached_tokens += request.num_cached
+        del self._waiting[request.rid]
+        self._running[request.rid] = request
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the front of the queue; its tokens, output included, are computed again later."""
+        del self._running[request.rid]
+        self._release(request)
+        request.num_computed = request.num_published = 0
+        request.preemptions += 1
+        self.stats.preemptions += 1
+        self._waiting[request.rid] = request
+        self._waiting.move_to_end(request.rid, last=False)
+
+    def _grow(self, request: Request, num_tokens: int) -> bool:
+        """Allocates blocks until ``num_tokens`` tokens fit; False, with nothing taken, when they run out."""
+        missing = -(-num_tokens // self.page_size) - len(request.blocks)
+        if missing > self.pool.num_free:
+            return False
+        request.blocks.extend(self.pool.allocate() for _ in range(missing))
+        return True
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.blocks)
+        request.blocks = []
+
+    def _hash_blocks(self, request: Request) -> None:
+        """Hashes the full blocks of the request's tokens that are not hashed yet."""
+        if not self.pool.prefix_cache:
+            return
+        hashes, size = request.block_hashes, self.page_size
+        for i in range(len(hashes), len(request.tokens) // size):
+            hashes.append(block_hash(hashes[-1] if hashes else 0, request.tokens[i * size : (i + 1) * size]))
+
+    def _publish(self, request: Request) -> None:
+        """Offers the blocks that this step filled to the prefix cache."""
+        full = request.num_computed // self.page_size
+        if full > request.num_published and self.pool.prefix_cache:
+            self._hash_blocks(request)
+            for i in range(request.num_published, full):
+                self.pool.publish(request.blocks[i], request.block_hashes[i])
+            request.num_published = full
+
+    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
+        sampling = request.sampling
+        if token in sampling.stop_token_ids and not sampling.ignore_eos:
+            return "stop"
+        if request.num_output >= sampling.max_tokens or len(request.tokens) >= self.max_len:
+            return "length"
+        return None
+
+    def audit(self) -> None:
+        """Asserts that no block is leaked or shared wrongly. For tests."""
+        self.pool.audit([r.blocks for r in self._running.values()])
+        assert not any(r.blocks for r in self._waiting.values()), "a waiting request holds blocks"
+
+
+def _is_prefilling(request: Request) -> bool:
+    return len(request.tokens) - request.num_computed > 1

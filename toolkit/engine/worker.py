@@ -1,0 +1,313 @@
+"""Worker: one process, one rank. Receive, agree on the step, schedule, run, reply.
+
+    python -m toolkit.engine.worker --args FILE --rank R
+
+The loop, on every rank alike: take messages; the scheduler proposes a batch; all ranks ``agree``; if anybody has
+tokens, everybody runs a forward (possibly with none of its own), because every rank joins every collective.
+Ranks sleep only when all agree that there is nothing to do and that all have seen the same number of messages:
+each message of the frontend reaches every rank (as itself or as ``Wake``), so whoever still lacks one will be woken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+import zmq
+
+from toolkit.engine.arch import check, context_length, memory_by_kind, read_arch
+from toolkit.engine.args import WorkerArgs, read_worker_args, run_token
+from toolkit.engine.core import Batch, SamplingParams, StepContext
+from toolkit.engine.dims import ParallelDims
+from toolkit.engine.eplb.recorder import Recorder
+from toolkit.engine.kv.pool import BlockPool
+from toolkit.engine.messages import (
+    Abort,
+    Control,
+    ControlReply,
+    Failed,
+    Generate,
+    Outputs,
+    Progress,
+    Ready,
+    Stats,
+    ToFrontend,
+    ToRank,
+    Wake,
+    decode_to_rank,
+    encode,
+)
+from toolkit.engine.parallel import Groups
+from toolkit.engine.runner import ModelRunner
+from toolkit.engine.scheduler import Scheduler
+
+log = logging.getLogger("toolkit.engine.worker")
+
+STATS_S = 0.25
+PROGRESS_S = 0.2
+
+
+class Link:
+    """This rank's two sockets: its inbox, and the way to the frontend."""
+
+    def __init__(self, args: WorkerArgs, rank: int, token: str) -> None:
+        self._context = zmq.Context()
+        self._token = token
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.set_hwm(0)
+        self._inbox.bind(f"tcp://{args.rank_hosts[rank]}:{args.inbox_ports[rank]}")
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._outbox.set_hwm(0)
+        self._outbox.connect("tcp://{}:{}".format(*args.frontend))
+        self.messages_seen = 0
+
+    def receive(self, wait: bool) -> list[ToRank]:
+        """All messages that have arrived; with ``wait``, sleeps until there is one."""
+        messages: list[ToRank] = []
+        if wait:
+            self._inbox.poll()
+        while self._inbox.poll(0):
+            try:
+                messages.append(decode_to_rank(self._inbox.recv_multipart(), self._token))
+            except ValueError as error:
+                log.warning("dropped a message: %s", error)
+        self.messages_seen += len(messages)
+        return messages
+
+    def send(self, message: ToFrontend) -> None:
+        self._outbox.send_multipart(encode(message, self._token))
+
+    def close(self) -> None:
+        self._context.destroy(linger=2000)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What one round of ``agree`` gave: the step's context, or what else all ranks must do alike."""
+
+    ctx: StepContext
+    asleep: bool  # nothing to do anywhere
+    flush_experts: bool
+    shutdown: bool
+
+
+class Worker:
+    """One rank, from its arguments to its end."""
+
+    def __init__(self, args: WorkerArgs, rank: int, link: Link) -> None:
+        self.args, self.rank, self.link = args, rank, link
+        self.dims = ParallelDims.of(args.parallel)
+        self.dp_rank = self.dims.dp_rank(rank)
+        self.leads = self.dims.leader(self.dp_rank) == rank
+        self._progress_sent = 0.0
+        self._steps, self._step_s, self._stats_sent = 0, 0.0, 0.0
+        self._flushes: list[Control] = []
+        self._shutdown: Control | None = None
+        self._load()
+
+    # --- start ------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        args, engine = self.args, self.args.engine
+        arch = read_arch(args.model)
+        errors = check(arch, self.dims, engine)
+        if errors:
+            raise ValueError("; ".join(errors))
+        self._progress("connect", 0, self.dims.tp_size)
+        self.groups = Groups.connect(self.dims, self.rank, args.rank_hosts[0], args.dist_port, args.device)
+        memory = memory_by_kind(arch, self.dims, engine, args.model.dtype)
+        total = sum(memory.values()) - memory["kv_cache"]
+        self.runner = ModelRunner(
+            args.model, arch, engine, self.groups, args.device, lambda done: self._progress("load", done, total)
+        )
+        self.max_len = context_length(arch, engine)
+        self._progress("warm-up", 0, 1)
+        self._warm_up()
+        self.scheduler = self._new_scheduler()
+        self.recorder: Recorder | None = None
+        if engine.expert_distribution_recorder_mode and arch.moe_layers:
+            path = Path(args.experts_path) if self.rank == 0 and args.experts_path else None
+            self.recorder = Recorder(
+                arch.moe_layers, self.runner.moe.placement, engine.expert_distribution_recorder_window,
+                self.groups.world_cpu.all_reduce, path, args.device,
+            )  # fmt: skip
+            self.runner.moe.recorder = self.recorder
+        info = {
+            "max_model_len": self.max_len,
+            "max_total_tokens": self.runner.cache.num_blocks * engine.page_size,
+            "mapping": self.dims.mapping,
+            "memory_bytes": memory | {"kv_cache": self.runner.cache.num_bytes},
+        }
+        self.link.send(Ready(self.rank, info))
+        log.info("rank %d ready: %s", self.rank, info)
+
+    def _new_scheduler(self) -> Scheduler:
+        engine = self.args.engine
+        pool = BlockPool(self.runner.cache.num_blocks, not engine.disable_radix_cache)
+        budget, running = engine.chunked_prefill_size, engine.max_running_requests
+        return Scheduler(pool, engine.page_size, budget, running, self.max_len)
+
+    def _warm_up(self) -> None:
+        """One token on every rank, through every layer and collective, before the first request."""
+        scheduler = self._new_scheduler()
+        scheduler.add("warm-up", [0], SamplingParams(max_tokens=1))
+        self.runner.step(scheduler.schedule(), StepContext(0, (1,) * self.dims.dp_size, is_extend=True))
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == 0 or done >= total or now - self._progress_sent > PROGRESS_S:
+            self.link.send(Progress(self.rank, stage, min(done, total), total))
+            self._progress_sent = now
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serves until every rank has been told to shut down."""
+        asleep = True
+        while True:
+            self._take(self.link.receive(wait=asleep))
+            batch = self.scheduler.schedule()
+            agreed = self.agree(batch)
+            asleep = agreed.asleep
+            if any(agreed.ctx.dp_tokens):
+                self._step(batch, agreed.ctx)
+            if agreed.flush_experts:
+                self._flush_experts()
+            if asleep or time.monotonic() - self._stats_sent > STATS_S:
+                self._send_stats()
+            if agreed.shutdown:
+                self._reply(self._shutdown)
+                return
+
+    def agree(self, batch: Batch) -> Agreement:
+        """All ranks learn each DP rank's tokens, whether anybody prefills, sleeps, or must be told something.
+
+        The design is SGLang's: one small all-gather on the host before every step; a rank without work runs an
+        empty batch when any other has some.
+        """
+        mine = torch.tensor(
+            [
+                batch.num_tokens,
+                bool(batch.prefill),
+                not self.scheduler.idle,
+                self.link.messages_seen,
+                len(self._flushes),
+                self._shutdown is not None,
+            ]
+        )
+        rows = self.groups.world_cpu.all_gather(mine[None])
+        tokens, prefill, busy, seen, flushes, shutdown = rows.T.tolist()
+        dp_tokens = tuple(tokens[self.dims.leader(dp)] for dp in range(self.dims.dp_size))
+        ctx = StepContext(self._steps, dp_tokens, any(prefill))
+        quiet = not any(busy) and not any(flushes) and not any(shutdown)
+        return Agreement(ctx, quiet and min(seen) == max(seen), any(flushes), all(shutdown) and not any(busy))
+
+    def _step(self, batch: Batch, ctx: StepContext) -> None:
+        begin = time.perf_counter()
+        sampled = self.runner.step(batch, ctx)
+        outputs = self.scheduler.finish(batch, sampled)
+        if outputs and self.leads:
+            self.link.send(Outputs(self.dp_rank, outputs))
+        if self.recorder is not None:
+            self.recorder.end_of_pass()
+        self._steps += 1
+        self._step_s += time.perf_counter() - begin
+
+    # --- messages ---------------------------------------------------------------------------------
+
+    def _take(self, received: list[ToRank]) -> None:
+        """Acts on messages. What the scheduler sees comes from the DP group's leader, so that all of it stay equal."""
+        for message in received:
+            if isinstance(message, Control) and message.op == "dump_experts":
+                self._flushes.append(message)
+            elif isinstance(message, Control) and message.op == "shutdown":
+                self._shutdown = message
+        for message in self._share([m for m in received if not isinstance(m, Wake)]):
+            if isinstance(message, Generate):
+                refused = self.scheduler.add(message.rid, message.prompt, message.sampling)
+                if refused is not None and self.leads:
+                    self.link.send(Outputs(self.dp_rank, [refused]))
+            elif isinstance(message, Abort):
+                self.scheduler.abort(message.rid)
+            elif isinstance(message, Control) and message.op == "flush_cache":
+                self.scheduler.flush_cache()
+                self._reply(message)
+
+    def _share(self, messages: list[ToRank]) -> list[ToRank]:
+        comm = self.groups.attn_tp_cpu
+        if comm.size == 1:
+            return messages
+        data = comm.broadcast_bytes(msgspec.msgpack.encode(messages) if self.leads else b"")
+        return msgspec.msgpack.decode(data, type=list[ToRank])
+
+    def _flush_experts(self) -> None:
+        if self.recorder is not None:
+            self.recorder.end_of_pass(flush=True)
+        for message in self._flushes:
+            self._reply(message)
+        self._flushes.clear()
+
+    def _reply(self, message: Control | None) -> None:
+        assert message is not None, "a reply without a question"
+        self.link.send(ControlReply(message.cid, self.rank, ok=True))
+
+    def _send_stats(self) -> None:
+        self._stats_sent = time.monotonic()
+        if not self.leads:
+            return
+        scheduler, page = self.scheduler, self.args.engine.page_size
+        pool, stats = scheduler.pool, scheduler.stats
+        self.link.send(
+            Stats(
+                dp_rank=self.dp_rank,
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                kv_used_tokens=(pool.num_blocks - pool.num_free) * page,
+                kv_total_tokens=pool.num_blocks * page,
+                steps_total=self._steps,
+                step_s_total=self._step_s,
+                prompt_tokens_total=stats.prompt_tokens,
+                cached_tokens_total=stats.cached_tokens,
+                generated_tokens_total=stats.generated_tokens,
+                preemptions_total=stats.preemptions,
+                balancedness=self.recorder.last_balancedness if self.recorder is not None else math.nan,
+            )
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One engine rank. Started by the launcher.")
+    parser.add_argument("--args", required=True, help="JSON file with WorkerArgs (toolkit/engine/args.py)")
+    parser.add_argument("--rank", required=True, type=int)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
+    args = read_worker_args(options.args)
+    torch.set_num_threads(args.cpu_threads)
+    link = Link(args, options.rank, run_token())
+    try:
+        worker = Worker(args, options.rank, link)
+        worker.run()
+    except Exception as error:
+        log.exception("rank %d failed", options.rank)
+        link.send(Failed(options.rank, f"{type(error).__name__}: {error}"))
+        link.close()
+        sys.stdout.flush()
+        os._exit(1)  # not through destroy_process_group: peers may never answer
+    link.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""``python -m toolkit.launch +exp=smoke``: compose -> resolve -> check -> run, or print with dry_run=true.
+
+Hydra composes the config and nothing more: the run happens after it has returned, so that errors are told in our
+words. Whatever is slow to import is imported after the config is known to be sound. Read next: ``run.py``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from toolkit import config
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+USER_ERROR = 2
+
+
+def main() -> int:
+    """Returns the exit code: 0 done, 1 the run failed, 2 a user's mistake, 130 cancelled."""
+    words = sys.argv[1:]
+    if "--help" in words or "-h" in words:
+        from toolkit.launch import help
+
+        print(help.text(CONF))  # noqa: T201
+        return 0
+    _set_up_logging()
+    mistakes = [mistake for word in words if (mistake := explain(word))]
+    if mistakes:
+        return _refuse(mistakes)
+    try:
+        composed = compose()
+    except SystemExit as error:  # Hydra has printed why
+        return USER_ERROR if error.code == 1 else int(error.code or 0)
+    for node, overrides in composed:
+        code = launch(node, overrides)
+        if code != 0:
+            return code
+    return 0
+
+
+def explain(word: str) -> str | None:
+    """Why a word of the command line cannot be right, or None."""
+    top = re.match(r"^\+{0,2}(\w+)=", word)
+    known = list(config.ExpConfig.__dataclass_fields__)
+    if top and top[1] not in known:
+        close = difflib.get_close_matches(top[1], known, n=1)
+        return f"{top[1]} is not a config key; " + (
+            f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        )
+    return config.explain_override(word)
+
+
+def compose() -> list[tuple[Any, list[str]]]:
+    """(config, overrides) of each job of the command line; none for ``--cfg job`` and the like, which only print."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    config.register_hydra_defaults()
+    composed: list[tuple[Any, list[str]]] = []
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def keep(node: Any) -> None:
+        composed.append((node, list(HydraConfig.get().overrides.task)))
+
+    keep()
+    return composed
+
+
+def launch(node: Any, overrides: list[str]) -> int:
+    """One experiment, from what Hydra composed to the exit code."""
+    from rich.console import Console
+
+    from toolkit.launch import check
+
+    try:
+        cfg = config.resolve(config.from_omegaconf(node), explicit=override_names(overrides))
+        if errors := check.check(cfg):
+            return _refuse(errors)
+        if cfg.dry_run:
+            show_plan(cfg, Console())
+            return 0
+        from toolkit.launch.run import run
+
+        return run(cfg, overrides, Console(stderr=True))
+    except ValueError as error:
+        return _refuse(str(error).splitlines())
+
+
+def show_plan(cfg: config.ExpConfig, console: Any) -> None:
+    """What a run of ``cfg`` would start, with names in place of what only the run can know."""
+    from toolkit.launch import check, ports
+    from toolkit.launch.adapters import adapters
+    from toolkit.launch.plan import num_ports, plan
+    from toolkit.launch.show import show
+
+    local = cfg.cluster.launcher == "local"
+    base = cfg.cluster.port or (ports.free_range(num_ports(cfg)) if local else ports.SLURM_BASE)
+    deployment = plan(cfg, base)
+    hosts = ["127.0.0.1"] if local else [f"node{i}" for i in range(deployment.num_nodes)]
+    run_dir = Path(cfg.cluster.results_dir).absolute() / cfg.exp / "<time>"
+    specs = adapters()[cfg.engine.backend](deployment, cfg, hosts, run_dir).specs
+    show(console, cfg, deployment, specs, check.memory(cfg))
+
+
+def override_names(overrides: Collection[str]) -> set[str]:
+    """What the user named: ``+exp=dep16``, ``load.osl=8`` -> ``exp``, ``load.osl``."""
+    return {word.lstrip("+~").partition("=")[0] for word in overrides}
+
+
+def _refuse(errors: Iterable[str]) -> int:
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    return USER_ERROR
+
+
+def _set_up_logging() -> None:
+    """Messages as plain lines on stderr; long values (a whole hf_config) are cut."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line, newline, traceback = self.format(record).partition("\n")
+            short = line if len(line) <= 160 else f"{line[:157]}..."
+            sys.stderr.write(f"{short}{newline}{traceback}\n")  # looked up now: rich replaces it while bars are shown
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[Lines()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

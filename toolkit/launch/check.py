@@ -1,0 +1,208 @@
+"""Everything that can be known to be wrong before a process is started or a node is taken.
+
+Each function returns sentences (field, value, rule, way out); ``check`` returns all of them, so that a user
+corrects everything at once. No torch, and nothing is changed. Read next: ``run.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from toolkit.config import ClusterConfig, DeployConfig, ExpConfig, ModelConfig
+from toolkit.engine import arch as shapes
+from toolkit.engine.dims import ParallelDims
+from toolkit.engine.frontend.router import ROUTERS
+from toolkit.launch import ports, provenance
+from toolkit.launch.plan import num_ports
+from toolkit.loadgen.options import check_load
+from toolkit.registry import unknown
+
+BUILDS = ("smollm2_moe",)
+# Names that the engine's registries offer; those that need torch are not asked here (a test compares them).
+NAMES = {
+    "engine.backend": ("native",),
+    "engine.attention_backend": ("auto", "sdpa"),
+    "engine.moe_a2a_backend": ("allgather", "all_to_all"),
+    "engine.moe_runner_backend": ("auto", "torch"),
+    "deploy.router": tuple(ROUTERS),
+}
+GB = 10**9
+WORKSPACE = 0.9  # share of a GPU's memory for weights and KV cache; the rest is activations and buffers
+
+
+def will_build(model: ModelConfig) -> bool:
+    """True when the model's folder has yet to be built."""
+    return bool(model.build) and not (Path(model.path) / "config.json").is_file()
+
+
+def check(cfg: ExpConfig) -> list[str]:
+    """All errors of ``cfg``; empty when it can run. Rules about the model wait until its folder is built."""
+    errors = [
+        *_names(cfg),
+        *_cluster(cfg),
+        *_model(cfg.model),
+        *_deploy(cfg.deploy),
+        *(f"load.{error}" for error in check_load(cfg.load)),
+    ]
+    try:
+        dims = ParallelDims.of(cfg.parallel)
+    except ValueError as error:
+        return [*errors, str(error)]
+    errors += _nodes(cfg.cluster, dims)
+    if cfg.cluster.launcher == "local":
+        errors += _ports(cfg)
+    return errors if will_build(cfg.model) else [*errors, *check_model(cfg)]
+
+
+def check_model(cfg: ExpConfig) -> list[str]:
+    """What depends on the model's shape: degrees, memory, context length. Also run after a model was built."""
+    dims = ParallelDims.of(cfg.parallel)
+    try:
+        arch = shapes.read_arch(cfg.model)
+    except ValueError as error:
+        return [str(error)]
+    errors = shapes.check(arch, dims, cfg.engine)
+    return errors or [*_memory(cfg, arch, dims), *_context(cfg, arch)]
+
+
+def memory(cfg: ExpConfig) -> dict[str, int]:
+    """Bytes one rank needs, by kind; empty when the shape is not known (yet) or does not fit the degrees."""
+    if will_build(cfg.model):
+        return {}
+    try:
+        arch, dims = shapes.read_arch(cfg.model), ParallelDims.of(cfg.parallel)
+    except ValueError:
+        return {}
+    if shapes.check(arch, dims, cfg.engine):
+        return {}
+    return shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype)
+
+
+def _names(cfg: ExpConfig) -> Iterator[str]:
+    for field, known in NAMES.items():
+        group, _, key = field.partition(".")
+        value = getattr(getattr(cfg, group), key)
+        if value not in known:
+            yield unknown(field, value, list(known))
+
+
+def _cluster(cfg: ExpConfig) -> Iterator[str]:
+    c = cfg.cluster
+    if not cfg.exp or "/" in cfg.exp or cfg.exp.startswith("."):
+        yield f"exp={cfg.exp!r} must be a folder name without / and not start with a dot: it names results/<exp>/"
+    if c.launcher == "slurm" and not cfg.dry_run:
+        yield (
+            "cluster.launcher=slurm: this version plans Slurm jobs but cannot submit them yet: add dry_run=true to see "
+            "the plan, or cluster=local to run here"
+        )
+    if c.cpu_threads_per_rank < 1:
+        yield f"cluster.cpu_threads_per_rank={c.cpu_threads_per_rank} must be at least 1"
+    if c.device == "cuda" and c.launcher == "local" and not provenance.gpus():
+        yield "cluster.device=cuda, but nvidia-smi finds no GPU on this machine: use cluster.device=cpu"
+    folder = Path(c.results_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        yield f"cluster.results_dir={c.results_dir} cannot be made or written to ({folder}): name another folder"
+
+
+def _nodes(cluster: ClusterConfig, dims: ParallelDims) -> Iterator[str]:
+    per_node, ranks = cluster.gpus_per_node, dims.tp_size
+    if per_node < 1:
+        yield f"cluster.gpus_per_node={per_node} must be at least 1"
+    elif cluster.launcher == "local":
+        if cluster.device == "cuda" and ranks > per_node:
+            yield (
+                f"parallel.tp_size={ranks} needs {ranks} GPUs on this machine, cluster.gpus_per_node={per_node}: "
+                f"use tp_size <= {per_node} or cluster=slurm"
+            )
+    elif ranks > per_node and ranks % per_node:
+        yield (
+            f"parallel.tp_size={ranks} does not fill nodes of cluster.gpus_per_node={per_node} evenly: "
+            f"use a multiple of {per_node}"
+        )
+
+
+def _ports(cfg: ExpConfig) -> Iterator[str]:
+    base, count = cfg.cluster.port, num_ports(cfg)
+    if base == 0:
+        return
+    if not 1024 <= base <= 65536 - count:
+        yield f"cluster.port={base}: the run takes {count} ports from there: use 1024 to {65536 - count}, or 0"
+        return
+    for port in range(base, base + count):
+        if not ports.is_free(port):
+            yield (
+                f"cluster.port={base}: port {port} is in use{ports.owner(port)}: end that process, choose a base with "
+                f"{count} free ports, or use cluster.port=0"
+            )
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    folder = Path(model.path)
+    if model.build and model.build not in BUILDS:
+        yield unknown("model.build", model.build, list(BUILDS))
+    if model.build and not model.path:
+        yield f"model.build={model.build} needs model.path, the folder to build into"
+    if model.hf_config is not None and model.load_format != "dummy":
+        yield (
+            f"model.hf_config is given, but model.load_format={model.load_format} reads weights from a folder: use "
+            "load_format=dummy, or hf_config=null and model.path"
+        )
+    if will_build(model):
+        return
+    if model.load_format == "auto" and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        yield f"model.path={model.path} has no *.safetensors: give the folder with the weights, or load_format=dummy"
+    if model.tokenizer != "bytes" and not any(
+        (Path(model.tokenizer) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
+        yield (
+            f"model.tokenizer={model.tokenizer} has no tokenizer.json: give a folder with a tokenizer, or `bytes` "
+            "(one token a byte)"
+        )
+
+
+def _deploy(deploy: DeployConfig) -> Iterator[str]:
+    if deploy.api_key_env and not os.environ.get(deploy.api_key_env):
+        yield (
+            f"deploy.api_key_env={deploy.api_key_env}: that environment variable is not set: export it, "
+            "or leave api_key_env empty"
+        )
+    if deploy.ready_stall_s <= 0:
+        yield f"deploy.ready_stall_s={deploy.ready_stall_s} must be positive"
+
+
+def _memory(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:
+    by_kind = shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype)
+    rank = sum(by_kind.values())
+    largest = max(by_kind, key=lambda kind: by_kind[kind])
+    detail = f"{rank / GB:.1f} GB a rank ({largest} {by_kind[largest] / GB:.1f})"
+    way_out = "more ranks, a larger parallel.ep_size, or a smaller engine.max_total_tokens"
+    c = cfg.cluster
+    if c.device == "cuda" and c.gpu_memory_gb and rank > WORKSPACE * c.gpu_memory_gb * GB:
+        yield (
+            f"cluster.gpu_memory_gb={c.gpu_memory_gb:g}: weights and KV cache need {detail}, more than the "
+            f"{WORKSPACE:.0%} of a GPU that is theirs ({WORKSPACE * c.gpu_memory_gb:.0f} GB): use {way_out}"
+        )
+    total = psutil.virtual_memory().total
+    if c.device == "cpu" and c.launcher == "local" and rank * dims.tp_size > total:
+        yield (
+            f"{dims.tp_size} ranks on this machine need {rank * dims.tp_size / GB:.1f} GB, {detail}, and it has "
+            f"{total / GB:.1f} GB: use a smaller model (model=tiny) or a smaller engine.max_total_tokens"
+        )
+
+
+def _context(cfg: ExpConfig, arch: shapes.Arch) -> Iterator[str]:
+    prompt = cfg.load.isl if cfg.load.dataset == "random" else 1
+    limit = shapes.context_length(arch, cfg.engine)
+    if prompt + cfg.load.osl > limit:
+        isl = f"load.isl={prompt} + " if cfg.load.dataset == "random" else "a prompt + "
+        yield (
+            f"{isl}load.osl={cfg.load.osl} is longer than the {limit} tokens a request can have (the model's "
+            f"{arch.max_len}, engine.context_length={cfg.engine.context_length or 'the model’s'}, KV cache "
+            f"engine.max_total_tokens={cfg.engine.max_total_tokens}): use a shorter load or a larger limit"
+        )

@@ -1,0 +1,40 @@
+"""``--help``: how to use the launcher, the groups and their choices, every key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from toolkit.config import GROUPS, help_text
+
+USAGE = """\
+Takes an experiment to a running MoE deployment, loads it, and leaves a folder of charts.
+
+  python -m toolkit.launch +exp=smoke                         the demo: 4 CPU ranks on this machine
+  python -m toolkit.launch +exp=smoke parallel=dep2 load.osl=64
+  python -m toolkit.launch +exp=dep16 dry_run=true            print the plan, start nothing
+  python -m toolkit.launch +exp=dep16 cluster=local           rehearse 16 GPUs with 16 small CPU ranks
+  python -m toolkit.launch +exp=smoke --cfg job               the composed experiment, nothing more
+
+An experiment (+exp=NAME) chooses one file of each group; GROUP=CHOICE replaces a choice, GROUP.KEY=VALUE a key.
+Results: results/<exp>/<time>/, the newest as results/<exp>/latest; results/README.md says what each file is.
+Exit code: 0 done, 1 the run failed, 2 the config is wrong, 130 cancelled."""
+
+
+def text(conf: Path) -> str:
+    """The whole help. ``conf`` is the folder of the config groups."""
+    lines = [USAGE, "", "Choices"]
+    for group in ("exp", *GROUPS):
+        lines.append(f"  {group:<9} {', '.join(sorted(_choices(conf / group), key=_natural))}")
+    keys = ["", "Keys, with their defaults (a choice may set others)", "exp=adhoc  name of the experiment"]
+    keys += ["dry_run=false  print the plan and exit", help_text()]
+    return "\n".join([*lines, *keys])
+
+
+def _choices(folder: Path) -> list[str]:
+    return [file.stem for file in folder.glob("*.yaml")]
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """dep2 before dep16."""
+    word = name.rstrip("0123456789")
+    return word, int(name[len(word) :] or 0)

@@ -1,0 +1,119 @@
+"""The launcher seam: what is started (``ProcessSpec``), what came of it (``ProcessState``), and the protocols.
+
+A launcher starts all processes of a deployment, says on which hosts they are, reports each one's state, and ends
+them all. It does not know what the processes are: adapters write their commands. Implementations: ``local.py``.
+A Slurm launcher fits the same protocol: ``hosts`` are the allocation's nodes, ``start`` is one job step whose
+tasks run ``rank.py``, which leaves the same state files in the shared run folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import msgspec
+
+from toolkit import records
+from toolkit.config import ExpConfig
+from toolkit.registry import Registry
+
+STATE_DIR = "launch"  # inside the run folder: arguments and state of every process, the launcher's own files
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """One process to start. Holds no secrets: those travel in the launcher's environment.
+
+    Attributes:
+        role, index: name it: ``rank-3``, ``frontend-0``; its log and its state file carry the name.
+        env: added to the launcher's own environment.
+        node: index into the launcher's hosts.
+    """
+
+    role: str
+    index: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    node: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.index}"
+
+    @property
+    def log(self) -> str:
+        """Path of its log inside the run folder."""
+        return records.log_name(self.role, self.index)
+
+    def state_file(self, run_dir: Path) -> Path:
+        return run_dir / STATE_DIR / f"{self.name}.json"
+
+
+@dataclass(frozen=True)
+class ProcessState:
+    """What is known of one process; the content of its state file.
+
+    Attributes:
+        state: starting: not reported yet; running; exited; lost: its supervisor ended without a report.
+        returncode: of an exited process; negative: the signal that ended it.
+        pid, create_time: identify the process on its host; create_time in seconds since the epoch.
+    """
+
+    name: str
+    state: Literal["starting", "running", "exited", "lost"] = "starting"
+    returncode: int | None = None
+    host: str = ""
+    pid: int = 0
+    create_time: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def alive(self) -> bool:
+        return self.state in ("starting", "running")
+
+
+class Job(Protocol):
+    """Started processes."""
+
+    specs: tuple[ProcessSpec, ...]
+
+    def poll(self) -> list[ProcessState]:
+        """The state of every process, in the order of ``specs``. Cheap: called a few times a second."""
+        ...
+
+    def stop(self, grace_s: float) -> None:
+        """Ends every process, politely first; returns when all are gone. May be called again."""
+        ...
+
+
+class Launcher(Protocol):
+    def hosts(self, num_nodes: int) -> list[str]:
+        """Address of each node, known before ``start`` so that commands can name them."""
+        ...
+
+    def start(self, specs: Sequence[ProcessSpec], run_dir: Path, secrets: Mapping[str, str]) -> Job:
+        """Starts all ``specs``. ``secrets`` reach their environment without being written to disk."""
+        ...
+
+
+def read_state(spec: ProcessSpec, run_dir: Path) -> ProcessState:
+    """The state that ``rank.py`` reported; ``starting`` before its first report."""
+    try:
+        return msgspec.json.decode(spec.state_file(run_dir).read_bytes(), type=ProcessState)
+    except FileNotFoundError:
+        return ProcessState(spec.name)
+
+
+class LauncherFactory(Protocol):
+    def __call__(self, cfg: ExpConfig) -> Launcher: ...
+
+
+def launchers() -> Registry[LauncherFactory]:
+    """Launchers by ``cluster.launcher``."""
+    from toolkit.launch.local import LocalLauncher
+
+    table: Registry[LauncherFactory] = Registry("cluster.launcher")
+    table.register("local")(LocalLauncher.of)
+    return table

@@ -1,0 +1,197 @@
+"""One run: model -> run folder -> start -> healthy -> load -> collect -> stop -> report.
+
+Whatever happens on the way (a dead rank, Ctrl-C, SIGTERM, a bug), every process is ended, ``status.json`` says how
+the run ended and why, and what was measured stays. Knows the order of things and nothing of how each is done.
+Read next: ``launcher.py``, ``health.py``, ``load.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import yaml
+from rich.console import Console
+
+from toolkit import records
+from toolkit.config import ExpConfig, to_mapping
+from toolkit.engine.args import TOKEN_ENV
+from toolkit.launch import child, ports, provenance
+from toolkit.launch.adapters import adapters
+from toolkit.launch.check import check_model, will_build
+from toolkit.launch.health import LoadingBars, http, wait_ready
+from toolkit.launch.interrupts import Cancelled, Interrupts
+from toolkit.launch.launcher import STATE_DIR, launchers
+from toolkit.launch.load import run_load
+from toolkit.launch.plan import DeploymentPlan, num_ports, plan
+from toolkit.launch.watch import RunFailed, Watch, exit_text
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 10.0
+EXIT_CODES: dict[records.RunState, int] = {"done": 0, "failed": 1, "cancelled": 130}
+
+
+def run(cfg: ExpConfig, overrides: Sequence[str], console: Console) -> int:
+    """Runs ``cfg``, which ``check`` has found sound, and returns the exit code.
+
+    Raises:
+        ValueError: a user's mistake that only shows now; nothing has been started.
+    """
+    with Interrupts() as interrupts:
+        try:
+            build_model(cfg, console)
+        except (RunFailed, Cancelled) as error:
+            tell(console, error)
+            return EXIT_CODES[state_after(error)]
+        deployment = plan(cfg, cfg.cluster.port or ports.free_range(num_ports(cfg)))
+        run_dir = create_folder(cfg, deployment, overrides)
+        say(console, f"Run folder: {run_dir}")
+        ended_by: BaseException | None = None
+        try:
+            deploy_and_load(cfg, deployment, run_dir, interrupts, console)
+        except (Exception, Cancelled) as caught:
+            ended_by = caught
+        with interrupts.ignored():
+            close_status(run_dir, ended_by)
+        if ended_by is not None:
+            tell(console, ended_by)
+        try:
+            report(run_dir, console)
+        except Cancelled:
+            say(console, f"Stopped before the report was made: python -m toolkit.analysis report {run_dir}")
+        return EXIT_CODES[state_after(ended_by)]
+
+
+def build_model(cfg: ExpConfig, console: Console) -> None:
+    """Builds the demo model where the experiment asks for it and it is not there yet."""
+    if not will_build(cfg.model):
+        return
+    say(console, f"Building {cfg.model.build} into {cfg.model.path} (once)")
+    process = child.start([sys.executable, "-m", "toolkit.engine.demo_model", "--out", cfg.model.path], log=None)
+    try:
+        code = process.wait()
+    finally:
+        child.end(process, STOP_GRACE_S)
+    if code != 0:
+        raise RunFailed(exit_text("the model build", code))
+    if errors := check_model(cfg):
+        raise ValueError("\n".join(errors))
+
+
+def create_folder(cfg: ExpConfig, deployment: DeploymentPlan, overrides: Sequence[str]) -> Path:
+    """The run folder with everything that is known before the start."""
+    run_dir = records.new_run_folder(Path(cfg.cluster.results_dir).absolute(), cfg.exp)
+    (run_dir / STATE_DIR).mkdir()
+    with records.replacing(run_dir / records.CONFIG, "w") as out:
+        yaml.safe_dump(to_mapping(cfg), out, sort_keys=False)
+    with records.replacing(run_dir / records.OVERRIDES, "w") as out:
+        yaml.safe_dump(list(overrides), out)
+    records.write_json(run_dir / records.PLAN, deployment.to_json())
+    records.write_json(run_dir / records.MANIFEST, provenance.manifest(sys.orig_argv))
+    points = [records.PointStatus(concurrency) for concurrency in cfg.load.concurrency]
+    records.write_status(run_dir, records.RunStatus(points=points))
+    return run_dir
+
+
+def deploy_and_load(
+    cfg: ExpConfig, deployment: DeploymentPlan, run_dir: Path, interrupts: Interrupts, console: Console
+) -> None:
+    """Starts the deployment, runs the sweep against it, and ends every process, however it goes."""
+    launcher = launchers()[cfg.cluster.launcher](cfg)
+    hosts = launcher.hosts(deployment.num_nodes)
+    processes = adapters()[cfg.engine.backend](deployment, cfg, hosts, run_dir)
+    for name, content in processes.files.items():
+        (run_dir / name).write_bytes(content)
+    url = f"http://{deployment.frontend.client_host}:{deployment.frontend.http_port}"
+    say(console, f"Starting {len(processes.specs)} processes: {deployment.mapping}, frontend at {url}")
+    job = None
+    try:
+        with interrupts.held():
+            job = launcher.start(processes.specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
+        watch = Watch(job, run_dir)
+        with LoadingBars(console, deployment.num_gpus) as bars:
+            wait_ready(url, watch, cfg.deploy.ready_stall_s, bars)
+        try:
+            run_load(cfg, deployment, run_dir, watch)
+        finally:
+            collect_experts(cfg, url, watch, run_dir)
+    finally:
+        with interrupts.ignored():
+            if job is not None:
+                job.stop(STOP_GRACE_S)
+
+
+def collect_experts(cfg: ExpConfig, url: str, watch: Watch, run_dir: Path) -> None:
+    """Has rank 0 write experts.npz. Its lack is a gap in the report, not a failed run."""
+    if cfg.engine.expert_distribution_recorder_mode is None or not watch.all_alive():
+        return
+    key = os.environ.get(cfg.deploy.api_key_env, "") if cfg.deploy.api_key_env else ""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        status, body = http(f"{url}/dump_expert_distribution_record", {}, headers)
+    except OSError as error:
+        log.warning("no %s: the frontend did not answer: %s", records.EXPERTS, error)
+        return
+    if status != 200 or not (run_dir / records.EXPERTS).exists():
+        log.warning("no %s: HTTP %d %s", records.EXPERTS, status, body[:500].decode(errors="replace"))
+
+
+def close_status(run_dir: Path, error: BaseException | None) -> None:
+    """The last word in status.json: how the run ended, and for points that did not end, why."""
+    try:
+        status = records.read_status(run_dir)
+    except (OSError, msgspec.DecodeError):
+        status = records.RunStatus()
+    status.state, status.reason = state_after(error), reason(error)
+    for point in status.points:
+        if point.state in ("pending", "running") and error is not None:
+            point.state = status.state if point.state == "running" and status.state != "done" else "cancelled"
+            point.reason = status.reason
+    records.write_status(run_dir, status)
+
+
+def report(run_dir: Path, console: Console) -> None:
+    """Tables and charts of what was measured. A failure here loses nothing: it can be made again."""
+    if not (run_dir / records.REQUESTS).exists():
+        return
+    from toolkit.analysis.finish import finish_run
+
+    try:
+        table = finish_run(run_dir)
+    except Exception:
+        log.exception("no report; the measurements are safe: python -m toolkit.analysis report %s", run_dir)
+        return
+    sys.stdout.write(f"{table}\nRun folder: {run_dir}\nReport:     {run_dir / records.REPORT}\n")
+
+
+def state_after(error: BaseException | None) -> records.RunState:
+    if error is None:
+        return "done"
+    return "cancelled" if isinstance(error, Cancelled) else "failed"
+
+
+def reason(error: BaseException | None) -> str:
+    if error is None or isinstance(error, (RunFailed, Cancelled)):
+        return str(error or "")
+    return f"{type(error).__name__}: {error}"
+
+
+def tell(console: Console, error: BaseException) -> None:
+    """Why the run ended, with the end of the log that tells more."""
+    console.print(f"{state_after(error)}: {reason(error)}", style="bold red", markup=False, highlight=False)
+    if isinstance(error, RunFailed) and error.log is not None:
+        say(console, f"The last lines of {error.log}:")
+        for line in error.log_tail:
+            say(console, f"  {line}")
+    elif not isinstance(error, (RunFailed, Cancelled)):
+        log.error("this is a fault of the launcher", exc_info=error)
+
+
+def say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

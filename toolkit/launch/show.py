@@ -1,0 +1,80 @@
+"""The plan as a person reads it: nodes, ranks, GPUs, ports, memory, and the command of every process."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from toolkit.config import ExpConfig
+from toolkit.launch.launcher import ProcessSpec
+from toolkit.launch.plan import DeploymentPlan
+
+GB = 10**9
+
+
+def show(
+    console: Console, cfg: ExpConfig, plan: DeploymentPlan, specs: Sequence[ProcessSpec], memory: Mapping[str, int]
+) -> None:
+    unit = "GPUs" if plan.device == "cuda" else "CPU ranks"
+    console.print(
+        Text(
+            f"{plan.exp}: {cfg.model.name}, {plan.mapping}, {plan.num_gpus} {unit} on {plan.num_nodes} "
+            f"node{'s' if plan.num_nodes > 1 else ''} ({plan.launcher}), a2a {cfg.engine.moe_a2a_backend}, "
+            f"http://{plan.frontend.client_host}:{plan.frontend.http_port}",
+            style="bold",
+        ),
+        soft_wrap=True,
+    )
+    console.print(_ranks(plan), _memory(cfg, memory))
+    console.print(_commands(specs), soft_wrap=True)
+    console.print(
+        f"Then: load points {', '.join(map(str, cfg.load.concurrency))} (concurrency), dataset {cfg.load.dataset}, "
+        f"osl {cfg.load.osl}; results under {cfg.cluster.results_dir}/{cfg.exp}/",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _ranks(plan: DeploymentPlan) -> Table:
+    device = "GPU" if plan.device == "cuda" else "local rank"
+    columns = ("process", "node", device, "dp_rank", "attn_tp_rank", "ep_rank", "port")
+    table = Table(*columns, title="Plan", title_justify="left", box=box.SIMPLE_HEAD)
+    for r in plan.ranks():
+        cells = (r.node, r.local_rank, r.dp_rank, r.attn_tp_rank, r.ep_rank, r.inbox_port)
+        table.add_row(f"rank-{r.rank}", *map(str, cells))
+    table.add_row("frontend-0", str(plan.frontend.node), "", "", "", "", str(plan.frontend.http_port))
+    others = (f"{port} {use}" for port, use in plan.ports().items() if not use.startswith("rank"))
+    table.caption = "Ports: " + ", ".join(others)
+    table.caption_justify = "left"
+    return table
+
+
+def _memory(cfg: ExpConfig, memory: Mapping[str, int]) -> Table | Text:
+    if not memory:
+        return Text("Memory per rank: known after the model is built")
+    title = f"Memory per rank ({cfg.model.dtype})"
+    table = Table("kind", "GB", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.columns[1].justify = "right"
+    for kind, size in memory.items():
+        table.add_row(kind, f"{size / GB:.3f}")
+    table.add_section()
+    limit = f" of {cfg.cluster.gpu_memory_gb:g}" if cfg.cluster.gpu_memory_gb else ""
+    table.add_row("total", f"{sum(memory.values()) / GB:.3f}{limit}")
+    return table
+
+
+def _commands(specs: Sequence[ProcessSpec]) -> Group:
+    """Whole lines, not table cells: they are there to be copied. The environment is the same for all of an adapter."""
+    lines = []
+    for env in dict.fromkeys(tuple(spec.env.items()) for spec in specs):
+        names = [spec.name for spec in specs if tuple(spec.env.items()) == env]
+        lines.append(Text(f"Environment of {names[0]} ... {names[-1]}:", style="italic"))
+        lines.append(Text(f"  {' '.join(f'{name}={shlex.quote(value)}' for name, value in env)}"))
+    lines.append(Text("Commands:", style="italic"))
+    lines += [Text(f"  {spec.name} (node {spec.node}): {shlex.join(spec.argv)}") for spec in specs]
+    return Group(*lines)

@@ -1,0 +1,81 @@
+"""Watches a job's processes: a dead one fails the run, with its name, its exit code and the end of its log."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from toolkit.launch.launcher import Job, ProcessState
+
+SETTLE_S = 0.5  # when one rank dies its peers fail within milliseconds; wait for them, then name the cause
+TAIL_LINES = 20
+
+
+class RunFailed(Exception):
+    """The run cannot go on. ``str()`` is the reason in a line; ``log_tail`` the end of the log that tells more."""
+
+    def __init__(self, reason: str, log: Path | None = None) -> None:
+        super().__init__(reason)
+        self.log = log
+        self.log_tail = tail(log) if log else []
+
+
+class Watch:
+    def __init__(self, job: Job, run_dir: Path) -> None:
+        self._job = job
+        self._run_dir = run_dir
+
+    def check(self) -> None:
+        """Raises ``RunFailed`` when a process has ended: each of them is there for the whole run."""
+        if all(state.alive for state in self._job.poll()):
+            return
+        time.sleep(SETTLE_S)
+        dead = sorted((state for state in self._job.poll() if not state.alive), key=_cause_first)
+        specs = {spec.name: spec for spec in self._job.specs}
+        others = f" (then {', '.join(state.name for state in dead[1:])})" if dead[1:] else ""
+        raise RunFailed(f"{describe(dead[0])}{others}", self._run_dir / specs[dead[0].name].log)
+
+    def running(self) -> int:
+        """How many processes run; changes while a job starts."""
+        return sum(state.state == "running" for state in self._job.poll())
+
+    def all_alive(self) -> bool:
+        return all(state.alive for state in self._job.poll())
+
+
+def describe(state: ProcessState) -> str:
+    """``rank-2 was killed by SIGKILL``"""
+    if state.state == "lost":
+        return f"{state.name} was lost: the task that ran it ended without a report"
+    code = state.returncode
+    if code is not None and code < 0:
+        return f"{state.name} was killed by {_signal_name(-code)}"
+    return f"{state.name} exited with code {code}"
+
+
+def exit_text(name: str, code: int) -> str:
+    return describe(ProcessState(name, "exited", code))
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> Sequence[str]:
+    """The last lines of a log, of which only the end is read."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 400 * lines))
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except FileNotFoundError:
+        return []
+
+
+def _cause_first(state: ProcessState) -> tuple[bool, float]:
+    """Killed before failed, then by time: the peers of a killed rank end with errors of their own."""
+    return (state.returncode is None or state.returncode >= 0, state.ended)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

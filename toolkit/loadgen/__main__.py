@@ -1,0 +1,106 @@
+"""``python -m toolkit.loadgen``: options -> is the server there -> sweep -> table. Owns signals and the exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from toolkit.loadgen.datasets import Dataset
+    from toolkit.loadgen.options import Options
+
+BAD_OPTIONS = 2
+EXIT = {"done": 0, "failed": 1, "cancelled": 130}
+
+log = logging.getLogger("toolkit.loadgen")
+
+
+class _Stderr(logging.Handler):
+    """Writes to what ``sys.stderr`` is at the moment: rich replaces it while progress bars are on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs the command line ``words``; returns the exit status."""
+    from toolkit.loadgen.datasets import DATASETS
+    from toolkit.loadgen.options import help_text, parse
+
+    if not words or {"-h", "--help", "help"} & set(words):
+        sys.stdout.write(help_text() + "\n")
+        return 0
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", handlers=[_Stderr()]
+    )
+    try:
+        options = parse(words)
+        dataset = DATASETS[options.dataset](options, options.tokenizer)
+        if options.out:
+            _make_folder(Path(options.out))
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return BAD_OPTIONS
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(options, dataset))
+
+
+async def _run(options: Options, dataset: Dataset) -> int:
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
+
+    import pandas  # noqa: F401  its half second is spent here, not between two load points
+
+    from toolkit.loadgen.client import HttpClient, open_session
+    from toolkit.loadgen.openai_api import PATHS
+    from toolkit.loadgen.probe import ServerError, find_model
+    from toolkit.loadgen.progress import ProgressBars, ProgressFile
+    from toolkit.loadgen.summary import render
+    from toolkit.loadgen.sweep import Sweep
+
+    url = options.url.rstrip("/").removesuffix("/v1")
+    sweep = Sweep(options, dataset)
+    reporter = ProgressFile(Path(options.progress)) if options.progress else ProgressBars()
+    try:
+        async with open_session(os.environ.get(options.api_key_env, "")) as session:
+            model = await find_model(session, url, options.model)
+            client = HttpClient(session, url + PATHS[options.endpoint], options.timeout_s, sweep.take)
+            with reporter:
+                await sweep.run(client, model, reporter)
+    except ServerError as error:
+        sweep.end("failed", str(error))
+        log.error("%s", error)
+        return EXIT["failed"]
+    except asyncio.CancelledError:
+        if sweep.status.state == "running":  # else the sweep has dealt with it, or had ended before
+            sweep.end("cancelled", "interrupted before the first load point")
+    sys.stdout.write(render(sweep.rows, sweep.status))
+    if options.out:
+        log.info("results: %s", options.out)
+    return EXIT[sweep.status.state]
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises ``ValueError`` when the folder cannot be made or holds a sweep already."""
+    from toolkit.records import REQUESTS
+
+    if (folder / REQUESTS).exists():
+        raise ValueError(f"out={folder} holds the results of a sweep already ({REQUESTS}); give another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={folder} cannot be made: {error.strerror}; give a folder you may write to") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,193 @@
+"""The OpenAI dialect: request bodies, and what the events of a streamed answer say.
+
+Owns which event carries tokens and how many. It knows neither sockets nor clocks: ``Answer`` is told when an event
+was read. Read next: ``client.py``.
+
+Tokens are the server's count. ``stream_options.continuous_usage_stats`` asks for it in every event, so that an event
+of several tokens (speculative decoding, batched streaming) is known as such. A server that counts only at the end
+gives the total; an event with text then counts as one token. A server that never counts: the same, and the total
+is the number of events with text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from toolkit.config import LoadConfig
+from toolkit.loadgen.datasets import Sample
+from toolkit.loadgen.sse import Event
+
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+ERROR_CHARS = 500  # of a server's error message that are kept
+
+
+class AnswerError(ValueError):
+    """The server answered, but not with a usable stream; the message goes into the request's row."""
+
+
+def encode_body(sample: Sample, load: LoadConfig, model: str, seed: int) -> bytes:
+    """The JSON body of one streamed request."""
+    body: dict[str, Any] = {
+        "model": model,
+        "max_tokens": load.osl,
+        "temperature": load.temperature,
+        "seed": seed,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    if load.endpoint == "chat":
+        body["messages"] = sample.as_messages()
+    else:
+        body["prompt"] = sample.as_prompt()
+    if load.ignore_eos:
+        body["ignore_eos"] = True  # not OpenAI's: left out when not wanted, strict servers refuse unknown fields
+    return msgspec.json.encode(body)
+
+
+def error_message(body: bytes) -> str:
+    """The message inside an error body: OpenAI's ``error.message``, or ``message``, ``detail``, or the text itself."""
+    text = body.decode(errors="replace").strip()
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        value = None
+    if isinstance(value, dict):
+        inner = value.get("error", value)
+        found = (inner.get("message") or inner.get("detail")) if isinstance(inner, dict) else inner
+        text = str(found or text)
+    return text[:ERROR_CHARS]
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+    def visible(self) -> tuple[str, bool]:
+        """Text of this event, and whether anything in it is output: content, reasoning or a tool call."""
+        delta = self.delta or _Delta()
+        text = (delta.reasoning_content or delta.reasoning or "") + (delta.content or "") + (self.text or "")
+        return text, bool(text or delta.tool_calls)
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_chunk_decoder = msgspec.json.Decoder(_Chunk)
+
+
+class Answer:
+    """One streamed answer, event by event.
+
+    ``chunk_at`` and ``chunk_tokens`` have one entry for each read that carried tokens: events that came in one read
+    became known together, so they are one entry with their tokens added up.
+
+    Attributes:
+        completion_tokens: the server's count; -1: it gave none.
+        finished: a finish reason or ``[DONE]`` was seen.
+    """
+
+    def __init__(self) -> None:
+        self.chunk_at: list[float] = []
+        self.chunk_tokens: list[int] = []
+        self.texts: list[str] = []
+        self.finish_reason = ""
+        self.done = False
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.completion_tokens = -1
+        self.counted_each = False  # the server counts in every event
+        self._seen = False  # an event with output has come
+        self._attributed = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.done or bool(self.finish_reason)
+
+    @property
+    def output_tokens(self) -> int:
+        return self.completion_tokens if self.completion_tokens >= 0 else sum(self.chunk_tokens)
+
+    def add(self, event: Event, at: float) -> int:
+        """Takes in one event read at time ``at``; returns how many tokens it brought.
+
+        Raises:
+            AnswerError: the event is not JSON of the expected form, or reports an error.
+        """
+        if event.data.strip() == b"[DONE]":
+            self.done = True
+            return 0
+        if event.type == "error":
+            raise AnswerError(f"the server ended the stream with an error: {error_message(event.data)}")
+        try:
+            chunk = _chunk_decoder.decode(event.data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise AnswerError(f"malformed event ({error}): {event.data[:200].decode(errors='replace')}") from None
+        if chunk.error is not None:
+            raise AnswerError(f"the server ended the stream with an error: {error_message(event.data)}")
+        if chunk.usage is not None:
+            self._take_usage(chunk.usage)
+        if not chunk.choices:
+            return 0  # the closing usage event: totals only
+        choice = chunk.choices[0]
+        self.finish_reason = choice.finish_reason or self.finish_reason
+        text, visible = choice.visible()
+        if text:
+            self.texts.append(text)
+        return self._count(visible, chunk.usage, at)
+
+    def _take_usage(self, usage: _Usage) -> None:
+        self.prompt_tokens = usage.prompt_tokens
+        self.completion_tokens = usage.completion_tokens
+        if usage.prompt_tokens_details is not None:
+            self.cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
+
+    def _count(self, visible: bool, usage: _Usage | None, at: float) -> int:
+        if visible and not self._seen:
+            self.counted_each = usage is not None
+        if usage is not None and (self.counted_each or not self._seen):
+            # A token can be without text of its own (half a character, a special token): the server's count tells.
+            tokens = max(0, usage.completion_tokens - self._attributed)
+        elif self.counted_each:
+            tokens = 0  # the count of a later event will include them
+        else:
+            tokens = int(visible)
+        self._attributed += tokens
+        self._append(tokens, visible, at)
+        return tokens
+
+    def _append(self, tokens: int, visible: bool, at: float) -> None:
+        if visible and not self._seen:
+            # The first token is the first one seen: tokens counted before, without text, arrive with it.
+            tokens += sum(self.chunk_tokens)
+            self.chunk_at, self.chunk_tokens = [], []
+            self._seen = True
+        if not tokens:
+            return
+        if self.chunk_at and self.chunk_at[-1] == at:
+            self.chunk_tokens[-1] += tokens
+        else:
+            self.chunk_at.append(at)
+            self.chunk_tokens.append(tokens)

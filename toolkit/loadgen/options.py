@@ -1,0 +1,157 @@
+"""What can be asked of ``python -m toolkit.loadgen``: ``key=value`` words -> ``Options``, checked.
+
+The keys of ``config.LoadConfig`` mean the same here and in an experiment's ``load.*``. Knows no HTTP.
+Read next: ``sweep.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+
+from toolkit.config import LoadConfig, from_mapping, opt
+from toolkit.loadgen.datasets import DATASETS
+
+USAGE = """\
+Loads an OpenAI-compatible server with a sweep over concurrency and measures every request.
+
+  python -m toolkit.loadgen url=http://HOST:PORT model=NAME out=FOLDER concurrency=[1,2,4,8]
+
+  key=value    values are YAML or JSON: concurrency=[1,8]  temperature=0.7  ignore_eos=false
+
+Examples
+  python -m toolkit.loadgen url=http://127.0.0.1:8000 concurrency=[1,4] osl=64        only the table, nothing kept
+  python -m toolkit.loadgen url=http://node7:30000 out=results/try dataset=random isl=1024 osl=256 num_gpus=16
+  python -m toolkit.loadgen url=http://node7:30000 dataset_path=my.jsonl api_key_env=MY_KEY temperature=0.7
+
+Result in `out`: requests.parquet (a row a request, failed ones too), sweep.csv (a row a load point), status.json.
+Exit status: 0 done, 1 a load point failed, 2 an option is wrong, 130 interrupted (what was measured is kept)."""
+
+
+@dataclass(frozen=True)
+class Options(LoadConfig):
+    """The sweep's keys and, beside them, where the server is and where the results go."""
+
+    url: str = opt("http://127.0.0.1:8000", "the server, without /v1")
+    model: str = opt("", "model name to ask for; empty: the first one that /v1/models lists")
+    tokenizer: str = opt("", "folder with tokenizer.json, or `bytes`: length of dataset=random; empty: count words")
+    out: str = opt("", "folder for the results; empty: only the table is printed")
+    api_key_env: str = opt("", "environment variable that holds the API key; empty: none is sent")
+    num_gpus: int = opt(1, "GPUs of the deployment (ranks on CPU), for the figures per GPU")
+    progress: str = opt("", "file that is kept up to date with the progress as JSON; empty: show it here")
+
+
+def parse(words: Sequence[str]) -> Options:
+    """Command-line words -> checked options.
+
+    Raises:
+        ValueError: what is wrong, one line for each problem.
+    """
+    hints = typing.get_type_hints(Options)
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        key = key.removeprefix("--").replace("-", "_")
+        if not equals:
+            raise ValueError(f"{word} is not of the form key=value; --help lists the keys")
+        if key in values:
+            raise ValueError(f"{key} is given twice; give it once")
+        values[key] = _value(text, hints.get(key))
+    for key in ("out", "progress"):
+        if values.get(key):
+            values[key] = str(Path(values[key]).expanduser())
+    try:
+        options = from_mapping(values, Options)
+    except ValueError as error:
+        raise ValueError(f"{error}{_way_out(hints.get(str(error).partition('=')[0]))}") from None
+    problems = [*check_load(options), *_check_own(options)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return options
+
+
+def check_load(load: LoadConfig) -> list[str]:
+    """Everything that is wrong with a sweep's options, without a server; empty: nothing."""
+    problems: list[str] = []
+
+    def need(holds: bool, field: str, rule: str) -> None:
+        if not holds:
+            problems.append(f"{field}={getattr(load, field)} {rule}")
+
+    need(bool(load.concurrency), "concurrency", "names no load point; use a list such as [1,2,4]")
+    need(all(c >= 1 for c in load.concurrency), "concurrency", "has a value below 1; use values of at least 1")
+    need(load.num_requests >= 0, "num_requests", "is negative; use 0 to derive it from concurrency, or a number")
+    need(load.min_requests >= 1, "min_requests", "must be at least 1")
+    need(load.requests_per_slot >= 0, "requests_per_slot", "is negative; use 0 for min_requests at every point")
+    need(load.warmup_requests >= -1, "warmup_requests", "must be 0 or more, or -1 for as many as concurrency")
+    need(load.isl >= 1, "isl", "must be at least 1 token")
+    need(load.osl >= 1, "osl", "must be at least 1 token")
+    need(load.temperature >= 0, "temperature", "must be 0 (greedy) or more")
+    need(load.timeout_s > 0, "timeout_s", "must be more than 0 seconds")
+    if load.dataset not in DATASETS:
+        known = ", ".join(sorted(DATASETS))
+        problems.append(f"dataset={load.dataset} is not known; use one of: {known}")
+    if load.dataset_path and not Path(load.dataset_path).expanduser().is_file():
+        problems.append(f"dataset_path={load.dataset_path} is not a file; give a JSON Lines file, or leave it empty")
+    return problems
+
+
+def help_text() -> str:
+    """Usage, and every key with its default and help."""
+    lines = [USAGE, "", "Options"]
+    of_sweep = {field.name for field in dataclasses.fields(LoadConfig)}
+    for field in sorted(dataclasses.fields(Options), key=lambda field: field.name in of_sweep):
+        default = json.dumps(getattr(Options(), field.name), separators=(",", ":"))
+        lines.append(f"  {field.name}={default}".ljust(38) + f"  {field.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _check_own(options: Options) -> list[str]:
+    problems = []
+    url = urlsplit(options.url)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        problems.append(f"url={options.url} is not an HTTP address; use for example http://127.0.0.1:8000")
+    if options.num_gpus < 1:
+        problems.append(f"num_gpus={options.num_gpus} must be at least 1")
+    if options.api_key_env and not os.environ.get(options.api_key_env):
+        problems.append(
+            f"api_key_env={options.api_key_env} is not set in the environment; export it, or leave it empty"
+        )
+    if options.out and Path(options.out).exists() and not Path(options.out).is_dir():
+        problems.append(f"out={options.out} is a file; give a folder")
+    if options.progress and not Path(options.progress).parent.is_dir():
+        problems.append(f"progress={options.progress}: its folder does not exist; make it first")
+    return problems
+
+
+def _value(text: str, hint: Any) -> Any:
+    """A word's value: JSON where it is JSON (1e3 is a number there), else YAML; text for a key that holds text."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+    if hint is str or typing.get_origin(hint) is Literal:
+        return value if isinstance(value, str) else text  # model=123 and model=null are names
+    if hint == list[int] and isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    return value
+
+
+def _way_out(hint: Any) -> str:
+    """What to write instead, for a value of a wrong type."""
+    if typing.get_origin(hint) is Literal:
+        return f"; use one of: {', '.join(typing.get_args(hint))}"
+    examples = {int: "a whole number", float: "a number", bool: "true or false", list[int]: "a list such as [1,2,4]"}
+    return f"; use {examples[hint]}" if hint in examples else ""
