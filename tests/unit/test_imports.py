@@ -83,17 +83,9 @@ def test_the_frontend_shares_only_messages_and_plain_data_with_the_ranks() -> No
     assert violations("toolkit.engine.frontend", *BASE, *shared) == []
 
 
-SEAMS = {
-    "dispatch": ("toolkit.engine.moe.allgather", "toolkit.engine.moe.all_to_all"),
-    "launcher": ("toolkit.launch.local", "toolkit.launch.slurm"),
-}
-
-
-@pytest.mark.parametrize("seam", SEAMS)
-def test_backends_of_one_seam_do_not_import_each_other(seam: str) -> None:
-    backends = [name for name in SEAMS[seam] if name in MODULES]
-    assert backends
-    assert [(a, b) for a in backends for b in imports(a) if b in backends] == []
+def test_dispatchers_do_not_import_each_other() -> None:
+    dispatchers = ["toolkit.engine.moe.allgather", "toolkit.engine.moe.all_to_all"]
+    assert [(a, b) for a in dispatchers for b in imports(a) if b in dispatchers] == []
 
 
 def test_only_the_config_knows_omegaconf() -> None:

@@ -138,10 +138,10 @@ def loading(done: int) -> tuple[int, object]:
 def test_loading_without_progress_is_given_up() -> None:
     out = io.StringIO()
     with Frontend(loading(3)) as frontend, LoadingBars(Console(file=out), 1) as bars:
-        with pytest.raises(RunFailed, match=r"^no progress in loading for 0.3 s .*: rank 0 load 3/10$"):
+        with pytest.raises(RunFailed, match=r"^no progress in loading for 0.3 s .*: rank 0 load 30%$"):
             wait_ready(frontend.url, Alive(), 0.3, bars)
         frontend.shutdown()
-    assert out.getvalue() == "ranks ready 0/1, last: rank 0 load 3/10\n"
+    assert out.getvalue() == "ranks ready 0/1, last: rank 0 load 30%\n"
 
 
 def test_loading_takes_as_long_as_there_is_progress() -> None:
@@ -155,7 +155,7 @@ def test_loading_takes_as_long_as_there_is_progress() -> None:
     assert out.getvalue().endswith("ranks ready 1/1\n")
 
 
-@pytest.mark.parametrize(("num_ranks", "shown"), [(4, "rank 3 load"), (64, "ranks ready 0/64, last: rank 0 load 1/2")])
+@pytest.mark.parametrize(("num_ranks", "shown"), [(4, "rank 3 load"), (64, "ranks ready 0/64, last: rank 0 load 50%")])
 def test_a_terminal_gets_a_bar_for_each_rank_or_one_for_many(num_ranks: int, shown: str) -> None:
     out = io.StringIO()
     with LoadingBars(Console(file=out, force_terminal=True, width=120), num_ranks) as bars:

@@ -131,4 +131,7 @@ def _set_up_logging() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before anything was started; a run deals with it itself
+        sys.exit(130)

@@ -12,11 +12,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from toolkit.launch.watch import RunFailed, Watch
 
@@ -32,11 +33,8 @@ class RankProgress(msgspec.Struct, frozen=True):
     total: int = 0
 
     def text(self) -> str:
-        return (
-            f"rank {self.rank} {self.stage} {self.done}/{self.total}"
-            if self.total
-            else f"rank {self.rank} {self.stage}"
-        )
+        """``rank 3 load 40%``"""
+        return f"rank {self.rank} {self.stage}" + (f" {self.done / self.total:.0%}" if self.total else "")
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -95,6 +93,8 @@ def http(
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.read()
+    except HTTPException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 def _where(health: Health) -> str:
@@ -116,7 +116,7 @@ class LoadingBars:
     def __enter__(self) -> LoadingBars:
         if self._console.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
                 console=self._console,
             )  # fmt: skip
             self._progress.start()
@@ -157,7 +157,7 @@ def _num_ready(ranks: Sequence[RankProgress]) -> int:
 
 
 def _summary(ranks: Sequence[RankProgress]) -> str:
-    """``ranks ready 2/4, last: rank 3 load 12/30``"""
+    """``ranks ready 2/4, last: rank 3 load 40%``"""
     text = f"ranks ready {_num_ready(ranks)}/{len(ranks)}"
     with contextlib.suppress(ValueError):
         slowest = min((r for r in ranks if r.stage != "ready"), key=lambda r: r.done / (r.total or 1))

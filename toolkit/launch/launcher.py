@@ -8,7 +8,7 @@ tasks run ``rank.py``, which leaves the same state files in the shared run folde
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -106,14 +106,10 @@ def read_state(spec: ProcessSpec, run_dir: Path) -> ProcessState:
         return ProcessState(spec.name)
 
 
-class LauncherFactory(Protocol):
-    def __call__(self, cfg: ExpConfig) -> Launcher: ...
-
-
-def launchers() -> Registry[LauncherFactory]:
+def launchers() -> Registry[Callable[[ExpConfig], Launcher]]:
     """Launchers by ``cluster.launcher``."""
     from toolkit.launch.local import LocalLauncher
 
-    table: Registry[LauncherFactory] = Registry("cluster.launcher")
+    table: Registry[Callable[[ExpConfig], Launcher]] = Registry("cluster.launcher")
     table.register("local")(LocalLauncher.of)
     return table

@@ -58,10 +58,15 @@ def run_load(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path, watch: Watch) 
     try:
         with ProgressBars() as bars:
             while (code := process.poll()) is None:
-                watch.check()
+                if not watch.all_alive():
+                    process.terminate()  # what it sends from now on can only fail
+                    watch.check()
                 _show(progress, bars)
                 time.sleep(POLL_S)
             _show(progress, bars)
+        if code != 0:
+            time.sleep(POLL_S)  # a process whose death is the reason may not have been reported yet
+        watch.check()
         if code != 0:
             raise RunFailed(_reason(run_dir, code), log)
     finally:

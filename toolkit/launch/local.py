@@ -89,7 +89,7 @@ class LocalLauncher:
             launcher=(me.pid, me.create_time()),
             visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
         )
-        executor = submitit.LocalExecutor(folder=run_dir.absolute() / STATE_DIR / "submitit-%j")
+        executor = submitit.LocalExecutor(folder=run_dir.absolute() / STATE_DIR / "submitit")
         executor.update_parameters(tasks_per_node=len(specs), timeout_min=FOREVER_MIN)
         with _environment(secrets), _no_interrupt():
             controller = executor.submit(task)

@@ -23,7 +23,7 @@ PACKAGES = (
     "msgspec", "pandas", "pyarrow", "sgl-deep-ep", "sgl-deep-gemm", "sgl-flash-mla", "nixl",
 )  # fmt: skip
 SECRET_NAME = re.compile(
-    r"KEY|TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE|SIGNATURE|PRIVATE|CERT|_PW$|DSN", re.IGNORECASE
+    r"KEY|TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE|SIGNATURE|PRIVATE|_PW$|DSN", re.IGNORECASE
 )
 URL_LOGIN = re.compile(r"(\w+://)[^/\s@]+@")
 REMOVED = "<removed>"

@@ -43,29 +43,30 @@ def run(cfg: ExpConfig, overrides: Sequence[str], console: Console) -> int:
     Raises:
         ValueError: a user's mistake that only shows now; nothing has been started.
     """
+    run_dir: Path | None = None
+    ended_by: BaseException | None = None
     with Interrupts() as interrupts:
         try:
             build_model(cfg, console)
-        except (RunFailed, Cancelled) as error:
-            tell(console, error)
-            return EXIT_CODES[state_after(error)]
-        deployment = plan(cfg, cfg.cluster.port or ports.free_range(num_ports(cfg)))
-        run_dir = create_folder(cfg, deployment, overrides)
-        say(console, f"Run folder: {run_dir}")
-        ended_by: BaseException | None = None
-        try:
+            deployment = plan(cfg, cfg.cluster.port or ports.free_range(num_ports(cfg)))
+            with interrupts.held():
+                run_dir = create_folder(cfg, deployment, overrides)
             deploy_and_load(cfg, deployment, run_dir, interrupts, console)
-        except (Exception, Cancelled) as caught:
-            ended_by = caught
+        except (Exception, Cancelled) as error:
+            if run_dir is None and isinstance(error, ValueError):
+                raise
+            ended_by = error
         with interrupts.ignored():
-            close_status(run_dir, ended_by)
-        if ended_by is not None:
-            tell(console, ended_by)
+            if run_dir is not None:
+                close_status(run_dir, ended_by)
+            if ended_by is not None:
+                tell(console, ended_by)
         try:
-            report(run_dir, console)
+            if run_dir is not None:
+                report(run_dir)
         except Cancelled:
             say(console, f"Stopped before the report was made: python -m toolkit.analysis report {run_dir}")
-        return EXIT_CODES[state_after(ended_by)]
+    return EXIT_CODES[state_after(ended_by)]
 
 
 def build_model(cfg: ExpConfig, console: Console) -> None:
@@ -109,6 +110,7 @@ def deploy_and_load(
     for name, content in processes.files.items():
         (run_dir / name).write_bytes(content)
     url = f"http://{deployment.frontend.client_host}:{deployment.frontend.http_port}"
+    say(console, f"Run folder: {run_dir}")
     say(console, f"Starting {len(processes.specs)} processes: {deployment.mapping}, frontend at {url}")
     job = None
     try:
@@ -151,12 +153,12 @@ def close_status(run_dir: Path, error: BaseException | None) -> None:
     status.state, status.reason = state_after(error), reason(error)
     for point in status.points:
         if point.state in ("pending", "running") and error is not None:
-            point.state = status.state if point.state == "running" and status.state != "done" else "cancelled"
+            point.state = status.state if point.state == "running" else "cancelled"
             point.reason = status.reason
     records.write_status(run_dir, status)
 
 
-def report(run_dir: Path, console: Console) -> None:
+def report(run_dir: Path) -> None:
     """Tables and charts of what was measured. A failure here loses nothing: it can be made again."""
     if not (run_dir / records.REQUESTS).exists():
         return
@@ -184,7 +186,8 @@ def reason(error: BaseException | None) -> str:
 
 def tell(console: Console, error: BaseException) -> None:
     """Why the run ended, with the end of the log that tells more."""
-    console.print(f"{state_after(error)}: {reason(error)}", style="bold red", markup=False, highlight=False)
+    text = f"{state_after(error)}: {reason(error)}"
+    console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
     if isinstance(error, RunFailed) and error.log is not None:
         say(console, f"The last lines of {error.log}:")
         for line in error.log_tail:

@@ -34,7 +34,7 @@ class Watch:
         time.sleep(SETTLE_S)
         dead = sorted((state for state in self._job.poll() if not state.alive), key=_cause_first)
         specs = {spec.name: spec for spec in self._job.specs}
-        others = f" (then {', '.join(state.name for state in dead[1:])})" if dead[1:] else ""
+        others = f" (then {_names(dead[1:])})" if dead[1:] else ""
         raise RunFailed(f"{describe(dead[0])}{others}", self._run_dir / specs[dead[0].name].log)
 
     def running(self) -> int:
@@ -67,6 +67,11 @@ def tail(log: Path, lines: int = TAIL_LINES) -> Sequence[str]:
             return file.read().decode(errors="replace").splitlines()[-lines:]
     except FileNotFoundError:
         return []
+
+
+def _names(states: Sequence[ProcessState], most: int = 4) -> str:
+    more = f" and {len(states) - most} more" if len(states) > most else ""
+    return ", ".join(state.name for state in states[:most]) + more
 
 
 def _cause_first(state: ProcessState) -> tuple[bool, float]:

@@ -1,0 +1,59 @@
+"""Real engine ranks and a frontend on this machine, started as the launcher starts them, with the tiny model."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from toolkit.config import ExpConfig, from_mapping, resolve
+from toolkit.engine.args import TOKEN_ENV
+from toolkit.launch import ports
+from toolkit.launch.adapters import adapters
+from toolkit.launch.health import LoadingBars, wait_ready
+from toolkit.launch.launcher import STATE_DIR, Job
+from toolkit.launch.local import LocalLauncher
+from toolkit.launch.plan import num_ports, plan
+from toolkit.launch.watch import Watch
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def tiny_model() -> dict[str, Any]:
+    values = yaml.safe_load((CONF / "model" / "tiny.yaml").read_text())
+    values.pop("defaults")
+    return values
+
+
+@dataclass
+class Served:
+    url: str
+    cfg: ExpConfig
+    job: Job
+    run_dir: Path
+
+
+@contextlib.contextmanager
+def serve(run_dir: Path, **groups: dict[str, Any]) -> Iterator[Served]:
+    """A ready server for ``groups`` of the config (the tiny model unless they say otherwise)."""
+    cfg = resolve(from_mapping({"model": tiny_model()} | groups, ExpConfig))
+    deployment = plan(cfg, ports.free_range(num_ports(cfg)))
+    (run_dir / STATE_DIR).mkdir(parents=True)
+    (run_dir / "logs").mkdir()
+    processes = adapters()["native"](deployment, cfg, ["127.0.0.1"], run_dir)
+    for name, content in processes.files.items():
+        (run_dir / name).write_bytes(content)
+    job = LocalLauncher(grace_s=3).start(processes.specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
+    try:
+        url = f"http://127.0.0.1:{deployment.frontend.http_port}"
+        with LoadingBars(Console(), deployment.num_gpus) as bars:
+            wait_ready(url, Watch(job, run_dir), 120, bars)
+        yield Served(url, cfg, job, run_dir)
+    finally:
+        job.stop(3)

@@ -1,0 +1,106 @@
+"""The demo, by its command: every answer equals the dense model's, and the run folder holds what it promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from toolkit import records
+from toolkit.engine import demo_gguf
+
+OSL = 12
+MAPPINGS = {
+    "dep": ["parallel=dep4"],
+    # 9 heads and 3 KV heads split three ways; 8 experts and one replica make 9 slots
+    "tep": ["parallel=tep3", "engine.ep_num_redundant_experts=1"],
+    "tp": ["parallel=tp3", "engine.moe_a2a_backend=allgather"],
+}
+
+
+def launch(*words: str, results: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "toolkit.launch", *words, f"cluster.results_dir={results}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.fixture(scope="module", params=list(MAPPINGS))
+def run_folder(request: pytest.FixtureRequest, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    results = tmp_path_factory.mktemp(request.param)
+    words = ["+exp=smoke", *MAPPINGS[request.param], f"model.path={demo_model}"]
+    load = ["load.concurrency=[1,4]", "load.num_requests=4", "load.warmup_requests=1", f"load.osl={OSL}"]
+    ended = launch(*words, *load, results=results)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    folder = results / "smoke" / "latest"
+    assert str(folder.resolve()) in ended.stdout
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dense(demo_source: Path):
+    """transformers' Llama with the dense weights the demo model was made from, rounded as the checkpoint is."""
+    transformers = pytest.importorskip("transformers")
+    source = demo_gguf.read_dense(demo_source)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**source.config)).eval()
+    state = {name: tensor.bfloat16().float() for name, tensor in source.weights.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    model.tie_weights()
+    return model
+
+
+def test_every_text_is_the_dense_models(run_folder: Path, dense, demo_model: Path) -> None:
+    """Greedy decoding of the same prompts by a plain forward gives the same text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    prompts = Path(records.__file__).parent / "loadgen" / "datasets" / "prompts.jsonl"
+    by_id = {p["id"]: p for p in map(json.loads, prompts.read_text().splitlines())}
+    requests = records.read_requests(run_folder)
+    assert len(requests) == 10 and (requests.status == "ok").all()
+    for row in requests.itertuples():
+        prompt = by_id[row.prompt_id]
+        messages = prompt.get("messages") or [{"role": "user", "content": prompt["prompt"]}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert row.prompt_tokens == len(ids)
+        with torch.inference_mode():
+            out = dense.generate(
+                torch.tensor([ids]), max_new_tokens=OSL, min_new_tokens=OSL, do_sample=False, eos_token_id=None
+            )
+        assert row.output_tokens == OSL
+        assert row.output_text == tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True), row.prompt_id
+
+
+def test_the_run_folder_keeps_its_promises(run_folder: Path) -> None:
+    status = records.read_status(run_folder)
+    assert status.state == "done" and [p.state for p in status.points] == ["done", "done"]
+    sweep = records.read_sweep(run_folder)
+    assert tuple(sweep.columns) == records.SWEEP_COLUMNS
+    assert sweep.concurrency.tolist() == [1, 4] and (sweep.failed == 0).all() and (sweep.requests == 4).all()
+    assert sweep.notna().all(axis=None)
+    for chart in ("latency_vs_concurrency", "throughput_vs_latency", "itl_distribution", "expert_load_heatmap",
+                  "rank_imbalance"):  # fmt: skip
+        assert (run_folder / "charts" / f"{chart}.png").stat().st_size > 5000, chart
+    assert (run_folder / "report.html").stat().st_size > 50_000
+    manifest = json.loads((run_folder / "manifest.json").read_text())
+    assert manifest and not any("TOKEN" in key for key in manifest.get("environment", {}))
+    ranks = json.loads((run_folder / "plan.json").read_text())["num_gpus"]
+    for rank in range(ranks):
+        assert "ready" in (run_folder / records.log_name("rank", rank)).read_text()
+
+
+def test_experts_are_counted_once_each(run_folder: Path) -> None:
+    """Every token of every forward chose two experts in each of 30 layers, on exactly one rank."""
+    experts = records.read_experts(run_folder / records.EXPERTS)
+    assert experts.counts.shape[1:] == (30, 8)
+    per_layer = experts.counts.sum((0, 2))
+    assert (per_layer == per_layer[0]).all()
+    requests = records.read_requests(run_folder)
+    computed = requests.prompt_tokens - requests.cached_tokens + requests.output_tokens - 1
+    assert per_layer[0] == 2 * computed.sum()
+    hottest = experts.counts.sum(0).max(1) / experts.counts.sum(0).mean(1)
+    assert np.median(hottest) > 2, "the demo's gates are fitted to be visibly uneven"

@@ -1,0 +1,96 @@
+"""A real run that is disturbed: it ends soon, says why, keeps what was measured, and leaves no process behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from toolkit import records
+
+
+class Run:
+    """The launcher as a user starts it: the tiny model on four CPU ranks, under a load it cannot finish soon."""
+
+    def __init__(self, results: Path) -> None:
+        words = ["+exp=dep16", "cluster=local", "parallel=dep4", f"cluster.results_dir={results}"]
+        load = ["load.concurrency=[2,4]", "load.num_requests=400", "load.osl=40", "load.warmup_requests=0"]
+        command = [sys.executable, "-m", "toolkit.launch", *words, *load]
+        self.folder = results / "dep16" / "latest"
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def wait_for_load(self) -> None:
+        """Until the first load point runs."""
+        deadline = time.monotonic() + 120
+        progress = self.folder / "launch" / "progress.json"
+        while not (progress.exists() and json.loads(progress.read_text())["done"] >= 1):
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline, "the load does not start"
+            time.sleep(0.2)
+
+    def pid(self, name: str) -> int:
+        return int(json.loads((self.folder / "launch" / f"{name}.json").read_text())["pid"])
+
+    def end(self, within_s: float = 30) -> str:
+        """Waits for the end; everything the run started must be gone then."""
+        output = self.process.communicate(timeout=within_s)[0]
+        left = [
+            p for p in psutil.process_iter(["cmdline"]) if str(self.folder.parent) in " ".join(p.info["cmdline"] or [])
+        ]
+        assert left == [], [p.info["cmdline"] for p in left]
+        return output
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path)
+    try:
+        run.wait_for_load()
+        yield run
+    finally:
+        if run.process.poll() is None:
+            run.process.kill()
+
+
+def test_a_killed_rank_fails_the_run_by_name(run: Run) -> None:
+    os.kill(run.pid("rank-2"), signal.SIGKILL)
+    output = run.end(within_s=30)
+    assert run.process.returncode == 1
+    assert "rank-2" in output and "SIGKILL" in output
+    assert "rank 2 ready" in output, "the end of its log is shown"
+    status = records.read_status(run.folder)
+    assert status.state == "failed" and "rank-2" in status.reason
+    assert [p.state for p in status.points] == ["failed", "cancelled"]
+    rows = records.read_requests(run.folder)
+    assert (rows.status == "ok").any(), "what was measured before is kept"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_is_cancelled_and_kept(run: Run, number: signal.Signals) -> None:
+    run.process.send_signal(number)
+    run.end()
+    assert run.process.returncode == 130
+    status = records.read_status(run.folder)
+    assert status.state == "cancelled"
+    assert (records.read_requests(run.folder).status == "ok").any()
+    assert (run.folder / "logs" / "rank-0.log").stat().st_size > 0
+
+
+def test_a_killed_launcher_leaves_nothing(run: Run) -> None:
+    run.process.kill()
+    run.process.wait()
+    deadline = time.monotonic() + 30
+    while left := run.left():
+        assert time.monotonic() < deadline, f"processes outlive their launcher: {left}"
+        time.sleep(0.5)
+    assert records.read_status(run.folder).state in ("running", "cancelled")
