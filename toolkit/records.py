@@ -14,7 +14,7 @@ import math
 import os
 import time
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -36,6 +36,9 @@ STATUS = "status.json"
 REQUESTS = "requests.parquet"
 SWEEP = "sweep.csv"
 EXPERTS = "experts.npz"
+STEPS = "steps"
+SERVER_METRICS = "server_metrics.parquet"
+NODES = "nodes.parquet"
 REPORT = "report.html"
 LOGS = "logs"
 CHARTS = "charts"
@@ -113,31 +116,153 @@ class RequestRecord:
 
 
 def requests_schema() -> pa.Schema:
+    return schema_of(RequestRecord)
+
+
+def write_requests(folder: Path, records: Sequence[RequestRecord]) -> None:
+    write_table(folder / REQUESTS, RequestRecord, records)
+
+
+def read_requests(folder: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    return read_table(folder / REQUESTS, columns)
+
+
+# --- steps/, server_metrics.parquet, nodes.parquet --------------------------------------------------
+
+
+class StepRecord(typing.NamedTuple):
+    """One forward pass of one DP rank, as its leader saw it; a row of ``steps/rank-<R>.arrows``.
+
+    All DP ranks make the same passes: rows with the same ``step`` are one pass of the whole worker.
+    """
+
+    step: int  # forward passes since start, equal on every rank
+    t_begin: float  # Unix seconds
+    duration_s: float  # forward, sampling and book-keeping; waiting for others in collectives is inside
+    dp_rank: int
+    tokens: int  # of this DP rank in this pass
+    decode_tokens: int
+    prefill_tokens: int
+    running: int  # requests in the running batch after the pass
+    waiting: int  # requests not admitted yet
+    kv_used_tokens: int
+    kv_total_tokens: int
+    preemptions: int  # requests pushed out of the running batch since the row before
+
+
+@dataclass
+class MetricSample:
+    """One sample of a server's ``/metrics``; a row of ``server_metrics.parquet``."""
+
+    time: float  # Unix seconds of the scrape
+    url: str
+    name: str  # as the server spells it, ``_total`` and ``_bucket`` included
+    labels: str  # JSON object
+    value: float
+
+
+@dataclass
+class NodeSample:
+    """One sample of one GPU; a row of ``nodes.parquet``. NaN: the driver does not say."""
+
+    time: float  # Unix seconds
+    node: str
+    gpu: int
+    utilization: float  # 0 to 1
+    memory_used_bytes: int
+    power_w: float
+    temperature_c: float
+    sm_clock_mhz: float
+
+
+def steps_path(folder: Path, rank: int) -> Path:
+    return folder / STEPS / f"rank-{rank}.arrows"
+
+
+@contextlib.contextmanager
+def open_steps(path: Path) -> Iterator[Callable[[Sequence[StepRecord]], None]]:
+    """Opens a stream of ``StepRecord``; each call of what it yields appends rows that a reader then sees."""
+    import pyarrow as pa
+
+    schema = schema_of(StepRecord)
+    with path.open("wb") as out, pa.ipc.new_stream(out, schema) as stream:
+
+        def write(rows: Sequence[StepRecord]) -> None:
+            columns = [pa.array(column, field.type) for column, field in zip(zip(*rows), schema)]
+            stream.write_batch(pa.record_batch(columns, schema=schema))
+            out.flush()
+
+        yield write
+
+
+def read_steps(folder: Path) -> pd.DataFrame:
+    """All ranks' rows, in the order of time. A file that is still written, or cut off, gives its whole batches.
+
+    Raises:
+        FileNotFoundError: no rank left a file.
+        ValueError: a file is not a stream of ``StepRecord``.
+    """
+    import pyarrow as pa
+
+    files = sorted((folder / STEPS).glob("*.arrows"))
+    if not files:
+        raise FileNotFoundError(f"{folder / STEPS} holds no rank's file")
+    schema = schema_of(StepRecord)
+    batches: list[Any] = []
+    for path in files:
+        with pa.memory_map(str(path)) as source:
+            if not source.size():
+                continue
+            stream = pa.ipc.open_stream(source)
+            if stream.schema.names != schema.names:
+                raise ValueError(f"{path.name} has columns {stream.schema.names}, not {schema.names}")
+            with contextlib.suppress(StopIteration, pa.ArrowInvalid, OSError):  # the end, or where it is cut off
+                while True:
+                    batches.append(stream.read_next_batch())
+    table = pa.Table.from_batches(batches, schema=schema)
+    return typing.cast("pd.DataFrame", table.to_pandas().sort_values(["t_begin", "dp_rank"], ignore_index=True))
+
+
+# --- tables -----------------------------------------------------------------------------------------
+
+
+def schema_of(record: type) -> pa.Schema:
+    """Column names and types of a record class; a ``Literal`` is a string."""
     import pyarrow as pa
 
     kinds: dict[Any, Any] = {
         int: pa.int64(), float: pa.float64(), bool: pa.bool_(), str: pa.string(),
         list[float]: pa.list_(pa.float64()), list[int]: pa.list_(pa.int32()),
     }  # fmt: skip
-    hints = typing.get_type_hints(RequestRecord)
+    hints = typing.get_type_hints(record)
     columns = [(name, kinds.get(hint, pa.string())) for name, hint in hints.items()]
     return pa.schema(columns, metadata={"schema_version": str(SCHEMA_VERSION)})
 
 
-def write_requests(folder: Path, records: Sequence[RequestRecord]) -> None:
+def write_table(path: Path, record: type, rows: Sequence[Any]) -> None:
+    """``rows``, instances of ``record``, as a parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = requests_schema()
-    columns = {name: [getattr(record, name) for record in records] for name in schema.names}
-    with replacing(folder / REQUESTS, "wb") as out:
+    schema = schema_of(record)
+    columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
+    with replacing(path, "wb") as out:
         pq.write_table(pa.table(columns, schema=schema), out, compression="zstd")
 
 
-def read_requests(folder: Path, columns: list[str] | None = None) -> pd.DataFrame:
+def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """A parquet file; list columns stay in Arrow's flat layout, which holds a million rows without a million objects."""
     import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    return pd.read_parquet(folder / REQUESTS, columns=columns)
+    table = pq.read_table(path, columns=columns)
+    frame = table.to_pandas(
+        types_mapper=lambda kind: pd.ArrowDtype(kind) if pa.types.is_list(kind) else None,
+        split_blocks=True,
+        self_destruct=True,
+    )
+    return typing.cast("pd.DataFrame", frame)
 
 
 # --- sweep.csv --------------------------------------------------------------------------------------

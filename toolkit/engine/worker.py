@@ -50,6 +50,8 @@ from toolkit.engine.messages import (
 from toolkit.engine.parallel import Groups
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.scheduler import Scheduler
+from toolkit.engine.steplog import StepLog
+from toolkit.records import steps_path
 
 log = logging.getLogger("toolkit.engine.worker")
 
@@ -142,6 +144,9 @@ class Worker:
                 self.groups.world_cpu.all_reduce, path, args.device,
             )  # fmt: skip
             self.runner.moe.recorder = self.recorder
+        self.step_log: StepLog | None = None
+        if self.leads and args.steps_dir:
+            self.step_log = StepLog(steps_path(Path(args.steps_dir), self.rank), self.dp_rank, engine.page_size)
         info = {
             "max_model_len": self.max_len,
             "max_total_tokens": self.runner.cache.num_blocks * engine.page_size,
@@ -186,6 +191,8 @@ class Worker:
             if asleep or time.monotonic() - self._stats_sent > STATS_S:
                 self._send_stats()
             if agreed.shutdown:
+                if self.step_log is not None:
+                    self.step_log.close()
                 self._reply(self._shutdown)
                 return
 
@@ -213,7 +220,7 @@ class Worker:
         return Agreement(ctx, quiet and min(seen) == max(seen), any(flushes), all(shutdown) and not any(busy))
 
     def _step(self, batch: Batch, ctx: StepContext) -> None:
-        begin = time.perf_counter()
+        began, begin = time.time(), time.perf_counter()
         sampled = self.runner.step(batch, ctx)
         outputs = self.scheduler.finish(batch, sampled)
         if outputs and self.leads:
@@ -221,7 +228,10 @@ class Worker:
         if self.recorder is not None:
             self.recorder.end_of_pass()
         self._steps += 1
-        self._step_s += time.perf_counter() - begin
+        duration = time.perf_counter() - begin
+        self._step_s += duration
+        if self.step_log is not None:
+            self.step_log.add(ctx.step, began, duration, batch, self.scheduler)
 
     # --- messages ---------------------------------------------------------------------------------
 
@@ -253,6 +263,8 @@ class Worker:
     def _flush_experts(self) -> None:
         if self.recorder is not None:
             self.recorder.end_of_pass(flush=True)
+        if self.step_log is not None:
+            self.step_log.flush()
         for message in self._flushes:
             self._reply(message)
         self._flushes.clear()
