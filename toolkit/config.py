@@ -128,6 +128,10 @@ class LoadConfig:
     temperature: float = opt(0.0, "0: greedy")
     seed: int = opt(0, "order of prompts, sampling")
     timeout_s: float = opt(600.0, "a request that takes longer is failed")
+    slo_ttft_ms: float = opt(0.0, "goodput: a request is good when its TTFT is at most this; 0: no bound")
+    slo_itl_ms: float = opt(0.0, "goodput: ... its longest gap between tokens; 0: no bound")
+    slo_tpot_ms: float = opt(0.0, "goodput: ... its TPOT; 0: no bound")
+    slo_e2e_ms: float = opt(0.0, "goodput: ... its send to last token; 0: no bound")
     record_text: bool = opt(True, "keep every answer's text in requests.parquet")
 
 

@@ -19,9 +19,10 @@ from toolkit import records
 from toolkit.analysis import Run, metrics
 from toolkit.analysis.__main__ import main
 from toolkit.analysis.charts import CHARTS
-from toolkit.analysis.findings import best_row, verdict, warnings
+from toolkit.analysis.findings import best_row, verdict
 from toolkit.analysis.finish import complete_sweep, finish_run, terminal_table
 from toolkit.analysis.report import write_report
+from toolkit.analysis.trust import warnings
 from toolkit.records import PointStatus, RunStatus
 
 CHART_NAMES = {
@@ -127,7 +128,7 @@ def test_warnings_count_failures_and_short_answers(tmp_path: Path) -> None:
     rows[4].chunk_tokens = [1, 1, 1]
     records.write_requests(tmp_path, [*rows, failure(), failure(error="timeout"), failure()])
     found = warnings(Run(tmp_path))
-    assert "concurrency 1: 3 of 123 requests failed; most often: HTTP 503: overloaded" in found
+    assert "concurrency 1: 3 of 123 requests failed (3 error); most often: HTTP 503: overloaded" in found
     assert any("1 of 120 answers are not as long as asked (mean 2.00 of 5.00 tokens)" in line for line in found)
     assert any("1 answers whose chunks do not add up" in line for line in found)
     assert not any("p99" in line for line in found)

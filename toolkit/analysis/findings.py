@@ -1,4 +1,4 @@
-"""What a run says, in sentences: the verdict, the expert load, and what to be wary of.
+"""What a run says, in sentences: the verdict and the expert load. What to be wary of is trust.py's.
 
 Owns the rules that turn figures into words; every sentence carries the figures it rests on. Computes no latency
 (metrics.py) and no load (imbalance.py) itself; knows nothing of HTML.
@@ -15,13 +15,14 @@ import numpy as np
 import pandas as pd
 
 from toolkit.analysis.imbalance import imbalance
-from toolkit.analysis.load import LoadPoint, Run
-from toolkit.analysis.metrics import measured, succeeded
+from toolkit.analysis.join import Loss, losses
+from toolkit.analysis.load import Run
+from toolkit.analysis.metrics import Goodput, Slo, goodput
 
 SATURATED = 0.03  # throughput gain below which more load is said to buy nothing
 STILL_RISING = 0.10  # gain at the last load point above which the limit is said not to be reached
 EVEN = 0.95  # balancedness above which the experts are not worth a thought
-ENOUGH_FOR_P99 = 100  # requests: with fewer, linear p99 lies between the two slowest
+SLO_SHARE = 0.99  # of the measured requests must be good for a load to meet the SLO
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,71 @@ def verdict(run: Run) -> list[Finding]:
             f"a TTFT of {number(best['ttft_p50_ms'])} ms (p50; p99 {number(best['ttft_p99_ms'])} ms).",
         )
     )
+    if run.slo:
+        findings.append(slo_finding(run, run.slo))
     findings += _limit(run.sweep[run.sweep["output_tok_s"].notna()].sort_values("concurrency"), best)
     load = run.point_loads[position]
     if load is not None and math.isfinite(load.balancedness_mean):
         findings.append(_expert_cost(load.balancedness_mean))
+    found = loss_at(losses(run), int(best["concurrency"]))
+    if found is not None:
+        findings.append(Finding("Waiting", found.sentence()))
     return findings
+
+
+def loss_at(found: list[Loss], concurrency: int) -> Loss | None:
+    """The loss of the load point ``concurrency``, or of the highest one that has any."""
+    return next((loss for loss in found if loss.concurrency == concurrency), found[-1] if found else None)
+
+
+def goodputs(run: Run, slo: Slo) -> list[tuple[int, Goodput]]:
+    """Concurrency and goodput of each load point, repeats together, ascending."""
+    groups: dict[int, list[pd.DataFrame]] = {}
+    for point in run.points:
+        if len(point.requests):
+            groups.setdefault(point.concurrency, []).append(point.requests)
+    return [(c, mean_goodput([goodput(rows, slo) for rows in groups[c]])) for c in sorted(groups)]
+
+
+def mean_goodput(repeats: list[Goodput]) -> Goodput:
+    return Goodput(
+        req_s=float(np.mean([g.req_s for g in repeats])),
+        tok_s=float(np.mean([g.tok_s for g in repeats])),
+        share=float(np.mean([g.share for g in repeats])),
+        by_bound={name: float(np.mean([g.by_bound[name] for g in repeats])) for name in repeats[0].by_bound},
+    )
+
+
+def largest_load(found: list[tuple[int, Goodput]]) -> tuple[int, Goodput] | None:
+    """The largest load that meets the SLO, with every smaller one meeting it too (a lucky outlier is no capacity)."""
+    best = None
+    for concurrency, good in found:
+        if not good.share >= SLO_SHARE:
+            break
+        best = (concurrency, good)
+    return best
+
+
+def slo_finding(run: Run, slo: Slo) -> Finding:
+    found = goodputs(run, slo)
+    best = largest_load(found)
+    if best is not None:
+        concurrency, good = best
+        more = "" if concurrency < found[-1][0] else ", the highest tried: the limit lies above"
+        return Finding(
+            "SLO",
+            f"{slo} holds for {SLO_SHARE:.0%} of the requests up to concurrency {concurrency}{more}: "
+            f"{number(good.req_s)} good requests/s, {number(good.tok_s)} output tok/s.",
+        )
+    if not found:
+        return Finding("SLO", f"{slo}: no load point has requests to judge by.")
+    concurrency, good = found[0]
+    broken = min(good.by_bound, key=lambda name: good.by_bound[name])
+    return Finding(
+        "SLO",
+        f"{slo} is met by no load: at concurrency {concurrency} only {good.share:.0%} of the requests are good; "
+        f"{broken.upper()} is kept by {good.by_bound[broken]:.0%}.",
+    )
 
 
 def expert_summary(run: Run) -> list[str]:
@@ -106,30 +167,6 @@ def expert_summary(run: Run) -> list[str]:
     if len(experts.placement) > 1:
         sentences.append(f"The placement changed {len(experts.placement) - 1} times during the run.")
     return sentences
-
-
-def warnings(run: Run) -> list[str]:
-    """What a reader must know before trusting the figures."""
-    run.read_all()
-    found = list(run.warnings)
-    if run.missing:
-        found.append(f"missing: {', '.join(run.missing)}")
-    for point in run.points:
-        found += _point_warnings(point)
-    few = [
-        f"{point.concurrency} ({ok})"
-        for point in run.points
-        if 0 < (ok := int(point.row["requests"] - point.row["failed"])) < ENOUGH_FOR_P99
-    ]
-    if few:
-        found.append(
-            f"too few requests for p99 (under {ENOUGH_FOR_P99}: it is close to the slowest one) at concurrency "
-            f"{', '.join(few)}; raise load.min_requests or load.requests_per_slot"
-        )
-    if run.experts is not None and any(load is None for load in run.point_loads):
-        unseen = [str(p.concurrency) for p, load in zip(run.points, run.point_loads, strict=True) if load is None]
-        found.append(f"no recorder window overlaps the measured requests of concurrency {', '.join(unseen)}")
-    return found
 
 
 def _outcome(run: Run) -> list[Finding]:
@@ -212,24 +249,3 @@ def _throughput_change(start: pd.Series[Any], end: pd.Series[Any]) -> str:
 def _change(start: pd.Series[Any], end: pd.Series[Any], column: str) -> str:
     change = end[column] / start[column] - 1
     return f"{'rose' if change >= 0 else 'fell'} by {abs(change):.0%}"
-
-
-def _point_warnings(point: LoadPoint) -> list[str]:
-    rows, ok = measured(point.requests), succeeded(point.requests)
-    where, found = f"concurrency {point.concurrency}", []
-    failed = int(point.row["failed"])
-    if failed:
-        errors = rows.loc[rows["status"] != "ok", "error"]
-        common = f"; most often: {errors.mode().iloc[0]}" if len(errors) else ""
-        found.append(f"{where}: {failed} of {int(point.row['requests'])} requests failed{common}")
-    asked = ok[ok["expected_output_tokens"] > 0]
-    off = asked[asked["output_tokens"] != asked["expected_output_tokens"]]
-    if len(off):
-        found.append(
-            f"{where}: {len(off)} of {len(asked)} answers are not as long as asked "
-            f"(mean {number(off['output_tokens'].mean())} of {number(off['expected_output_tokens'].mean())} tokens)"
-        )
-    uncounted = ok["output_tokens"] != ok["chunk_tokens"].map(sum)
-    if uncounted.any():
-        found.append(f"{where}: {int(uncounted.sum())} answers whose chunks do not add up to their usage; ITL is rough")
-    return found

@@ -62,6 +62,70 @@ def imbalance(loads: Floats) -> Floats:
 
 
 @dataclass(frozen=True)
+class WindowLoads:
+    """GPU loads of recorder windows, each under the placement that held then.
+
+    Attributes:
+        times_W2: Unix seconds of a window's begin and end.
+        counts_WLE: assignments of each logical expert.
+        loads_WLG: load of each GPU.
+        epoch_W: which placement held.
+    """
+
+    times_W2: Floats
+    counts_WLE: NDArray[np.int64]
+    loads_WLG: Floats
+    epoch_W: NDArray[np.int64]
+
+    def between(self, begin: float, end: float) -> WindowLoads:
+        """The windows that overlap ``begin`` to ``end``; one at the edge is taken whole."""
+        return self.where((self.times_W2[:, 0] < end) & (self.times_W2[:, 1] > begin))
+
+    def where(self, rows: NDArray[np.bool_]) -> WindowLoads:
+        return WindowLoads(self.times_W2[rows], self.counts_WLE[rows], self.loads_WLG[rows], self.epoch_W[rows])
+
+    def balancedness(self) -> Floats:
+        """Of each window, [W]: mean over layers, each weighted with its load; NaN for a window without load."""
+        return _weighted(balancedness(self.loads_WLG), self.loads_WLG.sum(-1), axis=1)
+
+    def imbalance(self) -> Floats:
+        """Of each window, [W]: sum over layers of the busiest GPU's load / that of the mean GPU's.
+
+        Layers run one after the other, each as long as its busiest GPU: this is the factor on a step's expert time.
+        """
+        mean = self.loads_WLG.mean(-1).sum(-1)
+        factor: Floats = self.loads_WLG.max(-1).sum(-1) / np.where(mean > 0, mean, np.nan)
+        return factor
+
+    def excess(self) -> Floats:
+        """Of each window, [W]: sum over layers of busiest - mean GPU load: assignments that all others wait for."""
+        loads = self.loads_WLG
+        wait: Floats = (loads.max(-1) - loads.mean(-1)).sum(-1)
+        return wait
+
+
+def window_loads(experts: ExpertCounts) -> WindowLoads:
+    """All windows of ``experts.npz``.
+
+    Raises:
+        ValueError: arrays that do not fit together, or a placement as in ``gpu_loads``.
+    """
+    counts, times, placement = experts.counts, experts.times, experts.placement
+    layers = (len(experts.layer_ids),)
+    fits = counts.ndim == 3 and placement.ndim == 3 and layers == counts.shape[1:2] == placement.shape[1:2]
+    if not fits or times.shape != (len(counts), 2) or not len(placement) == len(experts.placement_times) > 0:
+        raise ValueError(f"shapes do not fit: counts {counts.shape}, times {times.shape}, placement {placement.shape}")
+    # The middle of a window: a window ends where a placement changes, and clocks of the two may differ by a little.
+    epoch = np.searchsorted(experts.placement_times, times.mean(1), side="right") - 1
+    epoch = np.clip(epoch, 0, len(placement) - 1)
+    loads_WLG = np.zeros((*counts.shape[:2], experts.ep_size))
+    for index in np.unique(epoch):
+        held = epoch == index
+        loads_WLG[held] = gpu_loads(counts[held], placement[index], experts.ep_size)
+    return WindowLoads(times, counts, loads_WLG, epoch)
+
+
+@dataclass(frozen=True)
 class PointLoad:
     """Expert load in one stretch of time, usually a load point.
 
@@ -85,34 +149,42 @@ class PointLoad:
 def point_load(experts: ExpertCounts, begin: float = -np.inf, end: float = np.inf) -> PointLoad:
     """Load in the recorder windows that overlap ``begin`` to ``end`` (Unix seconds; by default all of them).
 
-    A window at the edge is taken whole. Without a window, or without load in any, both figures are NaN.
+    Without a window, or without load in any, both figures are NaN.
 
     Raises:
-        ValueError: arrays that do not fit together, or a placement as in ``gpu_loads``.
+        ValueError: as ``window_loads``.
     """
-    counts, times, placement = experts.counts, experts.times, experts.placement
-    layers = (len(experts.layer_ids),)
-    fits = counts.ndim == 3 and placement.ndim == 3 and layers == counts.shape[1:2] == placement.shape[1:2]
-    if not fits or times.shape != (len(counts), 2) or not len(placement) == len(experts.placement_times) > 0:
-        raise ValueError(f"shapes do not fit: counts {counts.shape}, times {times.shape}, placement {placement.shape}")
-    inside = (times[:, 0] < end) & (times[:, 1] > begin)
-    counts, times = counts[inside], times[inside]
-    # The middle of a window: a window ends where a placement changes, and clocks of the two may differ by a little.
-    epoch = np.searchsorted(experts.placement_times, times.mean(1), side="right") - 1
-    epoch = np.clip(epoch, 0, len(placement) - 1)
-    loads_WLG = np.zeros((*counts.shape[:2], experts.ep_size))
-    for index in np.unique(epoch):
-        held = epoch == index
-        loads_WLG[held] = gpu_loads(counts[held], placement[index], experts.ep_size)
-    total_LG = loads_WLG.sum(0)
-    weight_WL = loads_WLG.sum(-1)
-    loaded = weight_WL > 0
+    return summed(window_loads(experts).between(begin, end))
+
+
+def summed(windows: WindowLoads) -> PointLoad:
+    """Windows -> their load as one."""
+    loads_WLG, total_LG = windows.loads_WLG, windows.loads_WLG.sum(0)
+    loaded = loads_WLG.sum() > 0
+    weight = loads_WLG.sum(-1)
     return PointLoad(
-        windows=len(counts),
-        expert_counts_LE=counts.sum(0),
+        windows=len(loads_WLG),
+        expert_counts_LE=windows.counts_WLE.sum(0),
         gpu_loads_LG=total_LG,
-        balancedness_mean=float(np.average(balancedness(loads_WLG)[loaded], weights=weight_WL[loaded]))
-        if loaded.any()
-        else np.nan,
-        imbalance_max=float(np.nanmax(imbalance(total_LG))) if loaded.any() else np.nan,
+        balancedness_mean=float(_weighted(balancedness(loads_WLG).ravel(), weight.ravel(), 0)) if loaded else np.nan,
+        imbalance_max=float(np.nanmax(imbalance(total_LG))) if loaded else np.nan,
     )
+
+
+def cross_node_share(loads_N: Floats, sources_N: Floats) -> float:
+    """Share of (token, expert) assignments whose expert is on another node than the token; NaN without load.
+
+    ``loads_N`` are assignments by the node that computes them, ``sources_N`` tokens by the node they are on. What goes
+    where is not recorded: the tokens of each node are taken to spread over experts as all tokens do.
+    """
+    if not loads_N.sum() > 0 or not sources_N.sum() > 0:
+        return np.nan
+    return float(1 - (loads_N / loads_N.sum() * sources_N / sources_N.sum()).sum())
+
+
+def _weighted(values: Floats, weights: Floats, axis: int) -> Floats:
+    """Mean of the values that exist, weighted; NaN where no weight is left."""
+    weights = np.where(np.isfinite(values), weights, 0.0)
+    total = weights.sum(axis)
+    mean: Floats = (np.nan_to_num(values) * weights).sum(axis) / np.where(total > 0, total, np.nan)
+    return mean

@@ -8,8 +8,9 @@ Read next: charts.py, findings.py, report.py.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,8 @@ import pandas as pd
 import yaml
 
 from toolkit import records
-from toolkit.analysis.imbalance import PointLoad, point_load
-from toolkit.analysis.metrics import interval, itl_s, sweep_row
+from toolkit.analysis.imbalance import PointLoad, WindowLoads, summed, window_loads
+from toolkit.analysis.metrics import Slo, interval, itl_s, sweep_row
 
 T = TypeVar("T")
 
@@ -93,15 +94,71 @@ class Run:
 
     @cached_property
     def requests(self) -> pd.DataFrame:
-        """``requests.parquet``; no rows when it is missing, broken or lacks a column."""
-        columns = records.requests_schema().names
+        """``requests.parquet`` without the texts; no rows when it is missing, broken or lacks a column.
+
+        List columns are Arrow's: ``requests.chunk_s.list.flatten()``, or ``metrics.itl_s(requests)``.
+        """
+        columns = [name for name in records.requests_schema().names if name != "output_text"]
 
         def read() -> pd.DataFrame:
             requests = records.read_requests(self.path, columns)
             itl_s(requests)  # refuses chunks that do not fit together
+            if not requests["point"].is_monotonic_increasing:
+                requests = requests.sort_values("point", kind="stable", ignore_index=True)
             return requests
 
         return self._read(records.REQUESTS, read, _no_rows(columns))
+
+    @cached_property
+    def texts(self) -> pd.DataFrame:
+        """``request_id``, ``prompt_id`` and ``output_text`` of every request, read only when asked for."""
+        columns = ["request_id", "prompt_id", "output_text"]
+        return self._read(records.REQUESTS, lambda: records.read_requests(self.path, columns), _no_rows(columns))
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """One row a forward pass of a DP rank (``records.StepRecord``), in the order of time."""
+        columns = list(records.StepRecord._fields)
+        return self._read(records.STEPS, lambda: records.read_steps(self.path), _no_rows(columns))
+
+    @cached_property
+    def server_metrics(self) -> pd.DataFrame:
+        """Samples of the servers' ``/metrics`` (``records.MetricSample``); no rows when none were taken."""
+        return self._optional(records.SERVER_METRICS, records.MetricSample)
+
+    @cached_property
+    def nodes(self) -> pd.DataFrame:
+        """Samples of the GPUs (``records.NodeSample``); no rows when none were taken."""
+        return self._optional(records.NODES, records.NodeSample)
+
+    @cached_property
+    def slo(self) -> Slo:
+        """The config's ``load.slo_*_ms``; all 0 where none is set."""
+        load = self.config.get("load")
+        load = load if isinstance(load, dict) else {}
+        bounds = {field.name: load.get(f"slo_{field.name}") or 0.0 for field in dataclasses.fields(Slo)}
+        wrong = [name for name, bound in bounds.items() if not isinstance(bound, (int, float)) or bound < 0]
+        if wrong:
+            self.warnings.append(f"{records.CONFIG}: load.slo_{wrong[0]}={bounds[wrong[0]]!r} is no time; left out")
+        return Slo(**{name: 0.0 if name in wrong else float(bound) for name, bound in bounds.items()})
+
+    @property
+    def mapping(self) -> str:
+        """``DEP=16`` and its like; empty where neither plan nor config says."""
+        if isinstance(self.plan.get("mapping"), str):
+            return str(self.plan["mapping"])
+        parallel = self.config.get("parallel")
+        names = ("tp_size", "dp_size", "ep_size")
+        if not isinstance(parallel, dict) or not all(name in parallel for name in names):
+            return ""
+        return " ".join(f"{name.removesuffix('_size').upper()}={parallel[name]}" for name in names)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The config with dotted keys (``engine.page_size``), and ``run``, ``model``, ``mapping``, ``num_gpus``."""
+        flat = dict(_dotted(self.config, ""))
+        own = {"run": self.name, "model": flat.get("model.name", ""), "mapping": self.mapping}
+        return own | {"num_gpus": self.num_gpus} | flat
 
     @cached_property
     def sweep(self) -> pd.DataFrame:
@@ -126,39 +183,45 @@ class Run:
         """The load points, in the order of ``sweep``."""
         sweep, requests = self.sweep, self.requests
         by_row = {row: point for point, row in self._rows_by_point(sweep).items()}
-        return [
-            LoadPoint(int(row["concurrency"]), requests[requests["point"] == by_row.get(index)], row)
-            for index, (_, row) in enumerate(sweep.iterrows())
-        ]
+        number = requests["point"].to_numpy()
+        points = []
+        for index, (_, row) in enumerate(sweep.iterrows()):
+            point = by_row.get(index, np.nan)  # rows are sorted by point: a slice, not a copy
+            begin, end = np.searchsorted(number, point, "left"), np.searchsorted(number, point, "right")
+            points.append(LoadPoint(int(row["concurrency"]), requests.iloc[begin:end], row))
+        return points
 
     @cached_property
     def experts(self) -> records.ExpertCounts | None:
         def read() -> records.ExpertCounts:
             experts = records.read_experts(self.path / records.EXPERTS)
-            point_load(experts)  # refuses arrays that do not fit together
+            window_loads(experts)  # refuses arrays that do not fit together
             return experts
 
         return self._read(records.EXPERTS, read, None)
 
     @cached_property
+    def windows(self) -> WindowLoads | None:
+        """GPU loads of every recorder window, or None where no expert counts were left."""
+        return window_loads(self.experts) if self.experts is not None else None
+
+    @cached_property
     def point_loads(self) -> list[PointLoad | None]:
         """Expert load in the measured interval of each load point; None where nothing was recorded in it."""
-        loads: list[PointLoad | None] = []
-        for point in self.points:
-            begin, end = interval(point.requests)
-            known = self.experts is not None and np.isfinite(begin) and np.isfinite(end)
-            load = point_load(self.experts, begin, end) if self.experts is not None and known else None
-            loads.append(load if load is not None and load.windows else None)
-        return loads
+        return [self._load_between(*interval(point.requests)) for point in self.points]
 
     @cached_property
     def whole_load(self) -> PointLoad | None:
         """Expert load from the first measured request to the last, or None where nothing was recorded then."""
-        if self.experts is None:
-            return None
         begin, end = interval(self.requests)
-        load = point_load(self.experts, begin, end) if np.isfinite(end) else point_load(self.experts)
-        return load if load.expert_counts_LE.sum() else None
+        load = self._load_between(*((begin, end) if np.isfinite(end) else (-np.inf, np.inf)))
+        return load if load is not None and load.expert_counts_LE.sum() else None
+
+    def _load_between(self, begin: float, end: float) -> PointLoad | None:
+        if self.windows is None or np.isnan(begin) or np.isnan(end):
+            return None
+        load = summed(self.windows.between(begin, end))
+        return load if load.windows else None
 
     @cached_property
     def num_gpus(self) -> int | None:
@@ -169,6 +232,7 @@ class Run:
     def read_all(self) -> None:
         """Reads every part now, so that ``warnings`` and ``missing`` are complete."""
         _ = (self.status, self.manifest, self.plan, self.config, self.overrides, self.points, self.point_loads)
+        _ = (self.steps, self.server_metrics, self.nodes, self.slo)
 
     def _read(self, name: str, read: Callable[[], T], otherwise: T) -> T:
         if not (self.path / name).exists():
@@ -179,6 +243,13 @@ class Run:
         except Exception as error:  # a broken file may raise anything its parser has
             self.warnings.append(f"{name} cannot be read: {type(error).__name__}: {str(error)[:200]}")
             return otherwise
+
+    def _optional(self, name: str, record: type) -> pd.DataFrame:
+        """A table that most runs do not have: its lack is no warning."""
+        columns = records.schema_of(record).names
+        if not (self.path / name).exists():
+            return _no_rows(columns)
+        return self._read(name, lambda: records.read_table(self.path / name, columns), _no_rows(columns))
 
     def _mapping(self, name: str) -> dict[str, Any]:
         text = (self.path / name).read_text(encoding="utf-8")
@@ -192,9 +263,11 @@ class Run:
             raise ValueError("its last line is cut off")
         table = records.read_sweep(self.path)
         missing = [name for name in records.SWEEP_COLUMNS if name not in table.columns]
-        if missing:
+        if set(missing) & set(COUNT_COLUMNS):
             raise ValueError(f"no column {', '.join(missing)}")
-        table = table[list(records.SWEEP_COLUMNS)].astype(np.float64)
+        if missing:
+            self.warnings.append(f"{records.SWEEP} is of another version: it has no {', '.join(missing)}")
+        table = table.reindex(columns=list(records.SWEEP_COLUMNS)).astype(np.float64)
         if table[list(COUNT_COLUMNS)].isna().any(axis=None):
             raise ValueError(f"an empty cell in {', '.join(COUNT_COLUMNS)}")
         return pd.DataFrame(table.astype(dict.fromkeys(COUNT_COLUMNS, np.int64)))
@@ -213,3 +286,11 @@ class Run:
 
 def _no_rows(columns: list[str]) -> pd.DataFrame:
     return pd.DataFrame({name: [] for name in columns})
+
+
+def _dotted(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

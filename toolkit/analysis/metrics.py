@@ -5,17 +5,20 @@ Knows nothing of expert load (imbalance.py), run folders (load.py) or charts.
 
 Where peers differ (aiperf 0.13, vLLM ``bench serve``, SGLang ``bench_serving``): our TPOT is what aiperf calls ITL
 and what vLLM and SGLang call TPOT; the gap between chunks, undivided, is aiperf's ICL and vLLM's and SGLang's ITL.
-Times inside are seconds; names that end in ``_ms`` are milliseconds. Percentiles are exact (numpy, linear).
+Times inside are seconds; names that end in ``_ms`` are milliseconds. Percentiles are exact, linear between neighbours
+(numpy's default, as aiperf's scalars, vLLM and SGLang), over the ok requests; failures are counted, never mixed in.
 Read next: imbalance.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.analysis.chunks import chunks_of, gaps_of
 from toolkit.records import SWEEP_COLUMNS
 
 if TYPE_CHECKING:
@@ -59,7 +62,10 @@ def tpot_s(requests: pd.DataFrame) -> Floats:
     output_tokens - 1, which is the same when the first chunk carries one token; aiperf calls this ITL. NaN where
     all tokens came in the first chunk: there is nothing to divide.
     """
-    first = np.array([_first(tokens) for tokens in requests["chunk_tokens"]], dtype=np.float64)
+    chunks = chunks_of(requests)
+    first = np.zeros(len(requests))
+    rows, at = np.unique(chunks.owner, return_index=True)
+    first[rows] = chunks.tokens[at]
     later = requests["output_tokens"].to_numpy(np.float64) - first
     later[later <= 0] = np.nan
     return (e2e_s(requests) - ttft_s(requests)) / later
@@ -71,23 +77,42 @@ def itl_s(requests: pd.DataFrame) -> Floats:
     A chunk of n tokens that arrives g seconds after the one before contributes n values g / n, so that a server that
     sends several tokens a chunk (speculative decoding, stream_interval) compares with one that sends them singly.
     vLLM and SGLang pool the undivided gaps, one a chunk; aiperf's figure of this name is our TPOT.
+
+    Raises:
+        ValueError: a row whose ``chunk_s`` and ``chunk_tokens`` differ in length.
     """
-    lengths = requests["chunk_s"].map(len).to_numpy(np.int64)
-    if not lengths.sum():
-        return np.empty(0)
-    unequal = lengths != requests["chunk_tokens"].map(len).to_numpy(np.int64)
-    if unequal.any():
-        rid = requests["request_id"].to_numpy()[unequal][0]
-        raise ValueError(f"request_id={rid}: chunk_s and chunk_tokens differ in length; each chunk needs both")
-    times = np.concatenate([np.asarray(chunk, np.float64) for chunk in requests["chunk_s"]])
-    tokens = np.concatenate([np.asarray(chunk, np.int64) for chunk in requests["chunk_tokens"]])
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    carries = tokens > 0
-    times, tokens, owner = times[carries], tokens[carries], owner[carries]
-    same_request = owner[1:] == owner[:-1]
-    gaps, tokens = np.diff(times)[same_request], tokens[1:][same_request]
-    per_token: Floats = gaps / tokens
-    return np.repeat(per_token, tokens)
+    gaps = gaps_of(chunks_of(requests))
+    return np.repeat(gaps.per_token, gaps.tokens)
+
+
+def itl_at(requests: pd.DataFrame) -> tuple[Floats, Floats]:
+    """When each token after a request's first chunk came (Unix seconds), and its ITL in seconds as in ``itl_s``."""
+    gaps = gaps_of(chunks_of(requests))
+    sent = requests["t_send"].to_numpy(np.float64)
+    return np.repeat(sent[gaps.owner] + gaps.times, gaps.tokens), np.repeat(gaps.per_token, gaps.tokens)
+
+
+def itl_by_request_s(requests: pd.DataFrame) -> tuple[Floats, NDArray[np.int64]]:
+    """Sum of a row's ITL values and how many there are: what a bootstrap over requests needs for the mean ITL."""
+    gaps = gaps_of(chunks_of(requests))
+    seconds = np.bincount(gaps.owner, weights=gaps.per_token * gaps.tokens, minlength=len(requests))
+    return seconds, np.bincount(gaps.owner, weights=gaps.tokens, minlength=len(requests)).astype(np.int64)
+
+
+def largest_itl_s(requests: pd.DataFrame) -> Floats:
+    """The longest ITL of each row, the worst stall its user saw; NaN where all tokens came in one chunk."""
+    gaps = gaps_of(chunks_of(requests))
+    worst = np.full(len(requests), np.nan)
+    if len(gaps.owner):
+        rows, at = np.unique(gaps.owner, return_index=True)
+        worst[rows] = np.maximum.reduceat(gaps.per_token, at)
+    return worst
+
+
+def tokens_at(requests: pd.DataFrame) -> tuple[Floats, NDArray[np.int64]]:
+    """When each chunk came (Unix seconds), and the tokens it carried."""
+    chunks = chunks_of(requests)
+    return requests["t_send"].to_numpy(np.float64)[chunks.owner] + chunks.times, chunks.tokens
 
 
 def interval(requests: pd.DataFrame) -> tuple[float, float]:
@@ -100,6 +125,120 @@ def interval(requests: pd.DataFrame) -> tuple[float, float]:
     last = last[np.isfinite(last)]
     begin = float(rows["t_send"].min()) if len(rows) else np.nan
     return begin, float(last.max()) if len(last) else np.nan
+
+
+def ended(requests: pd.DataFrame) -> Floats:
+    """Unix seconds at which each row's slot was free again: last byte or failure, or the last token if unknown."""
+    end = requests["end_s"].to_numpy(np.float64)
+    end = np.where(np.isfinite(end), end, np.nan_to_num(e2e_s(requests), nan=0.0))
+    over: Floats = requests["t_send"].to_numpy(np.float64) + end
+    return over
+
+
+def in_flight(requests: pd.DataFrame) -> tuple[Floats, NDArray[np.int64]]:
+    """Requests in flight as steps: from ``times[i]`` (Unix seconds) on there are ``count[i]``. Warm-up counts."""
+    times = np.concatenate([requests["t_send"].to_numpy(np.float64), ended(requests)])
+    change = np.repeat((1, -1), len(requests))
+    order = np.lexsort((change, times))  # an end before the send that replaces it
+    return times[order], np.cumsum(change[order])
+
+
+def held_concurrency(requests: pd.DataFrame, begin: float, end: float) -> float:
+    """Time-weighted mean of the requests in flight between two Unix times; NaN for an empty stretch."""
+    if not end > begin:
+        return np.nan
+    sent, over = requests["t_send"].to_numpy(np.float64), ended(requests)
+    return float(np.clip(np.minimum(over, end) - np.maximum(sent, begin), 0, None).sum() / (end - begin))
+
+
+def steady_interval(requests: pd.DataFrame, concurrency: int) -> tuple[float, float]:
+    """Unix seconds between which a load point is in its steady state; NaN when it has none.
+
+    From the first measured send, or when 95 % of ``concurrency`` are first in flight if that is later (ramp-up), to
+    the first request that ends after the last send (from then on slots stay empty: the tail). It must be at least as
+    long as the median request, or else it shows one wave of requests and no steady state. SGLang takes the middle of
+    the run by time; aiperf and vLLM have no such window.
+    """
+    counted, nothing = measured(requests), (np.nan, np.nan)
+    if not len(counted):
+        return nothing
+    times, count = in_flight(requests)
+    full = np.flatnonzero(count >= 0.95 * concurrency)
+    if not len(full):
+        return nothing
+    begin = max(float(counted["t_send"].min()), float(times[full[0]]))
+    last_send, over = float(requests["t_send"].max()), ended(requests)
+    end = float(over[over > last_send].min(initial=np.inf))
+    typical = float(np.median(over - requests["t_send"].to_numpy(np.float64)))
+    return (begin, end) if np.isfinite(end) and end - begin >= typical > 0 else nothing
+
+
+def tok_s_between(requests: pd.DataFrame, begin: float, end: float) -> float:
+    """Output tokens of ok requests (warm-up included: the server served them) that came in a stretch, per second."""
+    if not end > begin:
+        return np.nan
+    times, tokens = tokens_at(requests[requests["status"] == "ok"])
+    return float(tokens[(times >= begin) & (times < end)].sum() / (end - begin))
+
+
+@dataclass(frozen=True)
+class Slo:
+    """What a request must keep to be good, in milliseconds; 0: not asked for.
+
+    ``itl_ms`` bounds the longest gap of a request, ``tpot_ms`` its mean (vLLM's and SGLang's ``tpot``, aiperf's
+    ``inter_token_latency``). ``ttft_ms`` and ``e2e_ms`` are those of vLLM (``ttft``, ``e2el``) and aiperf.
+    """
+
+    ttft_ms: float = 0.0
+    itl_ms: float = 0.0
+    tpot_ms: float = 0.0
+    e2e_ms: float = 0.0
+
+    def __bool__(self) -> bool:
+        return any(bound > 0 for _, bound in self.bounds())
+
+    def bounds(self) -> tuple[tuple[str, float], ...]:
+        return ("ttft", self.ttft_ms), ("itl", self.itl_ms), ("tpot", self.tpot_ms), ("e2e", self.e2e_ms)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name.upper()} ≤ {bound:g} ms" for name, bound in self.bounds() if bound > 0)
+
+
+def keeps(requests: pd.DataFrame, slo: Slo) -> dict[str, NDArray[np.bool_]]:
+    """For each bound of ``slo`` that is set: which rows keep it. A row without the figure (one token) keeps it."""
+    figures = {"ttft": ttft_s, "itl": largest_itl_s, "tpot": tpot_s, "e2e": e2e_s}
+    return {name: ~(figures[name](requests) * 1e3 > bound) for name, bound in slo.bounds() if bound > 0}
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Load point against an SLO. A failed or cancelled request is not good.
+
+    Attributes:
+        req_s, tok_s: good requests, and their output tokens, per second of ``interval``.
+        share: good requests / measured requests. vLLM gives ``req_s`` alone, aiperf ``req_s`` and the fraction.
+        by_bound: the same share for each bound alone.
+    """
+
+    req_s: float
+    tok_s: float
+    share: float
+    by_bound: dict[str, float]
+
+
+def goodput(requests: pd.DataFrame, slo: Slo) -> Goodput:
+    every, ok = measured(requests), succeeded(requests)
+    begin, end = interval(requests)
+    duration = end - begin if end > begin else np.nan
+    kept = keeps(ok, slo)
+    good = np.logical_and.reduce(list(kept.values())) if kept else np.ones(len(ok), bool)
+    total = len(every) or np.nan
+    return Goodput(
+        req_s=float(good.sum() / duration),
+        tok_s=float(ok["output_tokens"].to_numpy(np.float64)[good].sum() / duration),
+        share=float(good.sum() / total),
+        by_bound={name: float(rows.sum() / total) for name, rows in kept.items()},
+    )
 
 
 def summary_ms(seconds: Floats) -> dict[str, float]:
@@ -130,6 +269,7 @@ def sweep_row(
       drain at its end: with few requests a slot, both figures are a little below the steady state.
     - ``output_tok_s_per_gpu``: output_tok_s / num_gpus (all GPUs of the deployment; ranks on CPU).
     - ``output_tok_s_per_user``: mean over requests of 1 / TPOT, as aiperf; others take 1000 / median TPOT.
+    - ``steady_s``, ``steady_output_tok_s``: length of ``steady_interval``, and the tokens a second that came in it.
     - ``balancedness_mean``, ``imbalance_max``: from the expert counts (imbalance.py), NaN until those are there.
 
     A figure that does not exist (no ok request, one token only) is NaN.
@@ -146,6 +286,7 @@ def sweep_row(
     prompt, output = float(ok["prompt_tokens"].sum()), float(ok["output_tokens"].sum())
     output_tok_s = output / duration if duration > 0 else np.nan
     tpot = tpot_s(ok)
+    steady = steady_interval(requests, concurrency)
     row: dict[str, Any] = {
         "concurrency": concurrency,
         "requests": len(every),
@@ -159,12 +300,9 @@ def sweep_row(
         "total_tok_s": (prompt + output) / duration if duration > 0 else np.nan,
         "balancedness_mean": balancedness_mean,
         "imbalance_max": imbalance_max,
+        "steady_s": steady[1] - steady[0],
+        "steady_output_tok_s": tok_s_between(requests, *steady),
     }
     for name, seconds in (("ttft", ttft_s(ok)), ("itl", itl_s(ok)), ("tpot", tpot), ("e2e", e2e_s(ok))):
         row |= {f"{name}_{stat}_ms": value for stat, value in summary_ms(seconds).items()}
     return {name: row[name] for name in SWEEP_COLUMNS}
-
-
-def _first(tokens: Any) -> int:
-    """Tokens of the first chunk that carries any."""
-    return next((int(count) for count in tokens if count > 0), 0)

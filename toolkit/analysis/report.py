@@ -18,8 +18,9 @@ import yaml
 
 from toolkit import records
 from toolkit.analysis.charts import Drawn
-from toolkit.analysis.findings import best_row, expert_summary, number, verdict, warnings
+from toolkit.analysis.findings import best_row, expert_summary, number, verdict
 from toolkit.analysis.load import COUNT_COLUMNS, Run
+from toolkit.analysis.trust import warnings
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,11 @@
+"""The charts of a run folder and of several runs. Importing this registers all of them.
+
+The order of the imports is the order in the report.
+"""
+
+from __future__ import annotations
+
+from toolkit.analysis.charts import latency, throughput, timeline, joined, experts  # noqa: I001, F401
+from toolkit.analysis.charts.registry import CHARTS, Chart, Drawn, chart, draw_charts, save
+
+__all__ = ["CHARTS", "Chart", "Drawn", "chart", "draw_charts", "save"]
