@@ -251,7 +251,7 @@ def write_table(path: Path, record: type, rows: Sequence[Any]) -> None:
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
-    """A parquet file; list columns stay in Arrow's flat layout, which holds a million rows without a million objects."""
+    """A parquet file; list columns stay in Arrow's flat layout: a million rows without a million objects."""
     import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq

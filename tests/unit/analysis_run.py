@@ -1,5 +1,5 @@
 """Writes a run folder as a real run would, through ``toolkit.records``: requests of a queueing server whose steps
-slow down with load, and expert counts of a skewed gate."""
+slow down with load, expert counts of a skewed gate, and forward passes that wait for the busiest GPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 import yaml
 
 from toolkit import records
+from toolkit.analysis.imbalance import window_loads
 from toolkit.analysis.metrics import sweep_row
-from toolkit.records import ExpertCounts, PointStatus, RequestRecord, RunStatus
+from toolkit.records import ExpertCounts, PointStatus, RequestRecord, RunStatus, StepRecord
 
 EPOCH = 1_760_000_000.0
 
@@ -82,6 +83,29 @@ def skewed_experts(
     )
 
 
+def skewed_steps(
+    rng: np.random.Generator, begin: float, end: float, experts: ExpertCounts, held_ms: float = 0.02, dp_size: int = 4
+) -> list[StepRecord]:
+    """Passes of 20 ms and more until ``end``: ``held_ms`` longer for each assignment that the busiest GPU has above
+    the mean one (summed over layers, a pass) in the window they lie in."""
+    windows = window_loads(experts)
+    rows, at, step = [], begin, 0
+    while at < end:
+        index = min(max(int(np.searchsorted(experts.times[:, 0], at, "right")) - 1, 0), len(experts.times) - 1)
+        seconds = float(experts.times[index, 1] - experts.times[index, 0])
+        excess = float(windows.excess()[index]) * 0.05 / seconds  # about 20 passes a second
+        tokens = rng.integers(1, 9, dp_size)
+        duration = 0.02 + 0.0004 * tokens.sum() + held_ms * excess / 1e3 + 0.0002 * rng.random()
+        for rank in range(dp_size):
+            used = int(20 + 6 * tokens[rank])
+            rows.append(
+                StepRecord(step, at, duration, rank, int(tokens[rank]), int(tokens[rank]), 0, int(tokens[rank]), 0,
+                           used, 1024, int(step % 50 == 7 and rank == 1))
+            )  # fmt: skip
+        at, step = at + max(duration + 0.001, 0.05), step + 1
+    return rows
+
+
 def make_run(results: Path, points: tuple[int, ...] = (1, 2, 4, 8), requests_per_slot: int = 4) -> Path:
     """A finished run under ``results/smoke/``; the last load point has one failed request."""
     rng = np.random.default_rng(7)
@@ -97,9 +121,16 @@ def make_run(results: Path, points: tuple[int, ...] = (1, 2, 4, 8), requests_per
     records.write_sweep(
         folder, [sweep_row(requests[requests["point"] == i], c, num_gpus=4) for i, c in enumerate(points)]
     )
-    records.write_experts(folder / records.EXPERTS, skewed_experts(rng, EPOCH, begin))
+    experts = skewed_experts(rng, EPOCH, begin)
+    records.write_experts(folder / records.EXPERTS, experts)
+    (folder / records.STEPS).mkdir()
+    with records.open_steps(records.steps_path(folder, 0)) as write:
+        write(skewed_steps(rng, EPOCH, begin, experts))
     records.write_status(folder, RunStatus("done", "", [PointStatus(c, "done") for c in points]))
-    records.write_json(folder / records.PLAN, {"num_nodes": 1, "num_gpus": 4})
+    ranks = [{"rank": r, "dp_rank": r, "ep_rank": r, "node": r // 2} for r in range(4)]
+    records.write_json(
+        folder / records.PLAN, {"mapping": "DEP=4", "num_nodes": 2, "num_gpus": 4, "workers": [{"ranks": ranks}]}
+    )
     records.write_json(
         folder / records.MANIFEST,
         {
@@ -113,7 +144,7 @@ def make_run(results: Path, points: tuple[int, ...] = (1, 2, 4, 8), requests_per
         "model": {"name": "smollm2-moe"},
         "parallel": {"tp_size": 4, "dp_size": 4, "ep_size": 4, "enable_dp_attention": True},
         "engine": {"moe_a2a_backend": "all_to_all", "ep_num_redundant_experts": 0},
-        "load": {"concurrency": list(points), "osl": 32},
+        "load": {"concurrency": list(points), "osl": 32, "slo_ttft_ms": 150.0, "slo_tpot_ms": 100.0},
     }
     (folder / records.CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     (folder / records.OVERRIDES).write_text("- +exp=smoke\n", encoding="utf-8")

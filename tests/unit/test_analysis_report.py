@@ -26,7 +26,8 @@ from toolkit.analysis.trust import warnings
 from toolkit.records import PointStatus, RunStatus
 
 CHART_NAMES = {
-    "latency_vs_concurrency", "throughput_vs_latency", "itl_distribution", "expert_load_heatmap", "rank_imbalance",
+    "latency_vs_concurrency", "latency_distributions", "throughput_vs_latency", "goodput_vs_load", "timeline",
+    "imbalance_vs_latency", "expert_load_heatmap", "rank_imbalance", "balancedness_over_time", "cross_node_traffic",
 }  # fmt: skip
 
 
@@ -69,8 +70,11 @@ class Links(HTMLParser):
 
 def test_every_chart_of_the_contract_is_drawn_and_not_blank(finished: Path) -> None:
     assert set(CHARTS) == CHART_NAMES
-    assert {path.stem for path in (finished / records.CHARTS).iterdir()} == CHART_NAMES
-    for path in (finished / records.CHARTS).iterdir():
+    files = {path.name for path in (finished / records.CHARTS).iterdir()}
+    assert files == {f"{name}.{kind}" for name in CHART_NAMES for kind in ("png", "svg")}
+    for name in CHART_NAMES:
+        assert " ".join(CHARTS[name].caption.split()[:3]) in (finished / records.CHARTS / f"{name}.svg").read_text()
+    for path in (finished / records.CHARTS).glob("*.png"):
         pixels = imread(path)
         assert min(pixels.shape[:2]) > 400, path
         coloured = np.ptp(pixels[..., :3], axis=-1) > 0.3  # text, axes and grid are grey
@@ -152,7 +156,8 @@ def test_what_cannot_be_drawn_says_why_and_the_rest_is_drawn_even_under_a_strang
     folder = run_folder.rename(run_folder.parent / r"$\frac{$ <x>")  # neither a formula nor markup
     finish_run(folder)
     why = reasons((folder / records.REPORT).read_text(encoding="utf-8"))
-    assert set(why) == {"itl_distribution", "expert_load_heatmap", "rank_imbalance"}
+    kept = {"latency_vs_concurrency", "throughput_vs_latency"}
+    assert set(why) == CHART_NAMES - kept
     assert "no expert counts" in why["rank_imbalance"]
     assert {path.stem for path in (folder / records.CHARTS).iterdir()} == CHART_NAMES - set(why)
     assert (folder / records.SWEEP).read_bytes() == before

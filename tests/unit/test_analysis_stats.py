@@ -15,7 +15,7 @@ def covered(estimates: list[stats.Estimate], truth: float) -> float:
 @pytest.mark.parametrize(
     ("figure", "truth"),
     [
-        (lambda x, seed: stats.mean(x, seed), 1.0),
+        (stats.mean, 1.0),
         (lambda x, seed: stats.percentile(x, 50, seed), np.log(2)),
         (lambda x, seed: stats.percentile(x, 90, seed), np.log(10)),
     ],

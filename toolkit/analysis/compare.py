@@ -33,7 +33,7 @@ COLUMNS = ("concurrency", "figure", "a", "b", "difference", "low", "high", "chan
 
 
 def compare(a: Run, b: Run) -> pd.DataFrame:
-    """One row a (concurrency that both have, figure): columns ``COLUMNS``; ``difference`` is b - a, ``change`` b / a - 1.
+    """One row a (concurrency that both have, figure), columns ``COLUMNS``; difference is b - a, change b / a - 1.
 
     ``low`` and ``high`` bound the difference, 95 %; ``verdict`` is ``higher`` or ``lower`` where they leave zero out,
     ``same within noise`` where not, ``unknown`` without an interval. Repeats of a point are pooled. The intervals hold

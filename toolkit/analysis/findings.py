@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from toolkit.analysis.imbalance import imbalance
-from toolkit.analysis.join import Loss, losses
+from toolkit.analysis.join import Loss
 from toolkit.analysis.load import Run
 from toolkit.analysis.metrics import Goodput, Slo, goodput
 
@@ -71,7 +71,7 @@ def verdict(run: Run) -> list[Finding]:
     load = run.point_loads[position]
     if load is not None and math.isfinite(load.balancedness_mean):
         findings.append(_expert_cost(load.balancedness_mean))
-    found = loss_at(losses(run), int(best["concurrency"]))
+    found = loss_at(run.losses, int(best["concurrency"]))
     if found is not None:
         findings.append(Finding("Waiting", found.sentence()))
     return findings

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from toolkit.analysis.load import LoadPoint, Run
+from toolkit.analysis.load import Run
 from toolkit.analysis.metrics import ended, itl_at
 from toolkit.analysis.stats import Estimate, Model, correlation, linear_model
 
@@ -148,7 +148,8 @@ class PassModel:
         """None where the moments are too few, or too alike to tell the terms apart."""
         varying = [n for n in ("tokens", "prefill_tokens", "dp_excess") if len(frame) and np.ptp(frame[n]) > 0]
         names = (*varying, "excess")
-        fit = linear_model(_columns(frame, names), *(frame[n].to_numpy(np.float64) for n in ("step_ms", "passes")))
+        step_ms, passes = frame["step_ms"].to_numpy(np.float64), frame["passes"].to_numpy(np.float64)
+        fit = linear_model(_columns(frame, names), step_ms, passes)
         return cls(names, fit) if fit is not None else None
 
     def part(self, name: str, frame: pd.DataFrame) -> Estimate | None:
@@ -187,10 +188,7 @@ def with_passes(frame: pd.DataFrame) -> pd.DataFrame:
 
 def losses(run: Run) -> list[Loss]:
     """``point_loss`` of every load point that has moments with passes; few moments borrow the fit over all points."""
-    return losses_of(moments(run), run.points)
-
-
-def losses_of(frame: pd.DataFrame, points: list[LoadPoint]) -> list[Loss]:
+    frame, points = moments(run), run.points
     everywhere = PassModel.of(with_passes(frame))
     found = [
         point_loss(frame[frame["point"] == index], point.concurrency, everywhere) for index, point in enumerate(points)

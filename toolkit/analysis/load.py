@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,9 @@ import yaml
 from toolkit import records
 from toolkit.analysis.imbalance import PointLoad, WindowLoads, summed, window_loads
 from toolkit.analysis.metrics import Slo, interval, itl_s, sweep_row
+
+if TYPE_CHECKING:
+    from toolkit.analysis.join import Loss
 
 T = TypeVar("T")
 
@@ -222,6 +225,13 @@ class Run:
             return None
         load = summed(self.windows.between(begin, end))
         return load if load.windows else None
+
+    @cached_property
+    def losses(self) -> list[Loss]:
+        """What uneven expert load cost each load point (``join.losses``)."""
+        from toolkit.analysis.join import losses  # reads runs
+
+        return losses(self)
 
     @cached_property
     def num_gpus(self) -> int | None:

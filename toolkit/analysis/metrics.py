@@ -96,7 +96,9 @@ def itl_by_request_s(requests: pd.DataFrame) -> tuple[Floats, NDArray[np.int64]]
     """Sum of a row's ITL values and how many there are: what a bootstrap over requests needs for the mean ITL."""
     gaps = gaps_of(chunks_of(requests))
     seconds = np.bincount(gaps.owner, weights=gaps.per_token * gaps.tokens, minlength=len(requests))
-    return seconds, np.bincount(gaps.owner, weights=gaps.tokens, minlength=len(requests)).astype(np.int64)
+    return seconds.astype(np.float64), np.bincount(gaps.owner, weights=gaps.tokens, minlength=len(requests)).astype(
+        np.int64
+    )
 
 
 def largest_itl_s(requests: pd.DataFrame) -> Floats:

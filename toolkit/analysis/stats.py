@@ -1,6 +1,7 @@
 """How sure a figure is: bootstrap intervals, correlation, and a linear model with intervals.
 
-Owns the statistics; what is measured is metrics.py's. Pure numpy, every draw seeded: the same rows give the same interval.
+Owns the statistics; what is measured is metrics.py's. Pure numpy, every draw seeded: the same rows give the same
+interval.
 An interval says what other requests of the same run could have given. It cannot know what another run would have
 given; for that, repeat the load point (``Runs.combined`` shows the spread of repeats).
 Read next: compare.py, join.py.
@@ -74,7 +75,8 @@ def ratio_of_sums(numerator: Floats, denominator: Floats, seed: int = 0) -> Draw
     rng = np.random.default_rng(seed)
     if len(numerator) > MAX_GROUPS:
         group = rng.permutation(len(numerator)) % MAX_GROUPS
-        numerator, denominator = (np.bincount(group, weights=x) for x in (numerator, denominator))
+        numerator = np.bincount(group, weights=numerator).astype(np.float64)
+        denominator = np.bincount(group, weights=denominator).astype(np.float64)
     if len(numerator) < 2:
         return Draws(value, np.full(DRAWS, np.nan))
     count = len(numerator)
@@ -149,13 +151,12 @@ def linear_model(columns: Floats, y: Floats, weights: Floats, seed: int = 0, dra
     if np.linalg.matrix_rank(scaled * root, tol=1e-6 * count) < width:
         return None
 
-    def solve(rows: NDArray[np.int64]) -> Floats:
-        solution = np.linalg.lstsq(scaled[rows] * root[rows], y[rows] * root[rows, 0], rcond=None)[0]
-        return np.asarray(solution / scale, np.float64)
-
-    rng = np.random.default_rng(seed)
-    best = solve(np.arange(count))
-    resampled = np.stack([solve(rng.integers(0, count, count)) for _ in range(draws)])
+    # Normal equations of all resamples at once: a resample only changes how often each row counts.
+    outer = (scaled[:, :, None] * scaled[:, None, :]).reshape(count, -1)
+    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), draws) * weights
+    left, right = (times @ outer).reshape(draws, width, width), times @ (scaled * y[:, None])
+    resampled = np.einsum("dij,dj->di", np.linalg.pinv(left, hermitian=True), right) / scale
+    best = np.linalg.lstsq(scaled * root, y * root[:, 0], rcond=None)[0] / scale
     centre = np.average(y, weights=weights)
     total = float((weights * (y - centre) ** 2).sum())
     rest = float((weights * (y - columns @ best) ** 2).sum())

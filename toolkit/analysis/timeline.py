@@ -17,6 +17,8 @@ from toolkit.analysis.metrics import ended, in_flight, steady_interval, tokens_a
 
 Floats = NDArray[np.float64]
 
+HOLD_S = 1.0  # for how long the state after a pass is taken to hold while no other pass begins
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -82,20 +84,21 @@ def timeline(run: Run, bins: int = 240) -> Timeline:
     begin, end = float(requests["t_send"].min()), float(ended(requests).max())
     if not end > begin:
         raise ValueError("all requests were sent and ended in the same instant")
-    edges = np.linspace(begin, end, bins + 1)
+    edges = np.linspace(begin, end, bins + 1).astype(np.float64)
     times, tokens = tokens_at(requests)
     failed = ended(requests)[(requests["status"] != "ok").to_numpy()]
     steps = run.steps
     # np.minimum: the last edge belongs to the last bin
     place = np.minimum(np.searchsorted(edges, steps["t_begin"].to_numpy(np.float64), "right") - 1, bins - 1)
+    hold = int(HOLD_S / (edges[1] - edges[0]))
     steps = steps.assign(bin=place)[(place >= 0) & (steps["t_begin"].to_numpy() <= end)]
     return Timeline(
         edges=edges,
         in_flight=_mean_level(*in_flight(requests), edges),
         output_tok_s=np.histogram(times, edges, weights=tokens)[0] / (edges[1] - edges[0]),
         failures=np.histogram(failed, edges)[0],
-        running=_running(steps, bins),
-        kv_share=_per_bin((steps["kv_used_tokens"] / steps["kv_total_tokens"]).groupby(steps["bin"]).max(), bins),
+        running=_running(steps, bins, hold),
+        kv_share=_per_bin((steps["kv_used_tokens"] / steps["kv_total_tokens"]).groupby(steps["bin"]).max(), bins, hold),
         preemptions=np.bincount(steps["bin"], weights=steps["preemptions"], minlength=bins).astype(np.int64)
         if len(steps)
         else np.zeros(bins, np.int64),
@@ -103,19 +106,20 @@ def timeline(run: Run, bins: int = 240) -> Timeline:
     )
 
 
-def _running(steps: pd.DataFrame, bins: int) -> Floats:
+def _running(steps: pd.DataFrame, bins: int, hold: int) -> Floats:
     ranks = sorted(steps["dp_rank"].unique())
     mean = steps.groupby(["dp_rank", "bin"])["running"].mean()
-    return np.stack([_per_bin(mean[rank], bins) for rank in ranks]) if ranks else np.empty((0, bins))
+    return np.stack([_per_bin(mean[rank], bins, hold) for rank in ranks]) if ranks else np.empty((0, bins))
 
 
-def _per_bin(values: pd.Series[float], bins: int) -> Floats:
-    return values.reindex(range(bins)).to_numpy(np.float64)
+def _per_bin(values: pd.Series[float], bins: int, hold: int) -> Floats:
+    """One value a bin; a pass that outlasts its bin holds for the next ones."""
+    filled = values.reindex(range(bins))
+    return (filled.ffill(limit=hold) if hold else filled).to_numpy(np.float64)
 
 
 def _mean_level(times: Floats, level: NDArray[np.int64], edges: Floats) -> Floats:
     """Time-weighted mean of a step function in each bin: the difference of its integral at the edges."""
     area = np.concatenate([[0.0], np.cumsum(np.diff(times) * level[:-1])])
-    at = np.interp(edges, times, area)
-    mean: Floats = np.diff(at) / np.diff(edges)
-    return mean
+    at = np.asarray(np.interp(edges, times, area), np.float64)
+    return np.asarray(np.diff(at) / np.diff(edges), np.float64)

@@ -69,8 +69,9 @@ def _share(
     node_of_ep: NDArray[np.int64],
     nodes_of_dp: dict[int, list[int]],
 ) -> float:
-    count = max(int(node_of_ep.max()), max(max(nodes) for nodes in nodes_of_dp.values())) + 1
-    loads_N = np.bincount(node_of_ep, weights=windows.loads_WLG.sum((0, 1)), minlength=count)
+    count = max(int(node_of_ep.max()), *(max(nodes) for nodes in nodes_of_dp.values())) + 1
+    loads_N = np.zeros(count)
+    np.add.at(loads_N, node_of_ep, windows.loads_WLG.sum((0, 1)))
     inside = steps[(steps["t_begin"] >= between[0]) & (steps["t_begin"] <= between[1])]
     tokens = inside.groupby("dp_rank")["tokens"].sum()
     sources_N = np.zeros(count)

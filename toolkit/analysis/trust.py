@@ -126,8 +126,7 @@ def _clocks(run: Run) -> list[str]:
                 "was set back during it"
             )
     steps = run.steps
-    for rank, rows in steps.groupby("dp_rank"):
-        rows = rows.sort_values("step")
+    for rank, rows in steps.sort_values("step").groupby("dp_rank"):
         begin, duration = rows["t_begin"].to_numpy(np.float64), rows["duration_s"].to_numpy(np.float64)
         back = int((np.diff(begin) < duration[:-1] - CLOCK_S).sum())
         if back:

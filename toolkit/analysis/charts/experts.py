@@ -39,9 +39,10 @@ def expert_load_heatmap(run: Run) -> Figure:
 
 @chart(
     "rank_imbalance",
-    "The same load as the EP ranks (GPUs) carry it. Left: each rank's share as a multiple of the layer's mean, one panel "
-    "for each placement: before and after each rebalance. Right: the busiest rank of each layer. All ranks wait for the "
-    "busiest at the combine: in a layer at 1.5 the average rank idles for a third of the expert time; 1 is even.",
+    "The same load as the EP ranks (GPUs) carry it. Left: each rank's share as a multiple of the layer's mean, one "
+    "panel for each placement: before and after each rebalance. Right: the busiest rank of each layer. All ranks wait "
+    "for the busiest at the combine: in a layer at 1.5 the average rank idles for a third of the expert time; 1 is "
+    "even.",
 )
 def rank_imbalance(run: Run) -> Figure:
     load, layers = _recorded(run)
@@ -96,9 +97,10 @@ def _busiest_bars(ax: Axes, worst: NDArray[np.float64], layers: list[int]) -> No
 
 @chart(
     "balancedness_over_time",
-    "Balancedness of the GPUs' expert load (mean / busiest, over layers) in each recorder window; 1 is even, the dotted "
-    "line is everything on one GPU. Red lines are rebalances: the curve should step up at each and decay as the traffic "
-    "drifts. Dots are small windows: with few tokens a window is uneven by chance. The line follows windows of like size.",
+    "Balancedness of the GPUs' expert load (mean / busiest, over layers) in each recorder window; 1 is even, the "
+    "dotted line is everything on one GPU. Red lines are rebalances: the curve should step up at each and decay as "
+    "the traffic drifts. Dots are small windows: with few tokens a window is uneven by chance. The line follows "
+    "windows of like size.",
 )
 def balancedness_over_time(run: Run) -> Figure:
     _recorded(run)
@@ -112,7 +114,7 @@ def balancedness_over_time(run: Run) -> Figure:
     ax = fig.subplots()
     at = windows.times_W2.mean(1) - begin
     even, weight = windows.balancedness(), windows.loads_WLG.sum((1, 2))
-    ax.scatter(at, even, s=4 + 30 * weight / max(weight.max(), 1.0), color=style.BLUE, alpha=0.45, linewidth=0,
+    ax.scatter(at, even, s=8 + 40 * weight / max(weight.max(), 1.0), color=style.BLUE, alpha=0.45, linewidth=0,
                label="window (size: tokens)")  # fmt: skip
     ax.plot(*_smoothed(at, even, weight), color=style.BLUE, linewidth=1.8, label="weighted mean of neighbours")
     for moment in experts.placement_times[1:]:
@@ -141,10 +143,10 @@ def _smoothed(at: NDArray[np.float64], values: NDArray[np.float64], weight: NDAr
 
 @chart(
     "cross_node_traffic",
-    "Share of the (token, expert) assignments whose expert is on another node than the token, for each load point. The "
-    "dashed line is what an even spread gives: (nodes - 1) / nodes. Below it, placement keeps traffic on the node; that "
-    "matters when the network between nodes is slower than inside. From the loads of nodes, taking the tokens of each "
-    "node to spread over experts as all tokens do.",
+    "Share of the (token, expert) assignments whose expert is on another node than the token, for each load point. "
+    "The dashed line is what an even spread gives: (nodes - 1) / nodes. Below it, placement keeps traffic on the "
+    "node; that matters when the network between nodes is slower than inside. From the loads of nodes, taking the "
+    "tokens of each node to spread over experts as all tokens do.",
 )
 def cross_node_traffic(run: Run) -> Figure:
     shares = cross_node(run)

@@ -7,23 +7,24 @@ from matplotlib.figure import Figure
 
 from toolkit.analysis import style
 from toolkit.analysis.charts.registry import chart
-from toolkit.analysis.join import losses_of, moments
+from toolkit.analysis.join import moments
 from toolkit.analysis.load import Run
 
 
 @chart(
     "imbalance_vs_latency",
-    "Each dot is a moment (one window of the expert recorder): how uneven the expert load on the GPUs was, and how long "
-    "the forward passes of the same moment took, and the gaps between the tokens that came in it. Larger dots had more "
-    "tokens in a pass. Dots that rise to the right cost time by imbalance. Right: of the mean pass of each load point, "
-    "the part that waits for the busiest expert GPU and for the fullest DP rank, by a model that holds batch size and "
-    "prefill fixed, with 95 % intervals; hatched: cannot be told from zero. It is the most that a perfect balance saves.",
+    "Each dot is a moment (one window of the expert recorder): how uneven the expert load on the GPUs was, and how "
+    "long the forward passes of the same moment took, and the gaps between the tokens that came in it. Larger dots "
+    "had more tokens in a pass. Dots that rise to the right cost time by imbalance. Right: of the mean pass of each "
+    "load point, the part that waits for the busiest expert GPU and for the fullest DP rank, by a model that holds "
+    "batch size and prefill fixed, with 95 % intervals; hatched: cannot be told from zero. It is the most that a "
+    "perfect balance saves.",
 )
 def imbalance_vs_latency(run: Run) -> Figure:
     frame = moments(run)
     if frame.empty:
         raise ValueError("no recorder window lies in a load point (experts.npz)")
-    found = losses_of(frame, run.points)
+    found = run.losses
     if not found:
         raise ValueError("no forward pass lies in a recorder window (steps/)")
     fig = style.figure("Expert imbalance and latency of the same moments", run.name, width=12, height=4.8)

@@ -29,11 +29,11 @@ FIGURES: dict[str, Callable[[pd.DataFrame], NDArray[np.float64]]] = {
 
 @chart(
     "latency_vs_concurrency",
-    "Latency as the load grows: time to first token, gap between tokens, mean time per output token of a request, "
-    "and the whole answer; median, 90th and 99th percentile of the requests that succeeded, the band between median "
-    "and p90 shaded. TTFT that climbs while TPOT stays flat is queueing or prefill; TPOT that climbs is a slower decode "
-    "step; a p99 far above the p50 is an uneven service. Bars span the repeats of a load point, where it has any. With "
-    "fewer than 100 requests in a point, p99 is close to the slowest request.",
+    "Latency as the load grows: time to first token, gap between tokens, mean time per output token of a request, and "
+    "the whole answer; median, 90th and 99th percentile of the requests that succeeded, the band between median and "
+    "p90 shaded. TTFT that climbs while TPOT stays flat is queueing or prefill; TPOT that climbs is a slower decode "
+    "step; a p99 far above the p50 is an uneven service. Bars span the repeats of a load point, where it has any. "
+    "With fewer than 100 requests in a point, p99 is close to the slowest request.",
 )
 def latency_vs_concurrency(run: Run) -> Figure:
     levels = run_levels(run)

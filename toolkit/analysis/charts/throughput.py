@@ -48,10 +48,10 @@ def throughput_vs_latency(run: Run) -> Figure:
 
 @chart(
     "goodput_vs_load",
-    "Requests that keep the SLO of the config. Left: good requests per second, beside all that succeeded: where the two "
-    "part, more load is served too late to count. Right: the share of the requests that keeps each bound; the bound "
-    "that falls first is the one to work on. The dashed line marks the largest load that meets the SLO, with all smaller "
-    "ones meeting it too. Failed and cancelled requests are not good.",
+    "Requests that keep the SLO of the config. Left: good requests per second, beside all that succeeded: where the "
+    "two part, more load is served too late to count. Right: the share of the requests that keeps each bound; the "
+    "bound that falls first is the one to work on. The dashed line marks the largest load that meets the SLO, with "
+    "all smaller ones meeting it too. Failed and cancelled requests are not good.",
 )
 def goodput_vs_load(run: Run) -> Figure:
     if not run.slo:
@@ -59,9 +59,10 @@ def goodput_vs_load(run: Run) -> Figure:
     found = goodputs(run, run.slo)
     if not found:
         raise ValueError("no load point has requests to judge by")
-    levels = run_levels(run).set_index("concurrency")
+    levels = run_levels(run)
     loads = [concurrency for concurrency, _ in found]
-    served = [(levels.loc[c, "requests"] - levels.loc[c, "failed"]) / levels.loc[c, "duration_s"] for c in loads]
+    per_second = (levels["requests"] - levels["failed"]) / levels["duration_s"]
+    served = per_second[levels["concurrency"].isin(loads)].tolist()
     fig = style.figure(f"Goodput: {run.slo}", run.name)
     left, right = fig.subplots(1, 2)
     left.plot(loads, served, label="all that succeeded", **style.LINES[1])

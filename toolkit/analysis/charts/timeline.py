@@ -16,8 +16,9 @@ from toolkit.analysis.timeline import Timeline, timeline
     "timeline",
     "The run over time, in equal bins. Load points are separated by lines and named at the top; shaded is the steady "
     "state that throughput is taken from, before it the ramp-up, after it the tail. Look for: requests in flight that "
-    "never reach the concurrency (the client or its cap is the limit); tok/s that drifts inside the shading; ranks whose "
-    "running batch differs (uneven routing); KV use near 100 % with preemptions (too little cache); errors in bursts.",
+    "never reach the concurrency (the client or its cap is the limit); tok/s that drifts inside the shading; ranks "
+    "whose running batch differs (uneven routing); KV use near 100 % with preemptions (too little cache); errors in "
+    "bursts.",
 )
 def draw_timeline(run: Run) -> Figure:
     data = timeline(run)
