@@ -89,7 +89,7 @@ def skewed_steps(
     """Passes of 20 ms and more until ``end``: ``held_ms`` longer for each assignment that the busiest GPU has above
     the mean one (summed over layers, a pass) in the window they lie in."""
     windows = window_loads(experts)
-    rows, at, step = [], begin, 0
+    rows, at, step = [], begin + 0.01, 0  # not on the edge of a window
     while at < end:
         index = min(max(int(np.searchsorted(experts.times[:, 0], at, "right")) - 1, 0), len(experts.times) - 1)
         seconds = float(experts.times[index, 1] - experts.times[index, 0])

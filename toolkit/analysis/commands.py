@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
 
     from toolkit.analysis.load import Run
@@ -106,20 +108,31 @@ def export(options: argparse.Namespace) -> int:
     rows = []
     for name, frame in tables(run):
         path = out / f"{name}.{options.format}"
-        if options.format == "parquet":
-            frame.to_parquet(path, index=False)
-        else:
-            plain = frame.astype({column: object for column in frame if str(frame[column].dtype).startswith("list")})
-            if options.format == "csv":
-                plain.to_csv(path, index=False)
-            else:
-                plain.to_json(path, orient="records", lines=False, indent=None)
+        _write(frame, path, options.format)
         rows.append([name, f"{len(frame):,}", f"{len(frame.columns)}", str(path)])
     _print(["table", "rows", "columns", "file"], rows)
     run.read_all()
     for warning in [*run.warnings, *([f"missing: {', '.join(run.missing)}"] if run.missing else [])]:
         sys.stdout.write(f"! {warning}\n")
     return 0
+
+
+def _write(frame: pd.DataFrame, path: Path, kind: str) -> None:
+    """Lists are lists in parquet and JSON, and JSON text in a cell of CSV."""
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lists = [name for name in frame if str(frame[name].dtype).startswith("list")]
+    if kind == "parquet":  # without pandas' notes on types, which other readers trip over
+        pq.write_table(pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None), path)
+        return
+    plain = frame.assign(**{str(name): [list(map(float, cell)) for cell in frame[name]] for name in lists})
+    if kind == "csv":
+        plain.assign(**{str(name): plain[name].map(json.dumps) for name in lists}).to_csv(path, index=False)
+    else:
+        plain.to_json(path, orient="records", double_precision=15)
 
 
 def tables(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:

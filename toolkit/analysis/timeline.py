@@ -95,7 +95,7 @@ def timeline(run: Run, bins: int = 240) -> Timeline:
     return Timeline(
         edges=edges,
         in_flight=_mean_level(*in_flight(requests), edges),
-        output_tok_s=np.histogram(times, edges, weights=tokens)[0] / (edges[1] - edges[0]),
+        output_tok_s=np.asarray(np.histogram(times, edges, weights=tokens)[0] / (edges[1] - edges[0]), np.float64),
         failures=np.histogram(failed, edges)[0],
         running=_running(steps, bins, hold),
         kv_share=_per_bin((steps["kv_used_tokens"] / steps["kv_total_tokens"]).groupby(steps["bin"]).max(), bins, hold),
