@@ -1,4 +1,4 @@
-"""What a reader opens: the notebook runs from folder to conclusion, the report renders in a browser without an error."""
+"""What a reader opens: the notebook runs to its conclusion, the report renders in a browser without an error."""
 
 from __future__ import annotations
 

@@ -21,8 +21,9 @@ import pandas as pd
 import yaml
 
 from toolkit import records
+from toolkit.analysis.chunks import check_chunks
 from toolkit.analysis.imbalance import PointLoad, WindowLoads, summed, window_loads
-from toolkit.analysis.metrics import Slo, interval, itl_s, sweep_row
+from toolkit.analysis.metrics import Slo, interval, sweep_row
 
 if TYPE_CHECKING:
     from toolkit.analysis.join import Loss
@@ -105,7 +106,7 @@ class Run:
 
         def read() -> pd.DataFrame:
             requests = records.read_requests(self.path, columns)
-            itl_s(requests)  # refuses chunks that do not fit together
+            check_chunks(requests)
             if not requests["point"].is_monotonic_increasing:
                 requests = requests.sort_values("point", kind="stable", ignore_index=True)
             return requests

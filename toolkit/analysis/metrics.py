@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.analysis.chunks import chunks_of, gaps_of
+from toolkit.analysis.chunks import chunks_of, each_token, gaps_of, starts
 from toolkit.records import SWEEP_COLUMNS
 
 if TYPE_CHECKING:
@@ -29,13 +29,14 @@ Floats = NDArray[np.float64]
 
 def measured(requests: pd.DataFrame) -> pd.DataFrame:
     """The requests that count: all but warm-up, failed ones included."""
-    return requests[~requests["warmup"].astype(bool)]
+    warmup = requests["warmup"].astype(bool)
+    return requests[~warmup] if warmup.any() else requests
 
 
 def succeeded(requests: pd.DataFrame) -> pd.DataFrame:
     """The measured requests whose answer arrived whole: the only ones in latencies and token counts."""
-    rows = measured(requests)
-    return rows[rows["status"] == "ok"]
+    ok = (requests["status"] == "ok") & ~requests["warmup"].astype(bool)
+    return requests if ok.all() else requests[ok]
 
 
 def ttft_s(requests: pd.DataFrame) -> Floats:
@@ -64,8 +65,8 @@ def tpot_s(requests: pd.DataFrame) -> Floats:
     """
     chunks = chunks_of(requests)
     first = np.zeros(len(requests))
-    rows, at = np.unique(chunks.owner, return_index=True)
-    first[rows] = chunks.tokens[at]
+    at = chunks.first()
+    first[chunks.owner[at]] = chunks.tokens[at]
     later = requests["output_tokens"].to_numpy(np.float64) - first
     later[later <= 0] = np.nan
     return (e2e_s(requests) - ttft_s(requests)) / later
@@ -82,14 +83,14 @@ def itl_s(requests: pd.DataFrame) -> Floats:
         ValueError: a row whose ``chunk_s`` and ``chunk_tokens`` differ in length.
     """
     gaps = gaps_of(chunks_of(requests))
-    return np.repeat(gaps.per_token, gaps.tokens)
+    return each_token(gaps.per_token, gaps.tokens)
 
 
 def itl_at(requests: pd.DataFrame) -> tuple[Floats, Floats]:
     """When each token after a request's first chunk came (Unix seconds), and its ITL in seconds as in ``itl_s``."""
     gaps = gaps_of(chunks_of(requests))
     sent = requests["t_send"].to_numpy(np.float64)
-    return np.repeat(sent[gaps.owner] + gaps.times, gaps.tokens), np.repeat(gaps.per_token, gaps.tokens)
+    return each_token(sent[gaps.owner] + gaps.times, gaps.tokens), each_token(gaps.per_token, gaps.tokens)
 
 
 def itl_by_request_s(requests: pd.DataFrame) -> tuple[Floats, NDArray[np.int64]]:
@@ -106,8 +107,8 @@ def largest_itl_s(requests: pd.DataFrame) -> Floats:
     gaps = gaps_of(chunks_of(requests))
     worst = np.full(len(requests), np.nan)
     if len(gaps.owner):
-        rows, at = np.unique(gaps.owner, return_index=True)
-        worst[rows] = np.maximum.reduceat(gaps.per_token, at)
+        at = starts(gaps.owner)
+        worst[gaps.owner[at]] = np.maximum.reduceat(gaps.per_token, at)
     return worst
 
 
@@ -122,7 +123,7 @@ def interval(requests: pd.DataFrame) -> tuple[float, float]:
 
     Failed requests take part: while they were served, the server was busy with them.
     """
-    rows = measured(requests)
+    rows = measured(requests[["warmup", "t_send", "last_token_s"]])
     last = rows["t_send"].to_numpy(np.float64) + e2e_s(rows)
     last = last[np.isfinite(last)]
     begin = float(rows["t_send"].min()) if len(rows) else np.nan
