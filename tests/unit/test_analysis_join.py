@@ -13,7 +13,7 @@ from tests.unit.analysis_run import EPOCH, make_run, skewed_experts, skewed_step
 from toolkit import records
 from toolkit.analysis import Run
 from toolkit.analysis.charts.experts import placements
-from toolkit.analysis.join import PassModel, losses, moments, passes, point_loss, with_passes
+from toolkit.analysis.join import losses, moments, passes, point_loss, with_passes
 from toolkit.analysis.timeline import timeline
 from toolkit.analysis.traffic import cross_node
 
@@ -60,13 +60,18 @@ def test_no_cost_is_claimed_where_there_is_none(folder: Path, tmp_path: Path) ->
     frame["step_ms"] = 20 + 0.4 * frame["tokens"] + rng.normal(0, 0.3, len(frame))
     loss = point_loss(frame, 8)
     assert loss.held_ms is not None and loss.held_ms.low < 0 < loss.held_ms.high
-    assert "can be told from noise" in loss.sentence()
+    assert "can be told from noise: at most" in loss.sentence()
+    frame["excess"] = frame["tokens"] * (1 + rng.normal(0, 1e-4, len(frame)))  # cannot be told from the batch size
+    frame["busiest"] = 2 * frame["excess"]
+    tied = point_loss(frame, 8)
+    assert tied.held_ms is not None and tied.ceiling_ms is not None
+    assert tied.held_ms.high > tied.step_ms > tied.ceiling_ms.high > 0
+    assert f"at most {tied.ceiling_ms.high:.2g} ms" in tied.sentence()
 
 
 def test_few_moments_borrow_the_fit_of_all_points_or_say_nothing(folder: Path) -> None:
     frame = moments(Run(folder))
-    everywhere = PassModel.of(with_passes(frame))
-    few = point_loss(frame.head(5), 8, everywhere)
+    few = point_loss(frame.head(5), 8, frame)
     assert not few.own_fit and few.held_ms is not None and "fitted over all load points" in few.sentence()
     assert point_loss(frame.head(5), 8).held_ms is None
     assert "too few or too like" in point_loss(frame.head(5), 8).sentence()

@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 MOMENT_COLUMNS = (
     "point", "concurrency", "begin", "end", "passes", "step_ms", "tokens", "prefill_tokens", "dp_excess",
-    "imbalance", "balancedness", "excess", "itl_ms", "itl_tokens",
+    "imbalance", "balancedness", "excess", "busiest", "itl_ms", "itl_tokens",
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def moments(run: Run) -> pd.DataFrame:
     """One row a recorder window that lies in a load point and has load; columns ``MOMENT_COLUMNS``.
 
     ``step_ms``, ``tokens``, ``prefill_tokens`` and ``dp_excess`` are means of its passes; ``imbalance``,
-    ``balancedness`` and ``excess`` (assignments a pass, summed over layers) are imbalance.py's; ``itl_ms`` is the mean
+    ``balancedness``, ``excess`` and ``busiest`` (assignments a pass, summed over layers) are imbalance.py's; ``itl_ms`` is the mean
     ITL of the ``itl_tokens`` tokens that came in it. NaN where there were no passes or tokens.
     """
     windows = run.windows
@@ -72,7 +72,8 @@ def moments(run: Run) -> pd.DataFrame:
     frame["passes"] = _counts(edges, worker["t_mid"].to_numpy(np.float64))
     for name in ("step_ms", "tokens", "prefill_tokens", "dp_excess"):
         frame[name] = _means(edges, worker["t_mid"].to_numpy(np.float64), worker[name].to_numpy(np.float64))
-    frame["excess"] = windows.excess() / frame["passes"].where(frame["passes"] > 0)
+    each = frame["passes"].where(frame["passes"] > 0)
+    frame["excess"], frame["busiest"] = windows.excess() / each, windows.loads_WLG.max(-1).sum(-1) / each
     rows = run.requests[run.requests["status"] == "ok"]
     came, gaps = itl_at(rows) if len(rows) else (np.empty(0), np.empty(0))
     frame["itl_tokens"], frame["itl_ms"] = _counts(edges, came), _means(edges, came, gaps * 1e3)
@@ -91,6 +92,7 @@ class Loss:
         step_correlation, itl_correlation: Spearman's of step time and ITL with the imbalance of the same moments.
         held_ms: of each pass, time that ``PassModel`` lays to waiting for the busiest expert GPU; None where the
             moments cannot tell.
+        ceiling_ms: the same if every token's whole cost were expert work: more than this the imbalance cannot cost.
         attention_ms: the same for the busiest DP rank's extra tokens.
         explained: share of the step time's variance that the model explains.
         own_fit: False when the model was fitted over all load points, this one having too few moments.
@@ -103,9 +105,18 @@ class Loss:
     step_correlation: float
     itl_correlation: float
     held_ms: Estimate | None
+    ceiling_ms: Estimate | None
     attention_ms: Estimate | None
     explained: float
     own_fit: bool
+
+    @property
+    def bounded(self) -> Estimate | None:
+        """``held_ms``, cut at ``ceiling_ms``."""
+        if self.held_ms is None or self.ceiling_ms is None:
+            return self.held_ms
+        held, most = self.held_ms, self.ceiling_ms
+        return Estimate(min(held.value, most.value), min(held.low, most.high), min(held.high, most.high))
 
     @property
     def certain(self) -> bool:
@@ -118,9 +129,10 @@ class Loss:
             return f"{at}: {related}; too few or too like moments ({self.moments}) to say what the imbalance costs."
         seen = f"{self.moments} moments" + ("" if self.own_fit else ", fitted over all load points")
         if not self.certain:
-            most = f"at most {self.held_ms.high:.2g} ms of each" if self.held_ms.high > 0 else "nothing of each"
+            most = max(self.bounded.high if self.bounded else 0.0, 0.0)
+            bound = f"at most {most:.2g} ms of each" if most < self.step_ms else "any part is possible of each"
             return (
-                f"{at} no wait for the busiest expert GPU can be told from noise: {most} {self.step_ms:.3g} ms step "
+                f"{at} no wait for the busiest expert GPU can be told from noise: {bound} {self.step_ms:.3g} ms step "
                 f"({related}, {seen})."
             )
         interval = f"{self.held_ms.low:.2g} to {self.held_ms.high:.2g}"
@@ -147,25 +159,38 @@ class PassModel:
     def of(cls, frame: pd.DataFrame) -> PassModel | None:
         """None where the moments are too few, or too alike to tell the terms apart."""
         varying = [n for n in ("tokens", "prefill_tokens", "dp_excess") if len(frame) and np.ptp(frame[n]) > 0]
-        names = (*varying, "excess")
+        return cls._fitted(frame, (*varying, "excess"))
+
+    @classmethod
+    def work_bound(cls, frame: pd.DataFrame) -> PassModel | None:
+        """step = a + e busiest: all that a token costs is laid to the experts."""
+        return cls._fitted(frame, ("busiest",))
+
+    @classmethod
+    def _fitted(cls, frame: pd.DataFrame, names: tuple[str, ...]) -> PassModel | None:
         step_ms, passes = frame["step_ms"].to_numpy(np.float64), frame["passes"].to_numpy(np.float64)
         fit = linear_model(_columns(frame, names), step_ms, passes)
         return cls(names, fit) if fit is not None else None
 
-    def part(self, name: str, frame: pd.DataFrame) -> Estimate | None:
-        """What the term ``name`` adds to the mean pass of ``frame``, ms."""
+    def part(self, name: str, frame: pd.DataFrame, of: str = "") -> Estimate | None:
+        """What the term ``name`` adds to the mean pass of ``frame``, ms; with ``of``, for as much of that column."""
         if name not in self.names:
             return None
         at = 1 + self.names.index(name)
-        typical = float(np.average(frame[name], weights=frame["passes"]))
+        typical = float(np.average(frame[of or name], weights=frame["passes"]))
         return self.fit.of(lambda coefficients: coefficients[..., at] * typical)
 
 
-def point_loss(frame: pd.DataFrame, concurrency: int, otherwise: PassModel | None = None) -> Loss:
-    """Moments of one load point -> what the imbalance cost, by its own ``PassModel``, or else by ``otherwise``."""
+def point_loss(frame: pd.DataFrame, concurrency: int, everywhere: pd.DataFrame | None = None) -> Loss:
+    """Moments of one load point -> what the imbalance cost.
+
+    By the point's own ``PassModel``, or where its moments are too few for one, by that of the moments ``everywhere``.
+    """
     known = with_passes(frame)
     own = PassModel.of(known)
-    model = own or otherwise
+    wide = with_passes(everywhere) if everywhere is not None else known
+    model = own or PassModel.of(wide)
+    bound = PassModel.work_bound(known if own else wide)
     weights, uneven = known["passes"].to_numpy(np.float64), known["imbalance"].to_numpy(np.float64)
     return Loss(
         concurrency=concurrency,
@@ -175,6 +200,7 @@ def point_loss(frame: pd.DataFrame, concurrency: int, otherwise: PassModel | Non
         step_correlation=correlation(uneven, known["step_ms"].to_numpy(np.float64), rank=True),
         itl_correlation=correlation(uneven, known["itl_ms"].to_numpy(np.float64), rank=True),
         held_ms=model.part("excess", known) if model and len(known) else None,
+        ceiling_ms=bound.part("busiest", known, of="excess") if bound and len(known) else None,
         attention_ms=model.part("dp_excess", known) if model and len(known) else None,
         explained=model.fit.explained if model else np.nan,
         own_fit=own is not None,
@@ -189,10 +215,7 @@ def with_passes(frame: pd.DataFrame) -> pd.DataFrame:
 def losses(run: Run) -> list[Loss]:
     """``point_loss`` of every load point that has moments with passes; few moments borrow the fit over all points."""
     frame, points = moments(run), run.points
-    everywhere = PassModel.of(with_passes(frame))
-    found = [
-        point_loss(frame[frame["point"] == index], point.concurrency, everywhere) for index, point in enumerate(points)
-    ]
+    found = [point_loss(frame[frame["point"] == index], point.concurrency, frame) for index, point in enumerate(points)]
     return [loss for loss in found if loss.moments]
 
 

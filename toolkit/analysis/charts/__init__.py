@@ -5,7 +5,10 @@ The order of the imports is the order in the report.
 
 from __future__ import annotations
 
-from toolkit.analysis.charts import experts, joined, latency, throughput, timeline  # noqa: F401
+# isort: off
+from toolkit.analysis.charts import latency, throughput, timeline, joined, experts  # noqa: F401
+
+# isort: on
 from toolkit.analysis.charts.registry import CHARTS, Chart, Drawn, chart, draw_charts, save
 
 __all__ = ["CHARTS", "Chart", "Drawn", "chart", "draw_charts", "save"]

@@ -43,7 +43,7 @@ def imbalance_vs_latency(run: Run) -> Figure:
     at = np.arange(len(found))
     parts.bar(at, [loss.step_ms for loss in found], color=style.GRID, width=0.7, label="mean forward pass")
     for shift, name, color, label in (
-        (-0.17, "held_ms", style.RED, "waits for the busiest expert GPU"),
+        (-0.17, "bounded", style.RED, "waits for the busiest expert GPU"),
         (0.17, "attention_ms", style.ORANGE, "waits for the fullest DP rank"),
     ):
         for place, loss in enumerate(found):
