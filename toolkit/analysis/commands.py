@@ -128,9 +128,13 @@ def _write(frame: pd.DataFrame, path: Path, kind: str) -> None:
     if kind == "parquet":  # without pandas' notes on types, which other readers trip over
         pq.write_table(pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None), path)
         return
-    plain = frame.assign(**{str(name): [list(map(float, cell)) for cell in frame[name]] for name in lists})
+    plain = frame.copy(deep=False)
+    for name in lists:
+        plain[name] = [list(map(float, cell)) for cell in frame[name]]
+        if kind == "csv":
+            plain[name] = plain[name].map(json.dumps)
     if kind == "csv":
-        plain.assign(**{str(name): plain[name].map(json.dumps) for name in lists}).to_csv(path, index=False)
+        plain.to_csv(path, index=False)
     else:
         plain.to_json(path, orient="records", double_precision=15)
 

@@ -53,8 +53,8 @@ def moments(run: Run) -> pd.DataFrame:
     """One row a recorder window that lies in a load point and has load; columns ``MOMENT_COLUMNS``.
 
     ``step_ms``, ``tokens``, ``prefill_tokens`` and ``dp_excess`` are means of its passes; ``imbalance``,
-    ``balancedness``, ``excess`` and ``busiest`` (assignments a pass, summed over layers) are imbalance.py's; ``itl_ms`` is the mean
-    ITL of the ``itl_tokens`` tokens that came in it. NaN where there were no passes or tokens.
+    ``balancedness``, ``excess`` and ``busiest`` (assignments a pass, summed over layers) are imbalance.py's;
+    ``itl_ms`` is the mean ITL of the ``itl_tokens`` tokens that came in it. NaN where there were no passes or tokens.
     """
     windows = run.windows
     if windows is None or not len(windows.times_W2):

@@ -48,6 +48,16 @@ def ttft_s(requests: pd.DataFrame) -> Floats:
     return requests["first_token_s"].to_numpy(np.float64)
 
 
+def wait_s(requests: pd.DataFrame) -> Floats:
+    """How long after it was due a request was sent, one value a row: 0 for a closed loop, which sends when it can.
+
+    Under a request rate this is time a user waits too: a client that holds requests back (a concurrency cap) hides
+    it from every figure that begins with the send ("coordinated omission").
+    """
+    waited: Floats = np.maximum(0.0, -requests["scheduled_s"].to_numpy(np.float64))
+    return waited
+
+
 def e2e_s(requests: pd.DataFrame) -> Floats:
     """End-to-end latency, one value a row: send to the last token.
 
@@ -208,9 +218,17 @@ class Slo:
 
 
 def keeps(requests: pd.DataFrame, slo: Slo) -> dict[str, NDArray[np.bool_]]:
-    """For each bound of ``slo`` that is set: which rows keep it. A row without the figure (one token) keeps it."""
-    figures = {"ttft": ttft_s, "itl": largest_itl_s, "tpot": tpot_s, "e2e": e2e_s}
-    return {name: ~(figures[name](requests) * 1e3 > bound) for name, bound in slo.bounds() if bound > 0}
+    """For each bound of ``slo`` that is set: which rows keep it. A row without the figure (one token) keeps it.
+
+    TTFT and E2E count from when the request was due (``wait_s``), where that is known.
+    """
+    waited = np.nan_to_num(wait_s(requests))
+    kept = {}
+    for name, bound in slo.bounds():
+        if bound > 0:
+            seconds = {"ttft": ttft_s, "itl": largest_itl_s, "tpot": tpot_s, "e2e": e2e_s}[name](requests)
+            kept[name] = ~((seconds + waited if name in ("ttft", "e2e") else seconds) * 1e3 > bound)
+    return kept
 
 
 @dataclass(frozen=True)

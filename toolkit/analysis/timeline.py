@@ -115,7 +115,7 @@ def _running(steps: pd.DataFrame, bins: int, hold: int) -> Floats:
 def _per_bin(values: pd.Series[float], bins: int, hold: int) -> Floats:
     """One value a bin; a pass that outlasts its bin holds for the next ones."""
     filled = values.reindex(range(bins))
-    return (filled.ffill(limit=hold) if hold else filled).to_numpy(np.float64)
+    return np.asarray(filled.ffill(limit=hold) if hold else filled, np.float64)
 
 
 def _mean_level(times: Floats, level: NDArray[np.int64], edges: Floats) -> Floats:
