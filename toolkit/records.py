@@ -36,12 +36,12 @@ STATUS = "status.json"
 REQUESTS = "requests.parquet"
 SWEEP = "sweep.csv"
 EXPERTS = "experts.npz"
-STEPS = "steps"
-SERVER_METRICS = "server_metrics.parquet"
-NODES = "nodes.parquet"
 REPORT = "report.html"
 LOGS = "logs"
 CHARTS = "charts"
+STEPS = "steps"
+SERVER_METRICS = "server_metrics.parquet"
+NODES = "nodes.parquet"
 
 RunState = Literal["running", "done", "failed", "cancelled"]
 PointState = Literal["pending", "running", "done", "failed", "cancelled"]
@@ -310,6 +310,8 @@ class ExpertCounts:
         placement_times: float64 [epochs], Unix seconds from which each placement holds.
         layer_ids: int32 [layers], the model's index of each MoE layer.
         ep_size: EP ranks.
+        pairs: int64 [layers, experts, experts], tokens that chose both experts, in a sample of the forward passes, all
+            ranks, symmetric, zero diagonal; None where it was not counted.
     """
 
     counts: np.ndarray
@@ -318,20 +320,23 @@ class ExpertCounts:
     placement_times: np.ndarray
     layer_ids: np.ndarray
     ep_size: int
+    pairs: np.ndarray | None = None
 
 
 def write_experts(path: Path, experts: ExpertCounts) -> None:
     import numpy as np
 
     with replacing(path, "wb") as out:
-        np.savez_compressed(out, version=SCHEMA_VERSION, **asdict(experts))
+        known = {name: value for name, value in vars(experts).items() if value is not None}
+        np.savez_compressed(out, version=SCHEMA_VERSION, **known)
 
 
 def read_experts(path: Path) -> ExpertCounts:
     import numpy as np
 
     with np.load(path, allow_pickle=False) as data:
-        arrays = {name: data[name] for name in ExpertCounts.__dataclass_fields__ if name != "ep_size"}
+        names = [name for name in ExpertCounts.__dataclass_fields__ if name != "ep_size"]
+        arrays = {name: data[name] for name in names if name != "pairs" or name in data}
         return ExpertCounts(**arrays, ep_size=int(data["ep_size"]))
 
 

@@ -80,6 +80,7 @@ def skewed_experts(
         placement_times=np.array([begin - 10]),
         layer_ids=np.arange(layers, dtype=np.int32),
         ep_size=ep_size,
+        pairs=np.stack([np.outer(p, p) * (1 - np.eye(experts)) * 1e4 for p in popularity]).astype(np.int64),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.analysis.imbalance import balancedness, gpu_loads, imbalance, point_load
+from toolkit.analysis.imbalance import balancedness, co_activation, gpu_loads, imbalance, point_load
 from toolkit.records import ExpertCounts
 
 
@@ -119,3 +119,13 @@ def test_load_is_conserved_whatever_the_placement(
     assert loads.sum() == pytest.approx(values.sum())
     if values.sum():
         assert 1 / ep_size - 1e-9 <= balancedness(loads)[0, 0] <= 1 + 1e-9
+
+
+def test_co_activation_ranks_by_tokens_and_tells_attraction_from_popularity() -> None:
+    pairs = np.zeros((2, 4, 4), np.int64)
+    for layer, one, other, count in ((1, 0, 1, 90), (1, 2, 3, 30), (0, 0, 1, 20), (0, 0, 2, 20), (0, 1, 2, 20)):
+        pairs[layer, one, other] = pairs[layer, other, one] = count
+    found = co_activation(pairs, top=4)
+    assert [item[:4] for item in found[:2]] == [(1, 0, 1, 90), (1, 2, 3, 30)]
+    assert len(found) == 4 and found[0][4] > 1
+    assert found[2][4] == pytest.approx(1)  # all pairs of three experts alike: no attraction

@@ -27,7 +27,8 @@ from toolkit.records import PointStatus, RunStatus
 
 CHART_NAMES = {
     "latency_vs_concurrency", "latency_distributions", "throughput_vs_latency", "goodput_vs_load", "timeline",
-    "imbalance_vs_latency", "expert_load_heatmap", "rank_imbalance", "balancedness_over_time", "cross_node_traffic",
+    "imbalance_vs_latency", "expert_load_heatmap", "rank_imbalance", "balancedness_over_time", "co_activation",
+    "cross_node_traffic",
 }  # fmt: skip
 
 

@@ -171,6 +171,26 @@ def summed(windows: WindowLoads) -> PointLoad:
     )
 
 
+def co_activation(pairs_LEE: NDArray[np.int64], top: int) -> list[tuple[int, int, int, int, float]]:
+    """The ``top`` pairs of experts that tokens choose together: layer (index), two experts, tokens, lift.
+
+    Ranked by tokens. Lift is the count over what it would be if each pair's experts were chosen together as often as
+    their shares of all pairs say: above 1 they attract each other, and being on one GPU saves a copy of the token.
+    """
+    upper = np.triu(pairs_LEE, k=1)
+    flat = upper.reshape(-1)
+    found = []
+    for index in np.argsort(flat, kind="stable")[::-1][:top]:
+        layer, one, other = (int(x) for x in np.unravel_index(index, upper.shape))
+        total, count = float(upper[layer].sum()), int(flat[index])
+        if not count:
+            break
+        share = pairs_LEE[layer].sum(1) / (2 * total)  # of the ends of pairs; a pair has two
+        expected = 2 * share[one] * share[other] / (1 - float((share**2).sum())) * total
+        found.append((layer, one, other, count, count / expected))
+    return found
+
+
 def cross_node_share(loads_N: Floats, sources_N: Floats) -> float:
     """Share of (token, expert) assignments whose expert is on another node than the token; NaN without load.
 

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from toolkit import records
 from toolkit.analysis import style
 from toolkit.analysis.charts.registry import chart
-from toolkit.analysis.imbalance import PointLoad, imbalance, summed
+from toolkit.analysis.imbalance import PointLoad, co_activation, imbalance, summed
 from toolkit.analysis.load import Run
 from toolkit.analysis.timeline import phases
 from toolkit.analysis.traffic import cross_node
 
 MAX_EPOCHS = 5  # placements shown side by side
+TOP_PAIRS = 16
 
 
 @chart(
@@ -139,6 +140,29 @@ def _smoothed(at: NDArray[np.float64], values: NDArray[np.float64], weight: NDAr
     groups = [group for group in groups if len(group)]
     mean = [float(np.average(values[group], weights=weight[group])) for group in groups]
     return np.array([float(at[group].mean()) for group in groups]), np.array(mean)
+
+
+@chart(
+    "co_activation",
+    "The pairs of experts that tokens choose together most often, in a sample of the forward passes, over all layers. "
+    "Lift is how many times more often than their popularity alone explains: above 1 they attract each other, and a "
+    "placement that puts both on one GPU sends the token there once. Pairs with a lift near 1 are only popular.",
+)
+def co_activation_chart(run: Run) -> Figure:
+    experts = run.experts
+    if experts is None or experts.pairs is None or not experts.pairs.any():
+        raise ValueError(f"no pairs of experts were counted ({records.EXPERTS})")
+    found = co_activation(experts.pairs, TOP_PAIRS)
+    fig = style.figure("Experts chosen together", run.name, height=5.2)
+    left, right = fig.subplots(1, 2, sharey=True)
+    at = range(len(found))[::-1]
+    left.barh(at, [count for *_, count, _ in found], color=style.BLUE, height=0.7)
+    left.set_yticks(at, [f"layer {experts.layer_ids[layer]}: {one} and {other}" for layer, one, other, *_ in found])
+    right.barh(at, [lift for *_, lift in found], color=style.ORANGE, height=0.7)
+    right.axvline(1, color=style.INK, linewidth=1, linestyle="--")
+    style.axes(left, "tokens that chose both (sample)", "")
+    style.axes(right, "lift: times what popularity explains", "")
+    return fig
 
 
 @chart(

@@ -44,6 +44,10 @@ class Recorder:
         self.layer_ids, self.placement, self.window, self.path = layer_ids, placement, window, path
         self._sum = sum_over_ranks
         self._counts = torch.zeros(len(layer_ids), placement.num_experts, dtype=torch.int64, device=device)
+        self._pairs = torch.zeros(
+            len(layer_ids), placement.num_experts, placement.num_experts, dtype=torch.int64, device=device
+        )
+        self._all_pairs: np.ndarray | None = None  # of all ranks, as of the last flush
         self._windows: list[np.ndarray] = []
         self._times: list[tuple[float, float]] = []
         self._placements = [(time.time(), placement.phy2log.cpu().numpy().astype(np.int32))]
@@ -55,6 +59,10 @@ class Recorder:
         """Adds one layer's logical ids; -1 (padding) is not counted."""
         flat = ids_SK.flatten()
         self._counts[layer].scatter_add_(0, flat.clamp_min(0), (flat >= 0).long())
+        if self._passes == 0:  # a sample: pairs cost rows x experts^2
+            chosen = torch.zeros(len(ids_SK), self.placement.num_experts + 1, device=ids_SK.device)
+            chosen.scatter_(1, ids_SK.long() % chosen.shape[1], 1.0)  # -1 goes to the last column, which is cut off
+            self._pairs[layer] += (chosen[:, :-1].T @ chosen[:, :-1]).long()
 
     def end_of_pass(self, flush: bool = False) -> None:
         """Called by every rank after every forward, and with ``flush`` when all agreed to close the window now."""
@@ -62,6 +70,7 @@ class Recorder:
         if self._passes and (flush or self._passes >= self.window):
             self._close_window()
         if flush:
+            self._sum_pairs()
             self.write()
 
     def _close_window(self) -> None:
@@ -78,6 +87,12 @@ class Recorder:
                 self.write()
         self._counts.zero_()
         self._passes, self._begin = 0, now
+
+    def _sum_pairs(self) -> None:
+        pairs = self._pairs.clone()
+        pairs.diagonal(dim1=1, dim2=2).zero_()
+        self._sum(pairs)
+        self._all_pairs = pairs.cpu().numpy()
 
     def _merge_neighbours(self) -> None:
         self._windows = [a + b for a, b in zip(self._windows[::2], self._windows[1::2])]
@@ -103,6 +118,7 @@ class Recorder:
             placement_times=np.array([begin for begin, _ in self._placements]),
             layer_ids=np.array(self.layer_ids, np.int32),
             ep_size=self.placement.ep_size,
+            pairs=self._all_pairs,
         )
         write_experts(self.path, experts)
         self._written = time.time()
