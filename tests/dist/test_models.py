@@ -90,6 +90,9 @@ def test_one_rank_prefill_chunks_and_decode(case, budget: int) -> None:
 MAPPINGS = {
     "dep2": (ParallelConfig(2, 2, 2, enable_dp_attention=True), "all_to_all"),
     "dep4": (ParallelConfig(4, 4, 4, moe_dense_tp_size=1, enable_dp_attention=True), "all_to_all"),
+    "dep4-dp-lm-head": (ParallelConfig(4, 4, 4, enable_dp_attention=True, enable_dp_lm_head=True), "all_to_all"),
+    "attention-tp2-dp2-dp-lm-head": (
+        ParallelConfig(4, 2, 4, enable_dp_attention=True, enable_dp_lm_head=True), "all_to_all"),
     "dep4-allgather": (ParallelConfig(4, 4, 4, enable_dp_attention=True), "allgather"),
     "tep2": (ParallelConfig(2, 1, 2), "all_to_all"),
     "tep2-allgather": (ParallelConfig(2, 1, 2), "allgather"),
@@ -109,6 +112,17 @@ def test_mappings_equal_the_oracle(case, name: str) -> None:
     found = run_ranks(dims, forced_logits, model, options, sequences, PROMPT)
     for rank, logits in enumerate(found):
         assert sorted(logits) == [i for i in range(len(sequences)) if i % dims.dp_size == dims.dp_rank(rank)]
+        for i, rows in logits.items():
+            close(rows, expected[i])
+
+
+@pytest.mark.parametrize("padding", ["max_len", "sum_len"])
+def test_both_padding_rules(case, padding: str) -> None:
+    """Three DP ranks' worth of uneven work on four ranks, gathered for dense and expert layers alike."""
+    model, sequences, expected = case
+    dims = ParallelDims.of(ParallelConfig(4, 4, 4, enable_dp_attention=True))
+    options = engine(moe_a2a_backend="allgather", dp_padding_mode=padding, chunked_prefill_size=8)
+    for logits in run_ranks(dims, forced_logits, model, options, sequences[:3], PROMPT):
         for i, rows in logits.items():
             close(rows, expected[i])
 

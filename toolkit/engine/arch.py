@@ -136,12 +136,13 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"({arch.num_experts + more}) or ep_size={_largest_divisor(slots, dims.ep_size)}"
         )
     attn = "parallel.tp_size / parallel.dp_size"
-    fits = [n for n in range(1, arch.num_heads + 1) if not arch.num_heads % n and not arch.vocab_size % n]
+    fits = [n for n in range(1, arch.num_heads + 1) if not arch.num_heads % n]
     fit = f"use attention TP of {', '.join(map(str, fits))} (raise dp_size)"
     must_divide(attn, dims.attn_tp, arch.num_heads, "attention heads", fit)
     if not arch.mla and arch.kv_heads % dims.attn_tp and dims.attn_tp % arch.kv_heads:
         errors.append(f"{attn}={dims.attn_tp} neither divides nor is a multiple of {arch.kv_heads} KV heads: {fit}")
-    must_divide(attn, dims.attn_tp, arch.vocab_size, "vocabulary rows", fit)
+    head = attn if dims.enable_dp_lm_head else "parallel.tp_size"
+    must_divide(head, dims.head_tp, arch.vocab_size, "vocabulary rows", "use parallel.enable_dp_lm_head=true")
     if arch.moe_layers:
         field = "parallel.tp_size / parallel.ep_size / parallel.moe_dp_size"
         must_divide(field, dims.moe_tp, arch.moe_intermediate, "expert FFN columns", "raise ep_size")
@@ -197,7 +198,7 @@ def memory_by_kind(arch: Arch, dims: ParallelDims, engine: EngineConfig, dtype: 
     kv_shards = 1 if arch.mla else min(dims.attn_tp, arch.kv_heads)
     tokens = engine.max_total_tokens // engine.page_size * engine.page_size
     return {
-        "embedding": size * (embedding if arch.tied and dims.attn_tp == 1 else embedding + embedding // dims.attn_tp),
+        "embedding": size * (embedding if arch.tied and dims.head_tp == 1 else embedding + embedding // dims.head_tp),
         "attention": size * arch.num_layers * (by_heads // dims.attn_tp + by_kv // kv_shards + replicated),
         "dense_ffn": size * dense_layers * 3 * d * arch.dense_intermediate // dims.dense_tp,
         "shared_experts": size * len(arch.moe_layers) * 3 * d * arch.shared_intermediate,

@@ -110,7 +110,7 @@ class DeepseekV3:
             )
         self.norm = RMSNorm(weights, "model.norm", d, eps)
         tied = self.embed if arch.tied else None
-        self.head = LMHead.load(weights, "lm_head", arch.vocab_size, d, groups.attn_tp, tied)
+        self.head = LMHead.load(weights, "lm_head", arch.vocab_size, d, groups, tied)
         self.kv_spec = KVSpec(arch.num_layers, 1, arch.kv_values, 0)
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
@@ -120,8 +120,8 @@ class DeepseekV3:
             x = x + ffn(ffn_norm(x), step.layout)
         return self.norm(x)
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        return self.head(hidden_ND)
+    def logits(self, hidden_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
+        return self.head(hidden_ND, dp_rows)
 
 
 def _moe_layer(weights: Weights, name: str, arch: Arch, moe: MoEContext, index: int) -> MoELayer:
