@@ -199,7 +199,7 @@ PaddingMode = Literal["auto", "max_len", "sum_len"]
 
 
 def choose_padding(rows_by_dp: Sequence[int], is_extend: bool) -> PaddingMode:
-    """SGLang's rule (DpPaddingMode): sum_len when anybody prefills, or when padding to the longest would double the rows."""
+    """SGLang's rule (DpPaddingMode): sum_len when anybody prefills, or when padding would double the rows."""
     if is_extend and len(rows_by_dp) > 1:
         return "sum_len"
     return "max_len" if 2 * sum(rows_by_dp) >= max(rows_by_dp) * len(rows_by_dp) else "sum_len"
