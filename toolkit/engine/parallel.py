@@ -18,6 +18,8 @@ from torch import Tensor
 from toolkit.engine.core import StepContext
 from toolkit.engine.dims import ParallelDims
 
+FOREVER = timedelta(days=30)
+
 
 class Comm:
     """Collectives over one set of ranks. With one rank they return their input."""
@@ -110,22 +112,26 @@ class Groups:
             host, port, world, is_master=rank == 0, timeout=timedelta(minutes=10)
         )
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        long = timedelta(days=30)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=long)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=FOREVER)
+        return cls.within_world(dims, rank)
+
+    @classmethod
+    def within_world(cls, dims: ParallelDims, rank: int) -> Groups:
+        """Splits the default process group, which all of its ranks must do at the same time and in the same order."""
 
         def split(size: int, backend: str | None = None) -> Comm:
             mine = [rank]
             group = None
-            for first in range(0, world, size):
+            for first in range(0, dims.tp_size, size):
                 ranks = list(range(first, first + size))
-                made = dist.new_group(ranks, backend=backend, timeout=long) if size > 1 else None
+                made = dist.new_group(ranks, backend=backend, timeout=FOREVER) if size > 1 else None
                 if rank in ranks:
                     mine, group = ranks, made
             return Comm(mine, rank, group)
 
         return cls(
             dims, rank, attn_tp=split(dims.attn_tp), attn_tp_cpu=split(dims.attn_tp, "gloo"),
-            moe=split(dims.moe_group), dense=split(dims.dense_tp), world_cpu=split(world, "gloo"),
+            moe=split(dims.moe_group), dense=split(dims.dense_tp), world_cpu=split(dims.tp_size, "gloo"),
         )  # fmt: skip
 
     @property
