@@ -30,9 +30,9 @@ def mixtral_sliding() -> torch.nn.Module:
 
 
 def qwen3_moe() -> torch.nn.Module:
-    """One MoE layer in two, and of those one that is dense by name; heads wider than hidden / heads."""
+    """The middle layer is dense; heads are wider than hidden / heads."""
     config = transformers.Qwen3MoeConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=4,
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=3,
         num_attention_heads=8, num_key_value_heads=4, head_dim=12, num_experts=16, num_experts_per_tok=4,
         norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[1], max_position_embeddings=64,
     )  # fmt: skip
@@ -91,18 +91,19 @@ def randomize(oracle: torch.nn.Module) -> None:
             buffer.normal_(0, 0.2)
 
 
-def make_case(family: str, folder: Path, length: int = LENGTH) -> Case:
-    """Saves a random model of ``family`` into ``folder``; two of the five sequences share a prefix."""
+def make_case(family: str, folder: Path, length: int = LENGTH, count: int = 5) -> Case:
+    """Saves a random model of ``family`` into ``folder``, and scores ``count`` sequences."""
     oracle = FAMILIES[family]().float().eval()
     randomize(oracle)
     oracle.save_pretrained(folder)
-    return Case(ModelConfig(path=str(folder), dtype="float32"), *score(oracle, length))
+    return Case(ModelConfig(path=str(folder), dtype="float32"), *score(oracle, length, count))
 
 
-def score(oracle: torch.nn.Module, length: int = LENGTH) -> tuple[list[list[int]], np.ndarray]:
-    """Five sequences, and the logits of all their positions but the last."""
-    sequences = [torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(5)]
-    sequences[3] = sequences[1][:8] + sequences[3][8:]
+def score(oracle: torch.nn.Module, length: int, count: int) -> tuple[list[list[int]], np.ndarray]:
+    """Random sequences, of which the second and the last begin alike, and the logits of all positions but the last."""
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(VOCAB, (length,), generator=generator).tolist() for _ in range(count)]
+    sequences[-1] = sequences[1][: length // 2] + sequences[-1][length // 2 :]
     with torch.no_grad():
         return sequences, oracle(torch.tensor(sequences)).logits[:, :-1].numpy()
 

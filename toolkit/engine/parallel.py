@@ -8,6 +8,7 @@ Read next: ``models/mixtral.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -27,6 +28,17 @@ class Comm:
     def __init__(self, ranks: list[int], rank: int, group: dist.ProcessGroup | None) -> None:
         assert group is not None or len(ranks) == 1, f"no process group for {ranks}"
         self.ranks, self.size, self.rank, self.group = ranks, len(ranks), ranks.index(rank), group
+
+    @classmethod
+    def split(cls, world: int, rank: int, size: int, backend: str | None = None) -> Comm:
+        """Cuts the default process group into runs of ``size`` ranks; all of its ranks must do so at the same time."""
+        mine, group = [rank], None
+        for first in range(0, world, size):
+            ranks = list(range(first, first + size))
+            made = dist.new_group(ranks, backend=backend, timeout=FOREVER) if size > 1 else None
+            if rank in ranks:
+                mine, group = ranks, made
+        return cls(mine, rank, group)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[n, ...] on every rank -> [size * n, ...], in rank order."""
@@ -113,25 +125,14 @@ class Groups:
         )
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=FOREVER)
-        return cls.within_world(dims, rank)
+        return cls.of(dims, rank, lambda size, backend: Comm.split(world, rank, size, backend))
 
     @classmethod
-    def within_world(cls, dims: ParallelDims, rank: int) -> Groups:
-        """Splits the default process group, which all of its ranks must do at the same time and in the same order."""
-
-        def split(size: int, backend: str | None = None) -> Comm:
-            mine = [rank]
-            group = None
-            for first in range(0, dims.tp_size, size):
-                ranks = list(range(first, first + size))
-                made = dist.new_group(ranks, backend=backend, timeout=FOREVER) if size > 1 else None
-                if rank in ranks:
-                    mine, group = ranks, made
-            return Comm(mine, rank, group)
-
+    def of(cls, dims: ParallelDims, rank: int, split: Callable[[int, str | None], Comm]) -> Groups:
+        """The groups of ``rank``, each made by ``split(size, backend)``, in the same order on all ranks."""
         return cls(
-            dims, rank, attn_tp=split(dims.attn_tp), attn_tp_cpu=split(dims.attn_tp, "gloo"),
-            moe=split(dims.moe_group), dense=split(dims.dense_tp), world_cpu=split(dims.tp_size, "gloo"),
+            dims, rank, attn_tp=split(dims.attn_tp, None), attn_tp_cpu=split(dims.attn_tp, "gloo"),
+            moe=split(dims.moe_group, None), dense=split(dims.dense_tp, None), world_cpu=split(dims.tp_size, "gloo"),
         )  # fmt: skip
 
     @property
