@@ -80,6 +80,9 @@ class EngineConfig:
     moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch")
     page_size: int = opt(16, "tokens a KV block")
     max_total_tokens: int = opt(8192, "KV cache capacity of one DP rank, tokens")
+    swa_full_tokens_ratio: float = opt(
+        0.0, "KV capacity of sliding-window layers as a share of max_total_tokens; 0: what max_running_requests need"
+    )
     max_running_requests: int = opt(64, "requests in one DP rank's running batch")
     max_queued_requests: int = opt(4096, "requests a server holds before it answers 503")
     chunked_prefill_size: int = opt(512, "token budget of one DP rank's step; longer prompts are prefilled in chunks")

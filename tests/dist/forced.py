@@ -9,7 +9,7 @@ from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine.agree import Proposal, agree
 from toolkit.engine.arch import context_length, read_arch
 from toolkit.engine.core import SamplingParams
-from toolkit.engine.kv.pool import BlockPool
+from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.parallel import Groups
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.scheduler import Scheduler
@@ -26,9 +26,9 @@ def forced_logits(
     """
     arch = read_arch(model)
     runner = ModelRunner(model, arch, engine, groups, "cpu")
-    pool = BlockPool(runner.cache.num_blocks, not engine.disable_radix_cache)
+    tables = BlockTables(runner.cache.kinds, engine.page_size, not engine.disable_radix_cache)
     scheduler = Scheduler(
-        pool, engine.page_size, engine.chunked_prefill_size, engine.max_running_requests, context_length(arch, engine)
+        tables, engine.chunked_prefill_size, engine.max_running_requests, context_length(arch, engine)
     )
     dims, dp_rank = groups.dims, groups.dims.dp_rank(groups.rank)
     mine = [i for i in range(len(sequences)) if i % dims.dp_size == dp_rank]

@@ -37,7 +37,7 @@ class Request:
 
     num_computed: int = 0  # tokens whose KV is in the cache
     num_cached: int = 0  # prompt tokens that came from the prefix cache, at first admission
-    blocks: list[int] = field(default_factory=list)  # KV block ids, in token order
+    blocks: list[list[int]] = field(default_factory=list)  # KV block ids in token order, of each kind of layer
     block_hashes: list[int] = field(default_factory=list)  # of the full blocks in `tokens` known so far
     num_published: int = 0  # leading blocks already offered to the prefix cache
     preemptions: int = 0

@@ -1,4 +1,4 @@
-"""Building blocks of every family: norm, rotary embedding, SwiGLU, embedding and LM head.
+"""Building blocks of every family: norm, rotary embedding, gated FFN, embedding and LM head.
 
 T: tokens of the DP group, S: rows of this rank's slice (parallel.TokenLayout), D: hidden, V: vocabulary.
 Knows no family. Read next: ``models/mixtral.py``.
@@ -7,6 +7,7 @@ Knows no family. Read next: ``models/mixtral.py``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +19,23 @@ from toolkit.engine.weights import Shard, Weights
 
 
 class RMSNorm:
-    """x / rms(x) * weight, computed in float32."""
+    """x / rms(x) * weight, the quotient computed in float32.
 
-    def __init__(self, weights: Weights, name: str, size: int, eps: float) -> None:
+    Args:
+        add_one: multiply by 1 + weight instead, in float32 (Gemma).
+    """
+
+    def __init__(self, weights: Weights, name: str, size: int, eps: float, add_one: bool = False) -> None:
         self.weight, self.eps = weights.get(f"{name}.weight", (size,)), eps
+        if add_one:
+            self.weight = self.weight.float() + 1.0
+        self.add_one = add_one
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+        normed = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
+        if self.add_one:
+            return (normed * self.weight).to(x.dtype)
+        return normed.to(x.dtype) * self.weight
 
 
 class Rotary:
@@ -103,10 +114,18 @@ def _attention_factor(rope: dict[str, Any]) -> float:
 
 
 class DenseFFN:
-    """SwiGLU: down(silu(gate x) * up x), its columns split over ``comm``. Takes and returns slices [S, D]."""
+    """down(activation(gate x) * up x), its columns split over ``comm``. Takes and returns slices [S, D]."""
 
-    def __init__(self, weights: Weights, name: str, hidden: int, intermediate: int, comm: Comm) -> None:
-        self.comm = comm
+    def __init__(
+        self,
+        weights: Weights,
+        name: str,
+        hidden: int,
+        intermediate: int,
+        comm: Comm,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+    ) -> None:
+        self.comm, self.activation = comm, activation
         part = Shard(0, comm.rank, comm.size)
         gate = weights.get(f"{name}.gate_proj.weight", (intermediate, hidden), part)
         up = weights.get(f"{name}.up_proj.weight", (intermediate, hidden), part)
@@ -121,13 +140,23 @@ class DenseFFN:
 
     def local(self, x: Tensor) -> Tensor:
         """This rank's columns over the given rows: partial sums when the FFN is split."""
-        return swiglu(x, self.gate_up, self.down)
+        return glu(x, self.gate_up, self.down, self.activation)
+
+
+def glu(x: Tensor, gate_up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """[n, D] through one gated FFN: gate_up [2F, D], down [D, F]."""
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(activation(gate) * up, down)
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """[n, D] through one SwiGLU FFN: gate_up [2F, D], down [D, F]."""
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
+    return glu(x, gate_up, down, F.silu)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation (``gelu_pytorch_tanh``)."""
+    return F.gelu(x, approximate="tanh")
 
 
 class Embedding:
@@ -157,6 +186,7 @@ class LMHead:
         """``tied``: the embedding whose rows are used when the checkpoint has no head of its own."""
         part = Shard(0, groups.head.rank, groups.head.size)
         if tied is not None:
+            weights.skip(f"{name}.", "the embedding, stored twice")
             return cls(tied.weight[part.of(vocab)], groups)
         return cls(weights.get(f"{name}.weight", (vocab, hidden), part), groups)
 

@@ -8,7 +8,7 @@ Read next: ``models/mixtral.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -20,6 +20,8 @@ from torch import Tensor
 from toolkit.engine.core import StepContext
 from toolkit.engine.dims import ParallelDims
 
+FOREVER = timedelta(days=30)
+
 
 class Comm:
     """Collectives over one set of ranks. With one rank they return their input."""
@@ -27,6 +29,17 @@ class Comm:
     def __init__(self, ranks: list[int], rank: int, group: dist.ProcessGroup | None) -> None:
         assert group is not None or len(ranks) == 1, f"no process group for {ranks}"
         self.ranks, self.size, self.rank, self.group = ranks, len(ranks), ranks.index(rank), group
+
+    @classmethod
+    def split(cls, world: int, rank: int, size: int, backend: str | None = None) -> Comm:
+        """Cuts the default process group into runs of ``size`` ranks; all of its ranks must do so at the same time."""
+        mine, group = [rank], None
+        for first in range(0, world, size):
+            ranks = list(range(first, first + size))
+            made = dist.new_group(ranks, backend=backend, timeout=FOREVER) if size > 1 else None
+            if rank in ranks:
+                mine, group = ranks, made
+        return cls(mine, rank, group)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[n, ...] on every rank -> [size * n, ...], in rank order."""
@@ -112,22 +125,15 @@ class Groups:
             host, port, world, is_master=rank == 0, timeout=timedelta(minutes=10)
         )
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        long = timedelta(days=30)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=long)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=FOREVER)
+        return cls.of(dims, rank, lambda size, backend: Comm.split(world, rank, size, backend))
 
-        def split(size: int, backend: str | None = None) -> Comm:
-            mine = [rank]
-            group = None
-            for first in range(0, world, size):
-                ranks = list(range(first, first + size))
-                made = dist.new_group(ranks, backend=backend, timeout=long) if size > 1 else None
-                if rank in ranks:
-                    mine, group = ranks, made
-            return Comm(mine, rank, group)
-
+    @classmethod
+    def of(cls, dims: ParallelDims, rank: int, split: Callable[[int, str | None], Comm]) -> Groups:
+        """The groups of ``rank``, each made by ``split(size, backend)``, in the same order on all ranks."""
         return cls(
-            dims, rank, attn_tp=split(dims.attn_tp), attn_tp_cpu=split(dims.attn_tp, "gloo"),
-            moe=split(dims.moe_group), tp=split(world), tp_cpu=split(world, "gloo"),
+            dims, rank, attn_tp=split(dims.attn_tp, None), attn_tp_cpu=split(dims.attn_tp, "gloo"),
+            moe=split(dims.moe_group, None), tp=split(dims.tp_size, None), tp_cpu=split(dims.tp_size, "gloo"),
         )  # fmt: skip
 
     @property

@@ -16,6 +16,7 @@ from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine.arch import Arch
 from toolkit.engine.attention.backend import make_attention
 from toolkit.engine.core import Batch, StepContext
+from toolkit.engine.kv.kinds import layer_kinds
 from toolkit.engine.kv.pool import KVCache
 from toolkit.engine.models.base import Forward, make_model
 from toolkit.engine.moe.layer import MoEContext
@@ -47,8 +48,8 @@ class ModelRunner:
         self.padding = engine.dp_padding_mode
         self.moe = MoEContext.create(arch, engine, groups, device)
         self.model = make_model(arch, open_weights(model, device, progress), groups, self.moe, device)
-        num_blocks = engine.max_total_tokens // engine.page_size
-        self.cache = KVCache(self.model.kv_spec, num_blocks, engine.page_size, DTYPES[model.dtype], device)
+        kinds = layer_kinds(arch.windows, engine)
+        self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, DTYPES[model.dtype], device)
         self.attention = make_attention(engine.attention_backend, self.cache, device)
 
     @torch.inference_mode()

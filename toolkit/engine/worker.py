@@ -30,7 +30,7 @@ from toolkit.engine.args import WorkerArgs, read_worker_args, run_token
 from toolkit.engine.core import Batch, SamplingParams, StepContext
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.eplb.recorder import Recorder
-from toolkit.engine.kv.pool import BlockPool
+from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import (
     Abort,
     Control,
@@ -144,9 +144,9 @@ class Worker:
 
     def _new_scheduler(self) -> Scheduler:
         engine = self.args.engine
-        pool = BlockPool(self.runner.cache.num_blocks, not engine.disable_radix_cache)
+        tables = BlockTables(self.runner.cache.kinds, engine.page_size, not engine.disable_radix_cache)
         budget, running = engine.chunked_prefill_size, engine.max_running_requests
-        return Scheduler(pool, engine.page_size, budget, running, self.max_len)
+        return Scheduler(tables, budget, running, self.max_len)
 
     def _warm_up(self) -> None:
         """One token on every rank, through every layer and collective, before the first request."""
@@ -251,7 +251,7 @@ class Worker:
         if not self.leads:
             return
         scheduler, page = self.scheduler, self.args.engine.page_size
-        pool, stats = scheduler.pool, scheduler.stats
+        pool, stats = scheduler.tables, scheduler.stats
         self.link.send(
             Stats(
                 dp_rank=self.dp_rank,

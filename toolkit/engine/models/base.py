@@ -58,7 +58,10 @@ MODELS: Registry[ModelFactory] = Registry("model_type")
 
 
 def make_model(arch: Arch, weights: Weights, groups: Groups, moe: MoEContext, device: str) -> Model:
-    """Builds the family of ``arch``, reading its weights."""
-    from toolkit.engine.models import deepseek_v3, mixtral  # noqa: F401  (register themselves)
+    """Builds the family of ``arch``, reading its weights; rank 0 reports what of the checkpoint it did not need."""
+    from toolkit.engine.models import deepseek_v3, gemma3, mixtral, qwen3_moe  # noqa: F401  (register themselves)
 
-    return MODELS[arch.family](arch, weights, groups, moe, device)
+    model = MODELS[arch.family](arch, weights, groups, moe, device)
+    if groups.rank == 0:
+        weights.report()
+    return model

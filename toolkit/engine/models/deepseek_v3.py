@@ -5,7 +5,8 @@ N, R, V: per-head sizes of the unrotated part, the rotated part and the values.
 The cache holds one vector a token: the normed latent and the rotated key, C + R values, shared by all heads.
 Decode is absorbed: queries move into the latent space, so the cache is read as it is. Prefill expands keys and
 values from the latent, which costs less arithmetic when a chunk has many tokens.
-Checkpoint names and maths are those of Hugging Face's ``DeepseekV3ForCausalLM``.
+Checkpoint names and maths are those of Hugging Face's ``DeepseekV3ForCausalLM``; its layers after the last, for
+multi-token prediction, are not read.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class LatentAttention:
         k_rope = self.rotary(k_rope[:, None], step.positions_T)
         cached = torch.cat([self.kv_norm(c)[:, None], k_rope], dim=-1)
         step.attention.write(cached, self.layer, step.plan)
-        out = torch.cat([self._decode(q[step.plan.decode.tokens], step), self._prefill(q, step)])
+        plan = step.plan.layers[self.layer]
+        out = torch.cat([self._decode(q[plan.decode.tokens], step), self._prefill(q, step)])
         return step.layout.reduce_scatter(F.linear(out.flatten(1), self.o))
 
     def _queries(self, x: Tensor, positions_T: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ class LatentAttention:
 
     def _prefill(self, q: Tensor, step: Forward) -> Tensor:
         """Expanded: keys and values of every head from the cached latents of the prefilling requests."""
-        segment = step.plan.prefill
+        segment = step.plan.layers[self.layer].prefill
         c, k_rope = step.attention.gather(self.layer, segment)[:, 0].split([self.latent, self.rope], dim=-1)
         k_nope = torch.einsum("mc,hnc->mhn", c, self.k_up)
         k = torch.cat([k_nope, k_rope[:, None].expand(-1, self.heads, -1)], dim=-1)
@@ -108,10 +110,12 @@ class DeepseekV3:
                     ffn,
                 )
             )
+        for i in range(arch.num_layers, arch.num_layers + (hf.get("num_nextn_predict_layers") or 0)):
+            weights.skip(f"model.layers.{i}.", "multi-token prediction, which is not served")
         self.norm = RMSNorm(weights, "model.norm", d, eps)
         tied = self.embed if arch.tied else None
         self.head = LMHead.load(weights, "lm_head", arch.vocab_size, d, groups, tied)
-        self.kv_spec = KVSpec(arch.num_layers, 1, arch.kv_values, 0)
+        self.kv_spec = KVSpec(1, arch.kv_values, 0)
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
         x = step.layout.scatter(self.embed(tokens_T))

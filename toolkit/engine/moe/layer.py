@@ -43,7 +43,7 @@ class MoEContext:
         layers, rank = len(arch.moe_layers), groups.ep_rank
         placement = Placement.trivial(layers, arch.num_experts, slots, rank, dims.ep_size, device)
         alignment = make_gemm(engine.moe_runner_backend).alignment
-        name = engine.moe_a2a_backend
+        name = engine.moe_a2a_backend if arch.moe_layers else "allgather"  # which has no buffers that nobody would use
         dispatcher = make_dispatcher(name, groups.moe, slots, alignment, rank, dims.ep_size)
         return cls(engine, groups, placement, dispatcher)
 
