@@ -121,10 +121,14 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"({arch.num_experts + more}) or ep_size={_largest_divisor(slots, dims.ep_size)}"
         )
     attn = "parallel.tp_size / parallel.dp_size"
-    fits = [n for n in range(1, arch.num_heads + 1) if not arch.num_heads % n and not arch.vocab_size % n]
+    fits = [
+        n
+        for n in range(1, arch.num_heads + 1)
+        if not arch.num_heads % n and not arch.vocab_size % n and _splits_kv_heads(arch, n)
+    ]
     fit = f"use attention TP of {', '.join(map(str, fits))} (raise dp_size)"
     must_divide(attn, dims.attn_tp, arch.num_heads, "attention heads", fit)
-    if not arch.mla and arch.kv_heads % dims.attn_tp and dims.attn_tp % arch.kv_heads:
+    if not _splits_kv_heads(arch, dims.attn_tp):
         errors.append(f"{attn}={dims.attn_tp} neither divides nor is a multiple of {arch.kv_heads} KV heads: {fit}")
     must_divide(attn, dims.attn_tp, arch.vocab_size, "vocabulary rows", fit)
     if arch.moe_layers:
@@ -222,6 +226,11 @@ def memory_by_kind(arch: Arch, dims: ParallelDims, engine: EngineConfig, dtype: 
         "experts": size * len(arch.moe_layers) * arch.slots(engine) // dims.ep_size * expert,
         "kv_cache": size * kv_rows * arch.kv_values * arch.kv_heads // kv_shards,
     }
+
+
+def _splits_kv_heads(arch: Arch, attn_tp: int) -> bool:
+    """True when each rank gets whole KV heads, or each KV head a whole number of ranks."""
+    return arch.mla or not (arch.kv_heads % attn_tp and attn_tp % arch.kv_heads)
 
 
 def _largest_divisor(n: int, at_most: int) -> int:
