@@ -190,6 +190,8 @@ def _check_windows(arch: Arch, engine: EngineConfig) -> list[str]:
     share, page = engine.swa_full_tokens_ratio, engine.page_size
     if not 0 <= share <= 1:
         return [f"engine.swa_full_tokens_ratio={share} must be within 0 and 1: use 0 to have it chosen"]
+    if share and not any(arch.windows):
+        return [f"engine.swa_full_tokens_ratio={share} needs sliding layers, but {arch.family} has none: use 0"]
     total = engine.max_total_tokens // max(page, 1)
     if not share or not total:
         return []
