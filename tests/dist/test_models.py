@@ -12,7 +12,7 @@ from tests.dist.families import FAMILIES, PROMPT, Case, check_close, engine, mak
 from tests.dist.forced import forced_logits
 from tests.dist.ranks import run_ranks
 from toolkit.config import ModelConfig, ParallelConfig
-from toolkit.engine.arch import read_arch
+from toolkit.engine.arch import check, read_arch
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Groups
 
@@ -62,6 +62,19 @@ def test_preemption_recomputes_to_the_same_logits(case: Case) -> None:
         logits = forced_logits(Groups.single(), model, engine(max_total_tokens=64), sequences, PROMPT)
     for i, found in logits.items():
         check_close(found, expected[i])
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "mixtral-sliding"])
+@pytest.mark.parametrize("ratio", [0.0, 0.1])
+def test_long_generations_over_many_windows(tmp_path: Path, family: str, ratio: float) -> None:
+    """Ten windows of tokens; with a tenth of the blocks for sliding layers, requests give way to each other."""
+    case = make_case(family, tmp_path, length=62)
+    options = engine(swa_full_tokens_ratio=ratio, chunked_prefill_size=16)
+    assert check(read_arch(case.model), ParallelDims(1, 1, 1, 1, None), options) == []
+    with torch.inference_mode():
+        logits = forced_logits(Groups.single(), case.model, options, case.sequences, PROMPT)
+    for i, found in logits.items():
+        check_close(found, case.expected[i])
 
 
 def test_a_missing_tensor_is_named(case: Case, tmp_path: Path) -> None:

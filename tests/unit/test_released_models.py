@@ -96,10 +96,19 @@ def test_a_multimodal_gemma_config_is_read_for_its_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "message"),
-    [(1.5, r"swa_full_tokens_ratio=1.5 must be within 0 and 1: use 0"), (0.001, r"needs 65: use at least 0.00")],
+    ("name", "ratio", "message"),
+    [
+        ("gemma3_27b", 1.5, r"swa_full_tokens_ratio=1\.5 must be within 0 and 1: use 0"),
+        ("gemma3_27b", 0.001, r"swa_full_tokens_ratio=0\.001 leaves sliding layers 8 .* needs 65: use at least 0\.007"),
+            "gemma3_27b",
+            0.001,
+            r"swa_full_tokens_ratio=0\.001 leaves sliding layers 8 .* needs 65: use at least 0\.0079",
+        ),
+        ("qwen3_30b_a3b", 0.5, r"swa_full_tokens_ratio=0\.5 needs sliding layers, but qwen3_moe has none: use 0"),
+    ],
 )
-def test_a_share_of_the_cache_that_cannot_work_is_refused(ratio: float, message: str) -> None:
-    overrides = ("+exp=dep16", "model=gemma3_27b", "parallel=tp16", f"engine.swa_full_tokens_ratio={ratio}")
-    (error,) = check.check(config.resolve(compose(*overrides, "dry_run=true")))
+def test_a_share_of_the_cache_that_cannot_work_is_refused(name: str, ratio: float, message: str) -> None:
+    overrides = ("+exp=dep16", f"model={name}", "parallel=tp16", f"engine.swa_full_tokens_ratio={ratio}")
+    backend = "engine.moe_a2a_backend=allgather"
+    (error,) = check.check(config.resolve(compose(*overrides, backend, "dry_run=true")))
     assert re.search(message, error)

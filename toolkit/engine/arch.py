@@ -121,10 +121,10 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"({arch.num_experts + more}) or ep_size={_largest_divisor(slots, dims.ep_size)}"
         )
     attn = "parallel.tp_size / parallel.dp_size"
-    fits = [n for n in range(1, arch.num_heads + 1) if not arch.num_heads % n]
+    fits = [n for n in range(1, arch.num_heads + 1) if not arch.num_heads % n and _splits_kv_heads(arch, n)]
     fit = f"use attention TP of {', '.join(map(str, fits))} (raise dp_size)"
     must_divide(attn, dims.attn_tp, arch.num_heads, "attention heads", fit)
-    if not arch.mla and arch.kv_heads % dims.attn_tp and dims.attn_tp % arch.kv_heads:
+    if not _splits_kv_heads(arch, dims.attn_tp):
         errors.append(f"{attn}={dims.attn_tp} neither divides nor is a multiple of {arch.kv_heads} KV heads: {fit}")
     head = attn if dims.enable_dp_lm_head else "parallel.tp_size"
     must_divide(head, dims.head_tp, arch.vocab_size, "vocabulary rows", "use parallel.enable_dp_lm_head=true")
@@ -187,6 +187,8 @@ def _check_windows(arch: Arch, engine: EngineConfig) -> list[str]:
     share, page = engine.swa_full_tokens_ratio, engine.page_size
     if not 0 <= share <= 1:
         return [f"engine.swa_full_tokens_ratio={share} must be within 0 and 1: use 0 to have it chosen"]
+    if share and not any(arch.windows):
+        return [f"engine.swa_full_tokens_ratio={share} needs sliding layers, but {arch.family} has none: use 0"]
     total = engine.max_total_tokens // max(page, 1)
     if not share or not total:
         return []
@@ -223,6 +225,11 @@ def memory_by_kind(arch: Arch, dims: ParallelDims, engine: EngineConfig, dtype: 
         "experts": size * len(arch.moe_layers) * arch.slots(engine) // dims.ep_size * expert,
         "kv_cache": size * kv_rows * arch.kv_values * arch.kv_heads // kv_shards,
     }
+
+
+def _splits_kv_heads(arch: Arch, attn_tp: int) -> bool:
+    """True when each rank gets whole KV heads, or each KV head a whole number of ranks."""
+    return arch.mla or not (arch.kv_heads % attn_tp and attn_tp % arch.kv_heads)
 
 
 def _largest_divisor(n: int, at_most: int) -> int:

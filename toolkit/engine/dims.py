@@ -85,7 +85,7 @@ class ParallelDims:
         c = config
         for name in ("tp_size", "dp_size", "ep_size", "moe_dp_size"):
             if getattr(c, name) < 1:
-                raise ValueError(f"parallel.{name}={getattr(c, name)} must be at least 1")
+                raise ValueError(f"parallel.{name}={getattr(c, name)} must be at least 1: use 1 to do without")
         if c.tp_size % c.dp_size:
             raise ValueError(
                 f"parallel.dp_size={c.dp_size} does not divide parallel.tp_size={c.tp_size}: "
@@ -94,7 +94,7 @@ class ParallelDims:
         if c.dp_size > 1 and not c.enable_dp_attention:
             raise ValueError(
                 f"parallel.dp_size={c.dp_size} needs parallel.enable_dp_attention=true "
-                "(attention DP inside one worker), or use dp_size=1"
+                "(attention DP inside one worker): use both, or dp_size=1"
             )
         if c.tp_size % c.moe_dp_size:
             raise ValueError(
@@ -109,8 +109,8 @@ class ParallelDims:
             )
         if c.moe_dense_tp_size not in (None, 1):
             raise ValueError(
-                f"parallel.moe_dense_tp_size={c.moe_dense_tp_size} must be null (dense FFN split over tp_size) "
-                "or 1 (dense FFN data-parallel)"
+                f"parallel.moe_dense_tp_size={c.moe_dense_tp_size} is neither null nor 1: use null (dense FFN split "
+                "over tp_size) or 1 (dense FFN data-parallel)"
             )
         if c.enable_dp_lm_head and not c.enable_dp_attention:
             raise ValueError(
