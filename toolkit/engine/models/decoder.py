@@ -63,7 +63,8 @@ class Decoder:
         if step.halves is None:
             return finish(_chain(self.layers, x_SD, step))
         for overlaps, run in groupby(self.layers, lambda layer: layer.overlaps):
-            x_SD = _in_turns(list(run), x_SD, step) if overlaps else finish(_chain(list(run), x_SD, step))
+            layers = list(run)
+            x_SD = _in_turns(layers, x_SD, step) if overlaps else finish(_chain(layers, x_SD, step))
         return x_SD
 
 
