@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from toolkit.engine.core import FinishReason, SamplingParams
+from toolkit.engine.core import FinishReason, SamplingParams, TokenLogprobs
 
 # --- frontend -> rank -------------------------------------------------------------------------------
 
@@ -67,14 +67,20 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     info: dict[str, Any]
 
 
-class Output(msgspec.Struct, frozen=True):
-    """New tokens of one request. ``finish`` ends it; ``error`` says why when finish is "error"."""
+class Output(msgspec.Struct, frozen=True, omit_defaults=True):
+    """New tokens of one request. ``finish`` ends it; ``error`` says why when finish is "error".
+
+    Where the request asked for them: ``logprobs``, one a token, and with the first token ``prompt_logprobs``, of all
+    prompt tokens but the first, which follows nothing.
+    """
 
     rid: str
     token_ids: list[int]
     finish: FinishReason | None = None
     cached_tokens: int = 0
     error: str = ""
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):

@@ -20,7 +20,7 @@ from toolkit.engine.kv.pool import KVCache
 from toolkit.engine.models.base import Forward, make_model
 from toolkit.engine.moe.layer import MoEContext
 from toolkit.engine.parallel import Groups, TokenLayout
-from toolkit.engine.sampler import sample
+from toolkit.engine.sampler import Sampled, Sampler, token_logprobs
 from toolkit.engine.weights import DTYPES, open_weights
 
 
@@ -49,26 +49,45 @@ class ModelRunner:
         num_blocks = engine.max_total_tokens // engine.page_size
         self.cache = KVCache(self.model.kv_spec, num_blocks, engine.page_size, DTYPES[model.dtype], device)
         self.attention = make_attention(engine.attention_backend, self.cache, device)
+        self.sampler = Sampler()
 
     @torch.inference_mode()
-    def step(self, batch: Batch, ctx: StepContext) -> list[int]:
+    def step(self, batch: Batch, ctx: StepContext) -> Sampled:
         """Runs the agreed step; ranks without tokens pass an empty batch.
 
         Returns:
             One token for each request of the batch that ``samples``, in batch order.
         """
-        logits = self.logits(batch, ctx)
-        return sample(logits, [s.request for s in batch.scheduled if s.samples])
+        hidden_SD, layout = self._forward(batch, ctx)
+        self._add_prompt_logprobs(batch, hidden_SD, layout)
+        return self.sampler(self._due(batch, hidden_SD, layout), [s.request for s in batch.scheduled if s.samples])
 
     @torch.inference_mode()
     def logits(self, batch: Batch, ctx: StepContext) -> Tensor:
         """Logits [N, V] float32 of the sampling requests' last tokens."""
-        hidden_SD, layout = self._forward(batch, ctx)
+        return self._due(batch, *self._forward(batch, ctx))
+
+    def _due(self, batch: Batch, hidden_SD: Tensor, layout: TokenLayout) -> Tensor:
         ends = torch.tensor([s.num_tokens for s in batch.scheduled], dtype=torch.long).cumsum(0) - 1
         due = torch.tensor([s.samples for s in batch.scheduled], dtype=torch.bool)
         if not due.any():  # the same on every rank of the attention TP group
             return hidden_SD.new_empty(0, self.arch.vocab_size, dtype=torch.float32)
         return self.model.logits(layout.gather(hidden_SD)[ends[due].to(self.device)])
+
+    def _add_prompt_logprobs(self, batch: Batch, hidden_SD: Tensor, layout: TokenLayout) -> None:
+        """For the requests that ask for them: each computed token of the prompt scores the one after it."""
+        row = 0
+        for s in batch.scheduled:
+            request, top, first = s.request, s.request.sampling.prompt_logprobs, row
+            row += s.num_tokens
+            begin = len(request.prompt_logprobs)  # not num_computed: a preempted request computes some again
+            end = min(request.num_computed + s.num_tokens, request.prompt_len - 1)
+            if top is None or begin >= end:
+                continue
+            first += begin - request.num_computed
+            logits = self.model.logits(layout.gather(hidden_SD)[first : first + end - begin])
+            following = request.tokens[begin + 1 : end + 1]
+            request.prompt_logprobs += token_logprobs(logits, following, [top] * len(following))
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, ctx: StepContext) -> Tensor:

@@ -9,10 +9,10 @@ same scheduler on the same messages and so stay equal without talking. Knows no 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from toolkit.engine.core import Batch, FinishReason, Request, SamplingParams, ScheduledRequest
+from toolkit.engine.core import Batch, FinishReason, Request, SamplingParams, ScheduledRequest, TokenLogprobs
 from toolkit.engine.kv.pool import BlockPool, block_hash
 from toolkit.engine.messages import Output
 
@@ -103,8 +103,13 @@ class Scheduler:
             budget -= self._schedule_chunk(request, budget, prefill)
         return Batch(tuple(decode), tuple(prefill))
 
-    def finish(self, batch: Batch, sampled: Sequence[int]) -> list[Output]:
-        """Takes the step's result: one token for each request of the batch that ``samples``, in batch order."""
+    def finish(
+        self, batch: Batch, sampled: Sequence[int], logprobs: Mapping[str, TokenLogprobs] | None = None
+    ) -> list[Output]:
+        """Takes the step's result: one token for each request of the batch that ``samples``, in batch order.
+
+        ``logprobs``: those of the tokens, by request id, where they were asked for.
+        """
         outputs: list[Output] = []
         tokens = iter(sampled)
         for scheduled in batch.scheduled:
@@ -119,7 +124,14 @@ class Scheduler:
             reason = self._finish_reason(request, token)
             if reason is not None:
                 self._release(self._running.pop(request.rid))
-            outputs.append(Output(request.rid, [token], reason, request.num_cached))
+            entry = logprobs.get(request.rid) if logprobs else None
+            of_prompt = request.prompt_logprobs if request.num_output == 1 else []
+            outputs.append(
+                Output(
+                    request.rid, [token], reason, request.num_cached,
+                    logprobs=[] if entry is None else [entry], prompt_logprobs=of_prompt,
+                )
+            )  # fmt: skip
         return outputs
 
     # --- inside -----------------------------------------------------------------------------------
@@ -156,8 +168,9 @@ class Scheduler:
         A block for each running request stays free, so that it is not preempted in the very next steps.
         """
         self._hash_blocks(request)
-        # at least one token must be computed for logits
-        reusable = (len(request.tokens) - 1) // self.page_size
+        # At least one token must be computed for logits; for logprobs of the prompt, each of its tokens, once.
+        uncomputed = request.sampling.prompt_logprobs is not None and not request.num_output
+        reusable = 0 if uncomputed else (len(request.tokens) - 1) // self.page_size
         cached = self.pool.match(request.block_hashes[:reusable])
         needed = -(-len(request.tokens) // self.page_size) - len(cached) + self.pool.num_idle(cached)
         if self._running and needed + len(self._running) > self.pool.num_free:
@@ -215,7 +228,7 @@ class Scheduler:
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         sampling = request.sampling
-        if token in sampling.stop_token_ids and not sampling.ignore_eos:
+        if token in sampling.stop_token_ids:
             return "stop"
         if request.num_output >= sampling.max_tokens or len(request.tokens) >= self.max_len:
             return "length"

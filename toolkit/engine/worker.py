@@ -215,7 +215,7 @@ class Worker:
     def _step(self, batch: Batch, ctx: StepContext) -> None:
         begin = time.perf_counter()
         sampled = self.runner.step(batch, ctx)
-        outputs = self.scheduler.finish(batch, sampled)
+        outputs = self.scheduler.finish(batch, sampled.tokens, sampled.logprobs)
         if outputs and self.leads:
             self.link.send(Outputs(self.dp_rank, outputs))
         if self.recorder is not None:

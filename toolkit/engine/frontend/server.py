@@ -25,9 +25,9 @@ from toolkit.engine.args import FrontendArgs
 from toolkit.engine.frontend.errors import ApiError
 from toolkit.engine.frontend.generate import Generator
 from toolkit.engine.frontend.metrics import Metrics
-from toolkit.engine.frontend.protocol import Limits
 from toolkit.engine.frontend.ranks import RankClient
 from toolkit.engine.frontend.router import ROUTERS
+from toolkit.engine.frontend.sampling import Limits
 from toolkit.engine.frontend.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
