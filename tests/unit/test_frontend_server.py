@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from tests.unit.frontend_peer import TINY_MIXTRAL, TOKEN, Ranks, args_for, free_
 from tests.unit.test_frontend_generate import CHAT, TEXT, chat, text
 from toolkit.config import ModelConfig
 from toolkit.engine.args import TOKEN_ENV
+from toolkit.engine.frontend.protocol import ChatRequest
 from toolkit.engine.frontend.server import Server, api_key
 from toolkit.engine.messages import Control, ControlReply, Failed, Generate, Progress, Ready, Stats
 
@@ -248,6 +250,61 @@ def test_control_operations_reach_every_rank_and_wait_for_all() -> None:
                 await bench.ranks.send(ControlReply(cid, rank, ok, "" if ok else "requests are running"))
             status, body, _ = await call
             assert status == 500 and "flush_cache failed on rank 1: requests are running" in body["error"]["message"]
+
+    asyncio.run(run())
+
+
+def test_options_of_control_operations_are_checked_and_sent() -> None:
+    async def run() -> None:
+        async with serving(tp_size=1, dp_size=1) as bench:
+            for path, body, words in [
+                ("/slow_down", {"forward_sleep_time": -1}, "forward_sleep_time=-1: expected `float` >= 0.0"),
+                ("/slow_down", {"seconds": 1}, "unknown field `seconds`"),
+                ("/flush_cache", [], "must be a JSON object"),
+                ("/flush_cache", {"now": True}, "unknown field `now`"),
+                ("/start_profile", {"name": "../up"}, "name="),
+                ("/start_profile", {"num_steps": 0}, "num_steps=0"),
+            ]:
+                status, answer, _ = await bench.post(path, body)
+                assert status == 400 and words in answer["error"]["message"], answer
+            expected = [
+                ("/slow_down", {"forward_sleep_time": 1.5}, {"op": "slow_down", "sleep_s": 1.5}),
+                ("/slow_down", {"forward_sleep_time": None}, {"op": "slow_down", "sleep_s": 0.0}),
+                ("/start_profile", {"name": "a-1", "num_steps": 3}, {"folder": "a-1", "num_steps": 3}),
+                ("/stop_profile", {}, {"op": "stop_profile"}),
+                ("/start_expert_distribution_record", None, {"op": "start_experts"}),
+                ("/stop_expert_distribution_record", None, {"op": "stop_experts"}),
+            ]
+            for i, (path, body, fields) in enumerate(expected):
+                call = asyncio.create_task(bench.post(path, body))
+                await until(lambda i=i: len(bench.ranks.of(0, Control)) > i)  # type: ignore[misc]
+                sent = bench.ranks.of(0, Control)[i]
+                assert {name: getattr(sent, name) for name in fields} == fields
+                await bench.ranks.send(ControlReply(sent.cid, 0, False, "not now", refused=True))
+                status, answer, _ = await call
+                assert status == 409 and answer["error"]["code"] == "refused", answer
+                assert answer["error"]["message"] == f"{sent.op} failed on rank 0: not now"
+
+    asyncio.run(run())
+
+
+def test_the_openapi_document_has_every_route_and_the_types_that_parse() -> None:
+    async def run() -> None:
+        async with serving(tp_size=1, dp_size=1) as bench:
+            _, document = await bench.get("/openapi.json")
+            served = {
+                (route.resource.canonical, route.method.lower())
+                for route in bench.server._runner.app.router.routes()
+                if route.resource is not None and route.method != "HEAD"
+            }
+            assert served == {(path, method) for path, methods in document["paths"].items() for method in methods}
+            schemas = document["components"]["schemas"]
+            assert schemas["ChatRequest"]["properties"]["model"] == {"enum": ["tiny", None]}
+            assert schemas["CompletionRequest"]["properties"]["n"]["anyOf"][0]["maximum"] == 128
+            assert schemas["CompletionRequest"]["properties"]["tools"] == {"enum": [[], None]}
+            assert "echo" not in ChatRequest.__struct_fields__ and schemas["ChatRequest"]["required"] == ["messages"]
+            names = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+            assert names <= schemas.keys()
 
     asyncio.run(run())
 

@@ -35,11 +35,26 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
     rid: str
 
 
-class Control(msgspec.Struct, tag=True, frozen=True):
-    """An operation on a rank, sent to every rank alike and answered by one ``ControlReply`` from each."""
+ControlOp = Literal[
+    "flush_cache", "start_experts", "stop_experts", "dump_experts", "slow_down", "start_profile", "stop_profile",
+    "shutdown",
+]  # fmt: skip
+
+
+class Control(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """An operation on a rank, sent to every rank alike and answered by one ``ControlReply`` from each.
+
+    Attributes:
+        sleep_s: of slow_down: seconds before each forward pass; 0: none.
+        folder: of start_profile: name of the folder for its files.
+        num_steps: of start_profile: ends by itself after so many forward passes; 0: with stop_profile.
+    """
 
     cid: str
-    op: Literal["flush_cache", "dump_experts", "shutdown"]
+    op: ControlOp
+    sleep_s: float = 0.0
+    folder: str = ""
+    num_steps: int = 0
 
 
 class Wake(msgspec.Struct, tag=True, frozen=True):
@@ -111,11 +126,14 @@ class Stats(msgspec.Struct, tag=True, frozen=True):
     balancedness: float
 
 
-class ControlReply(msgspec.Struct, tag=True, frozen=True):
+class ControlReply(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """``refused``: not ok because of the state that the rank is in; otherwise something broke. ``detail`` says what."""
+
     cid: str
     rank: int
     ok: bool
     detail: str = ""
+    refused: bool = False
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):

@@ -122,6 +122,8 @@ class Common(msgspec.Struct, kw_only=True):
 
 
 class ChatRequest(Common, kw_only=True):
+    """A conversation to be continued by the assistant."""
+
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
@@ -134,6 +136,8 @@ class ChatRequest(Common, kw_only=True):
 
 
 class CompletionRequest(Common, kw_only=True):
+    """A text to be continued."""
+
     prompt: str | list[str | int | list[int]]
     max_tokens: Annotated[int, Meta(ge=0, description="0 only with echo")] | None = None
     echo: bool | None = None

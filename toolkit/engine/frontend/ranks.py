@@ -11,10 +11,9 @@ import asyncio
 import contextlib
 import logging
 import socket
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -152,11 +151,11 @@ class RankClient:
         if flight is not None:
             self._send(flight.dp_rank, Abort(rid))
 
-    async def control(self, op: Literal["flush_cache", "dump_experts"], timeout_s: float) -> list[ControlReply]:
-        """Runs ``op`` on every rank and gives their replies, by rank. ``TimeoutError`` names the silent ranks."""
-        cid = uuid.uuid4().hex
+    async def control(self, control: Control, timeout_s: float) -> list[ControlReply]:
+        """Has every rank carry it out and gives their replies, by rank. ``TimeoutError`` names the silent ranks."""
+        cid = control.cid
         replies = self._replies[cid] = {}
-        frames = encode(Control(cid, op), self._token)
+        frames = encode(control, self._token)
         for outbox in self._outboxes:
             outbox.send_multipart(frames, zmq.NOBLOCK)
         try:
@@ -164,7 +163,7 @@ class RankClient:
                 await self._reply_arrived.wait_for(lambda: len(replies) == len(self.ranks) or bool(self.failure))
         except TimeoutError:
             silent = ", ".join(str(status.rank) for status in self.ranks if status.rank not in replies)
-            raise TimeoutError(f"{op}: no reply from rank {silent} within {timeout_s:g} s") from None
+            raise TimeoutError(f"{control.op}: no reply from rank {silent} within {timeout_s:g} s") from None
         finally:
             del self._replies[cid]
         return [replies[rank] for rank in sorted(replies)]
