@@ -160,6 +160,31 @@ def test_a_seed_means_the_same_on_both_ranks_and_among_others(client: OpenAI, mo
     assert texts == {batch.choices[0].text} and not texts & set(others)
 
 
+def test_a_seed_means_the_same_under_another_mapping(
+    client: OpenAI, model: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Attention DP with all-to-all there, here tensor parallel attention, and another batch and chunking."""
+    mapping = {"tp_size": 2, "ep_size": 2}
+    engine = {
+        "moe_a2a_backend": "allgather",
+        "chunked_prefill_size": 16,
+        "max_running_requests": 16,
+        "max_total_tokens": 1024,
+    }
+    options = {"temperature": 0.9, "max_tokens": 16, "n": 4, "extra_body": {"top_k": 100, "repetition_penalty": 1.1}}
+    with (
+        serve(tmp_path_factory.mktemp("other") / "run", parallel=mapping, engine=engine) as served,
+        OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60) as other,
+    ):
+        for seed in (1, 100, 2**40):
+            answers = [
+                made.completions.create(model=model, prompt="the same text " * 3, seed=seed, **options)  # type: ignore[call-overload]
+                for made in (client, other)
+            ]
+            first, second = ([choice.text for choice in answer.choices] for answer in answers)
+            assert first == second and len(set(first)) == 4
+
+
 def test_refusals_are_the_clients_exceptions(client: OpenAI, model: str, served: Served) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.completions.create(model=model, prompt="x", temperature=7)

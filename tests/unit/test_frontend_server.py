@@ -128,6 +128,7 @@ def test_wrong_routes_methods_and_sizes_answer_in_the_error_format() -> None:
                 async with call as response:
                     assert response.status == status
                     assert words in (await response.json())["error"]["message"]
+                    assert response.headers.get("Allow") == ("POST" if status == 405 else None)
 
     asyncio.run(run())
 

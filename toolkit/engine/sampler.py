@@ -154,11 +154,11 @@ def gumbel(keys: Sequence[tuple[int, int]], vocab_size: int, device: torch.devic
     digests = [xxhash.xxh3_64_digest(f"{seed}/{position}".encode()) for seed, position in keys]
     key = torch.tensor([int.from_bytes(d, "big", signed=True) for d in digests], device=device)[:, None]
     x = key + torch.arange(vocab_size, device=device) * _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    x = x ^ _shift(x, 31)
-    uniform = (_shift(x, 12).double() + 0.5) / 2**52  # inside (0, 1), exactly
-    return -(-uniform.log()).log()
+    x.bitwise_xor_(_shift(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    x.bitwise_xor_(_shift(x, 27)).mul_(_signed(0x94D049BB133111EB))
+    x.bitwise_xor_(_shift(x, 31))
+    uniform = _shift(x, 12).double().add_(0.5).div_(2**52)  # inside (0, 1), exactly
+    return uniform.log_().neg_().log_().neg_()
 
 
 def token_logprobs(logits_NV: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs]:
@@ -181,7 +181,7 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical shift to the right; torch's keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed(constant: int) -> int:

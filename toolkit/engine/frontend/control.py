@@ -108,5 +108,4 @@ def _control(op: ControlOp, body: Nothing | SlowDown | StartProfile) -> Control:
 
 async def _body(http: web.Request, cls: type[B]) -> B:
     raw = await http.read()
-    fields = json_object(raw) if raw.strip() not in (b"", b"null") else {}
-    return convert(fields, cls)
+    return convert(json_object(raw) if raw else {}, cls)

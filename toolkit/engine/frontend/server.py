@@ -135,6 +135,8 @@ class Server:
                 response = _error_response(error)
             except web.HTTPException as error:
                 response = _error_response(_from_http(request, error))
+                if "Allow" in error.headers:  # of 405, as RFC 9110 demands
+                    response.headers["Allow"] = error.headers["Allow"]
             except Exception as error:
                 log.exception("%s %s failed", request.method, request.path)
                 response = _error_response(ApiError(500, f"internal error: {type(error).__name__}"))
