@@ -14,25 +14,27 @@ STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check fmt hooks bench-analysis
+.PHONY: help demo test unit check fmt hooks bench-scheduler bench-analysis
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the charts (minutes)
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
 
 test: $(STAMP)  ## all tests, those that serve the demo model included
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/unit $(ARGS)
 
 unit: $(STAMP)  ## the fast tests: under a minute
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
 
 check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not e2e' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
+	$(BIN)/python -m pytest tests/contract tests/dist $(ARGS)
 
 bench-analysis: $(STAMP)  ## time and memory of reading runs of up to a million requests
 	$(BIN)/python -m tests.bench.analysis_scale $(ARGS)
@@ -40,6 +42,9 @@ bench-analysis: $(STAMP)  ## time and memory of reading runs of up to a million 
 fmt: $(STAMP)  ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+bench-scheduler: $(STAMP)  ## scheduler time a step with 10, 1,000 and 10,000 waiting requests
+	$(BIN)/python -m tests.bench.scheduler
 
 hooks: $(STAMP)  ## run ruff and mypy at every git commit
 	$(BIN)/pre-commit install

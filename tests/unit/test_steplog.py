@@ -13,13 +13,15 @@ import pytest
 from toolkit import records
 from toolkit.engine import steplog
 from toolkit.engine.core import Batch, SamplingParams
-from toolkit.engine.kv.pool import BlockPool
+from toolkit.engine.kv.kinds import LayerKind
+from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.scheduler import Scheduler
 from toolkit.engine.steplog import StepLog
 
 
 def scheduler(blocks: int = 64) -> Scheduler:
-    return Scheduler(BlockPool(blocks, prefix_cache=False), page_size=4, token_budget=16, max_running=8, max_len=64)
+    tables = BlockTables([LayerKind(0, (0,), blocks)], page_size=4, prefix_cache=False)
+    return Scheduler(tables, token_budget=16, max_running=8, max_len=64)
 
 
 def serve(log: StepLog, work: Scheduler) -> list[Batch]:

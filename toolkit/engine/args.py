@@ -26,6 +26,7 @@ class WorkerArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         local_ranks: index of each rank on its host (its GPU), [tp_size].
         experts_path: where rank 0 keeps experts.npz; empty: not written.
         steps_dir: run folder in which the leader of each DP rank keeps a row a forward pass; empty: not written.
+        profile_dir: where profiles go, a folder each; empty: there are none.
     """
 
     model: ModelConfig
@@ -40,6 +41,7 @@ class WorkerArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frontend: tuple[str, int]
     experts_path: str = ""
     steps_dir: str = ""
+    profile_dir: str = ""
 
 
 class FrontendArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,6 +8,7 @@ Read next: ``worker.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine.arch import Arch
 from toolkit.engine.attention.backend import make_attention
 from toolkit.engine.core import Batch, StepContext
+from toolkit.engine.kv.kinds import layer_kinds
 from toolkit.engine.kv.pool import KVCache
 from toolkit.engine.models.base import Forward, make_model
 from toolkit.engine.moe.layer import MoEContext
+from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups, TokenLayout
-from toolkit.engine.sampler import sample
+from toolkit.engine.sampler import Sampled, Sampler, token_logprobs
 from toolkit.engine.weights import DTYPES, open_weights
 
 
@@ -44,47 +47,66 @@ class ModelRunner:
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.arch, self.groups, self.device = arch, groups, device
+        self.padding = engine.dp_padding_mode
         self.moe = MoEContext.create(arch, engine, groups, device)
         self.model = make_model(arch, open_weights(model, device, progress), groups, self.moe, device)
-        num_blocks = engine.max_total_tokens // engine.page_size
-        self.cache = KVCache(self.model.kv_spec, num_blocks, engine.page_size, DTYPES[model.dtype], device)
+        kinds = layer_kinds(arch.windows, engine)
+        self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, DTYPES[model.dtype], device)
         self.attention = make_attention(engine.attention_backend, self.cache, device)
+        self.sampler = Sampler()
 
     @torch.inference_mode()
-    def step(self, batch: Batch, ctx: StepContext) -> list[int]:
+    def step(self, batch: Batch, ctx: StepContext) -> Sampled:
         """Runs the agreed step; ranks without tokens pass an empty batch.
 
         Returns:
             One token for each request of the batch that ``samples``, in batch order.
         """
-        logits = self.logits(batch, ctx)
-        return sample(logits, [s.request for s in batch.scheduled if s.samples])
+        hidden_TD = self.hidden(batch, ctx)
+        requests = [s.request for s in batch.scheduled if s.samples]
+        if not any(ctx.dp_logit_rows):
+            return self.sampler(hidden_TD.new_empty(0, self.arch.vocab_size), requests)
+        rows: list[int] = []
+        first = 0
+        for s in batch.scheduled:
+            rows += [first + position - s.begin for position in s.logit_positions]
+            first += s.num_tokens
+        logits = self.model.logits(
+            hidden_TD[torch.tensor(rows, dtype=torch.long, device=self.device)], ctx.dp_logit_rows
+        )
+        return self.sampler(logits[self._score_prompts(batch, logits)], requests)
 
-    @torch.inference_mode()
-    def logits(self, batch: Batch, ctx: StepContext) -> Tensor:
-        """Logits [N, V] float32 of the sampling requests' last tokens."""
-        hidden_SD, layout = self._forward(batch, ctx)
-        ends = torch.tensor([s.num_tokens for s in batch.scheduled], dtype=torch.long).cumsum(0) - 1
-        due = torch.tensor([s.samples for s in batch.scheduled], dtype=torch.bool)
-        if not due.any():  # the same on every rank of the attention TP group
-            return hidden_SD.new_empty(0, self.arch.vocab_size, dtype=torch.float32)
-        return self.model.logits(layout.gather(hidden_SD)[ends[due].to(self.device)])
+    def _score_prompts(self, batch: Batch, logits: Tensor) -> list[int]:
+        """Adds the prompt logprobs that this step gives; returns the rows of ``logits`` that tokens are drawn from."""
+        due, row = [], 0
+        for s in batch.scheduled:
+            scored = len(s.logit_positions) - s.samples
+            if scored:
+                following = s.request.tokens[s.logit_positions[0] + 1 :][:scored]
+                top = s.request.sampling.prompt_logprobs or 0
+                s.request.prompt_logprobs += token_logprobs(logits[row : row + scored], following, [top] * scored)
+            row += scored
+            if s.samples:
+                due.append(row)
+                row += 1
+        return due
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, ctx: StepContext) -> Tensor:
         """Final hidden states [T, D] of all tokens of the DP group."""
-        hidden_SD, layout = self._forward(batch, ctx)
-        return layout.gather(hidden_SD)
+        step = self._forward(batch, ctx)
+        if ctx.first_half is not None:
+            rest = tuple(all_ - first for all_, first in zip(ctx.dp_tokens, ctx.first_half))
+            contexts = (replace(ctx, dp_tokens=ctx.first_half), replace(ctx, dp_tokens=rest))
+            first, second = (self._forward(half, c) for half, c in zip(split(batch), contexts))
+            step = replace(step, halves=(first, second))
+        tokens = [token for s in batch.scheduled for token in s.request.tokens[s.begin : s.end]]
+        tokens_T = torch.tensor(tokens, dtype=torch.long, device=self.device)
+        return step.layout.gather(self.model.forward(tokens_T, step))
 
-    def _forward(self, batch: Batch, ctx: StepContext) -> tuple[Tensor, TokenLayout]:
-        tokens: list[int] = []
-        positions: list[int] = []
-        for s in batch.scheduled:
-            begin, end = s.request.num_computed, s.request.num_computed + s.num_tokens
-            tokens += s.request.tokens[begin:end]
-            positions += range(begin, end)
-        layout = TokenLayout(ctx, self.groups)
-        assert layout.num_tokens == len(tokens), f"agreed on {layout.num_tokens} tokens, batch has {len(tokens)}"
+    def _forward(self, batch: Batch, ctx: StepContext) -> Forward:
+        layout = TokenLayout(ctx, self.groups, self.padding)
+        assert layout.num_tokens == batch.num_tokens, f"agreed on {layout.num_tokens}, batch has {batch.num_tokens}"
+        positions = [position for s in batch.scheduled for position in range(s.begin, s.end)]
         positions_T = torch.tensor(positions, dtype=torch.long, device=self.device)
-        step = Forward(positions_T, layout, self.attention.plan(batch), self.attention)
-        return self.model.forward(torch.tensor(tokens, dtype=torch.long, device=self.device), step), layout
+        return Forward(positions_T, layout, self.attention.plan(batch), self.attention)

@@ -45,7 +45,7 @@ class StepLog:
 
     def add(self, step: int, begin: float, duration_s: float, batch: Batch, scheduler: Scheduler) -> None:
         """Files one step: ``begin`` in Unix seconds; the batch that ran; the scheduler as the step left it."""
-        pool, preemptions = scheduler.pool, scheduler.stats.preemptions
+        pool, preemptions = scheduler.tables, scheduler.stats.preemptions
         decode = len(batch.decode)
         tokens = batch.num_tokens
         self._queue.append(

@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -25,12 +24,14 @@ import torch
 import torch.distributed as dist
 import zmq
 
+from toolkit.engine.agree import Agreement, AttentionDpBalance, Proposal, agree
 from toolkit.engine.arch import check, context_length, memory_by_kind, read_arch
 from toolkit.engine.args import WorkerArgs, read_worker_args, run_token
+from toolkit.engine.control import Controller, process_bytes
 from toolkit.engine.core import Batch, SamplingParams, StepContext
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.eplb.recorder import Recorder
-from toolkit.engine.kv.pool import BlockPool
+from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import (
     Abort,
     Control,
@@ -43,10 +44,10 @@ from toolkit.engine.messages import (
     Stats,
     ToFrontend,
     ToRank,
-    Wake,
     decode_to_rank,
     encode,
 )
+from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.scheduler import Scheduler
@@ -71,36 +72,39 @@ class Link:
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
         self._outbox.connect("tcp://{}:{}".format(*args.frontend))
+        self._early: list[ToRank] = []  # read and not yet received
         self.messages_seen = 0
 
     def receive(self, wait: bool) -> list[ToRank]:
         """All messages that have arrived; with ``wait``, sleeps until there is one."""
-        messages: list[ToRank] = []
-        if wait:
+        if wait and not self._early:
             self._inbox.poll()
-        while self._inbox.poll(0):
-            try:
-                messages.append(decode_to_rank(self._inbox.recv_multipart(), self._token))
-            except ValueError as error:
-                log.warning("dropped a message: %s", error)
+        self._read()
+        messages, self._early = self._early, []
         self.messages_seen += len(messages)
         return messages
+
+    def nap(self, seconds: float) -> None:
+        """Sleeps; a ``Control`` that has come or comes ends it early, since it may say to sleep no longer."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if any(isinstance(message, Control) for message in self._early):
+                return
+            if self._inbox.poll(math.ceil(left * 1000)):
+                self._read()
+
+    def _read(self) -> None:
+        while self._inbox.poll(0):
+            try:
+                self._early.append(decode_to_rank(self._inbox.recv_multipart(), self._token))
+            except ValueError as error:
+                log.warning("dropped a message: %s", error)
 
     def send(self, message: ToFrontend) -> None:
         self._outbox.send_multipart(encode(message, self._token))
 
     def close(self) -> None:
         self._context.destroy(linger=2000)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What one round of ``agree`` gave: the step's context, or what else all ranks must do alike."""
-
-    ctx: StepContext
-    asleep: bool  # nothing to do anywhere
-    flush_experts: bool
-    shutdown: bool
 
 
 class Worker:
@@ -113,8 +117,8 @@ class Worker:
         self.leads = self.dims.leader(self.dp_rank) == rank
         self._progress_sent = 0.0
         self._steps, self._step_s, self._stats_sent = 0, 0.0, 0.0
-        self._flushes: list[Control] = []
         self._shutdown: Control | None = None
+        self._balance = AttentionDpBalance(args.engine.attention_dp_config)
         self._load()
 
     # --- start ------------------------------------------------------------------------------------
@@ -141,32 +145,34 @@ class Worker:
             path = Path(args.experts_path) if self.rank == 0 and args.experts_path else None
             self.recorder = Recorder(
                 arch.moe_layers, self.runner.moe.placement, engine.expert_distribution_recorder_window,
-                self.groups.world_cpu.all_reduce, path, args.device,
+                self.groups.tp_cpu.all_reduce, path, args.device,
             )  # fmt: skip
             self.runner.moe.recorder = self.recorder
         self.step_log: StepLog | None = None
         if self.leads and args.steps_dir:
             self.step_log = StepLog(steps_path(Path(args.steps_dir), self.rank), self.dp_rank, engine.page_size)
+        self.control = Controller(self.rank, self.scheduler, self.recorder, args.profile_dir, args.device)
         info = {
             "max_model_len": self.max_len,
             "max_total_tokens": self.runner.cache.num_blocks * engine.page_size,
             "mapping": self.dims.mapping,
-            "memory_bytes": memory | {"kv_cache": self.runner.cache.num_bytes},
+            "memory_bytes": memory | {"kv_cache": self.runner.cache.num_bytes, "process": process_bytes(args.device)},
         }
         self.link.send(Ready(self.rank, info))
         log.info("rank %d ready: %s", self.rank, info)
 
     def _new_scheduler(self) -> Scheduler:
         engine = self.args.engine
-        pool = BlockPool(self.runner.cache.num_blocks, not engine.disable_radix_cache)
+        tables = BlockTables(self.runner.cache.kinds, engine.page_size, not engine.disable_radix_cache)
         budget, running = engine.chunked_prefill_size, engine.max_running_requests
-        return Scheduler(pool, engine.page_size, budget, running, self.max_len)
+        return Scheduler(tables, budget, running, self.max_len)
 
     def _warm_up(self) -> None:
         """One token on every rank, through every layer and collective, before the first request."""
         scheduler = self._new_scheduler()
         scheduler.add("warm-up", [0], SamplingParams(max_tokens=1))
-        self.runner.step(scheduler.schedule(), StepContext(0, (1,) * self.dims.dp_size, is_extend=True))
+        ones = (1,) * self.dims.dp_size
+        self.runner.step(scheduler.schedule(), StepContext(0, ones, ones, is_extend=True))
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -178,16 +184,18 @@ class Worker:
 
     def run(self) -> None:
         """Serves until every rank has been told to shut down."""
-        asleep = True
+        asleep, hold = True, False
         while True:
             self._take(self.link.receive(wait=asleep))
-            batch = self.scheduler.schedule()
-            agreed = self.agree(batch)
-            asleep = agreed.asleep
+            batch = self.scheduler.schedule(hold)
+            agreed = self._agree(batch)
+            asleep, hold = agreed.asleep, self._balance.hold(agreed.by_dp)
             if any(agreed.ctx.dp_tokens):
                 self._step(batch, agreed.ctx)
-            if agreed.flush_experts:
-                self._flush_experts()
+            if agreed.controls and self.step_log is not None:
+                self.step_log.flush()  # a dump is of everything until now
+            for reply in self.control.apply(agreed.controls):
+                self.link.send(reply)
             if asleep or time.monotonic() - self._stats_sent > STATS_S:
                 self._send_stats()
             if agreed.shutdown:
@@ -196,37 +204,33 @@ class Worker:
                 self._reply(self._shutdown)
                 return
 
-    def agree(self, batch: Batch) -> Agreement:
-        """All ranks learn each DP rank's tokens, whether anybody prefills, sleeps, or must be told something.
-
-        The design is SGLang's: one small all-gather on the host before every step; a rank without work runs an
-        empty batch when any other has some.
-        """
-        mine = torch.tensor(
-            [
-                batch.num_tokens,
-                bool(batch.prefill),
-                not self.scheduler.idle,
-                self.link.messages_seen,
-                len(self._flushes),
-                self._shutdown is not None,
-            ]
+    def _agree(self, batch: Batch) -> Agreement:
+        scheduler = self.scheduler
+        mine = Proposal(
+            tokens=batch.num_tokens,
+            logit_rows=batch.num_logit_rows,
+            prefill=bool(batch.prefill),
+            first_half=split(batch)[0].num_tokens if self.args.engine.enable_two_batch_overlap else -1,
+            busy=not scheduler.idle,
+            messages=self.link.messages_seen,
+            controls=self.control.num_pending,
+            shutdown=self._shutdown is not None,
+            prompts=scheduler.num_waiting,
+            generating=len(batch.decode),
+            slots=scheduler.max_running - scheduler.num_running,
         )
-        rows = self.groups.world_cpu.all_gather(mine[None])
-        tokens, prefill, busy, seen, flushes, shutdown = rows.T.tolist()
-        dp_tokens = tuple(tokens[self.dims.leader(dp)] for dp in range(self.dims.dp_size))
-        ctx = StepContext(self._steps, dp_tokens, any(prefill))
-        quiet = not any(busy) and not any(flushes) and not any(shutdown)
-        return Agreement(ctx, quiet and min(seen) == max(seen), any(flushes), all(shutdown) and not any(busy))
+        return agree(self.groups.tp_cpu, self.dims, self._steps, mine)
 
     def _step(self, batch: Batch, ctx: StepContext) -> None:
+        self.link.nap(self.control.forward_sleep_s)
         began, begin = time.time(), time.perf_counter()
         sampled = self.runner.step(batch, ctx)
-        outputs = self.scheduler.finish(batch, sampled)
+        outputs = self.scheduler.finish(batch, sampled.tokens, sampled.logprobs)
         if outputs and self.leads:
             self.link.send(Outputs(self.dp_rank, outputs))
         if self.recorder is not None:
             self.recorder.end_of_pass()
+        self.control.end_of_pass()
         self._steps += 1
         duration = time.perf_counter() - begin
         self._step_s += duration
@@ -238,20 +242,17 @@ class Worker:
     def _take(self, received: list[ToRank]) -> None:
         """Acts on messages. What the scheduler sees comes from the DP group's leader, so that all of it stay equal."""
         for message in received:
-            if isinstance(message, Control) and message.op == "dump_experts":
-                self._flushes.append(message)
-            elif isinstance(message, Control) and message.op == "shutdown":
+            if isinstance(message, Control) and message.op == "shutdown":
                 self._shutdown = message
-        for message in self._share([m for m in received if not isinstance(m, Wake)]):
+            elif isinstance(message, Control):
+                self.control.take(message)
+        for message in self._share([m for m in received if isinstance(m, Generate | Abort)]):
             if isinstance(message, Generate):
                 refused = self.scheduler.add(message.rid, message.prompt, message.sampling)
                 if refused is not None and self.leads:
                     self.link.send(Outputs(self.dp_rank, [refused]))
             elif isinstance(message, Abort):
                 self.scheduler.abort(message.rid)
-            elif isinstance(message, Control) and message.op == "flush_cache":
-                self.scheduler.flush_cache()
-                self._reply(message)
 
     def _share(self, messages: list[ToRank]) -> list[ToRank]:
         comm = self.groups.attn_tp_cpu
@@ -259,15 +260,6 @@ class Worker:
             return messages
         data = comm.broadcast_bytes(msgspec.msgpack.encode(messages) if self.leads else b"")
         return msgspec.msgpack.decode(data, type=list[ToRank])
-
-    def _flush_experts(self) -> None:
-        if self.recorder is not None:
-            self.recorder.end_of_pass(flush=True)
-        if self.step_log is not None:
-            self.step_log.flush()
-        for message in self._flushes:
-            self._reply(message)
-        self._flushes.clear()
 
     def _reply(self, message: Control | None) -> None:
         assert message is not None, "a reply without a question"
@@ -278,7 +270,7 @@ class Worker:
         if not self.leads:
             return
         scheduler, page = self.scheduler, self.args.engine.page_size
-        pool, stats = scheduler.pool, scheduler.stats
+        pool, stats = scheduler.tables, scheduler.stats
         self.link.send(
             Stats(
                 dp_rank=self.dp_rank,

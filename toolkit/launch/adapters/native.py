@@ -70,6 +70,7 @@ def _worker_args(
         frontend=(hosts[plan.frontend.node], plan.frontend.inbox_port),
         experts_path=str(run_dir / records.EXPERTS),
         steps_dir=str(run_dir),
+        profile_dir=str(run_dir / records.PROFILES),
     )
 
 
