@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from toolkit.config import EngineConfig, ModelConfig
+from toolkit.engine.agree import Proposal, agree
 from toolkit.engine.arch import context_length, read_arch
-from toolkit.engine.core import SamplingParams, StepContext
+from toolkit.engine.core import SamplingParams
 from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.parallel import Groups
 from toolkit.engine.runner import ModelRunner
@@ -38,13 +39,13 @@ def forced_logits(
     step = 0
     while True:
         batch = scheduler.schedule()
-        tokens = torch.tensor([[batch.num_tokens, bool(batch.prefill)]])
-        agreed = groups.world_cpu.all_gather(tokens)
-        dp_tokens = tuple(agreed[dims.leader(dp), 0].item() for dp in range(dims.dp_size))
-        if not any(dp_tokens):
+        # logits of every token are wanted, not only of those that sample
+        tokens = batch.num_tokens
+        agreed = agree(groups.tp_cpu, dims, step, Proposal(tokens, tokens, bool(batch.prefill), *[0] * 7))
+        if not any(agreed.ctx.dp_tokens):
             break
-        hidden = runner.hidden(batch, StepContext(step, dp_tokens, bool(agreed[:, 1].any())))
-        rows = runner.model.logits(hidden)
+        hidden = runner.hidden(batch, agreed.ctx)
+        rows = runner.model.logits(hidden, agreed.ctx.dp_samples)
         forced, first = [], 0
         for scheduled in batch.scheduled:
             request = scheduled.request

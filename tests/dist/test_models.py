@@ -34,6 +34,16 @@ def test_one_rank_prefill_chunks_and_decode(case: Case, budget: int) -> None:
         check_close(found, expected[i])
 
 
+@pytest.mark.parametrize("padding", ["max_len", "sum_len"])
+def test_both_padding_rules(case: Case, padding: str) -> None:
+    """Three DP ranks' worth of uneven work on four ranks, gathered for dense and expert layers alike."""
+    dims = ParallelDims.of(ParallelConfig(4, 4, 4, enable_dp_attention=True))
+    options = engine(moe_a2a_backend="allgather", dp_padding_mode=padding, chunked_prefill_size=8)
+    for logits in run_ranks(dims, forced_logits, case.model, options, case.sequences[:3], PROMPT):
+        for i, rows in logits.items():
+            check_close(rows, case.expected[i])
+
+
 def test_redundant_experts_change_nothing(case: Case) -> None:
     model, sequences, expected = case.model, case.sequences, case.expected
     if not read_arch(model).moe_layers:

@@ -99,7 +99,11 @@ def test_a_multimodal_gemma_config_is_read_for_its_text() -> None:
     ("name", "ratio", "message"),
     [
         ("gemma3_27b", 1.5, r"swa_full_tokens_ratio=1\.5 must be within 0 and 1: use 0"),
-        ("gemma3_27b", 0.001, r"swa_full_tokens_ratio=0\.001 leaves sliding layers 8 .* needs 65: use at least 0\.0079"),
+        (
+            "gemma3_27b",
+            0.001,
+            r"swa_full_tokens_ratio=0\.001 leaves sliding layers 8 .* needs 65: use at least 0\.0079",
+        ),
         ("qwen3_30b_a3b", 0.5, r"swa_full_tokens_ratio=0\.5 needs sliding layers, but qwen3_moe has none: use 0"),
     ],
 )

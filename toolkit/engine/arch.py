@@ -121,16 +121,12 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"({arch.num_experts + more}) or ep_size={_largest_divisor(slots, dims.ep_size)}"
         )
     attn = "parallel.tp_size / parallel.dp_size"
-    fits = [
-        n
-        for n in range(1, arch.num_heads + 1)
-        if not arch.num_heads % n and not arch.vocab_size % n and _splits_kv_heads(arch, n)
-    ]
+    fits = [n for n in range(1, arch.num_heads + 1) if not arch.num_heads % n and _splits_kv_heads(arch, n)]
     fit = f"use attention TP of {', '.join(map(str, fits))} (raise dp_size)"
     must_divide(attn, dims.attn_tp, arch.num_heads, "attention heads", fit)
     if not _splits_kv_heads(arch, dims.attn_tp):
         errors.append(f"{attn}={dims.attn_tp} neither divides nor is a multiple of {arch.kv_heads} KV heads: {fit}")
-    must_divide(attn, dims.attn_tp, arch.vocab_size, "vocabulary rows", fit)
+    errors += _check_head(arch, dims, fits)
     if arch.moe_layers:
         field = "parallel.tp_size / parallel.ep_size / parallel.moe_dp_size"
         must_divide(field, dims.moe_tp, arch.moe_intermediate, "expert FFN columns", "raise ep_size")
@@ -143,6 +139,16 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"{dims.moe_tp} ranks: use ep_size={dims.moe_group} or moe_a2a_backend=allgather"
         )
     return errors + _check_engine(arch, engine)
+
+
+def _check_head(arch: Arch, dims: ParallelDims, fits: list[int]) -> list[str]:
+    """The vocabulary must divide by the ranks of the LM head; ``fits``: attention TPs that the heads allow."""
+    if not arch.vocab_size % dims.head_tp:
+        return []
+    field = "parallel.tp_size / parallel.dp_size" if dims.enable_dp_lm_head else "parallel.tp_size"
+    ways = [n for n in fits if not arch.vocab_size % n]
+    way_out = f"use attention TP of {', '.join(map(str, ways))} (raise dp_size), with parallel.enable_dp_lm_head=true"
+    return [f"{field}={dims.head_tp} does not divide {arch.vocab_size} vocabulary rows: {way_out}"]
 
 
 def _check_dense(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
@@ -221,7 +227,7 @@ def memory_by_kind(arch: Arch, dims: ParallelDims, engine: EngineConfig, dtype: 
     kv_shards = 1 if arch.mla else min(dims.attn_tp, arch.kv_heads)
     kv_rows = sum(len(kind.layers) * kind.num_blocks * engine.page_size for kind in layer_kinds(arch.windows, engine))
     return {
-        "embedding": size * (embedding if arch.tied and dims.attn_tp == 1 else embedding + embedding // dims.attn_tp),
+        "embedding": size * (embedding if arch.tied and dims.head_tp == 1 else embedding + embedding // dims.head_tp),
         "attention": size * arch.num_layers * (by_heads // dims.attn_tp + by_kv // kv_shards + replicated),
         "dense_ffn": size * dense_layers * 3 * d * arch.dense_intermediate // dims.dense_tp,
         "shared_experts": size * len(arch.moe_layers) * 3 * d * arch.shared_intermediate,

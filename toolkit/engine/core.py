@@ -75,6 +75,10 @@ class Batch:
     def num_tokens(self) -> int:
         return len(self.decode) + sum(s.num_tokens for s in self.prefill)
 
+    @property
+    def num_samples(self) -> int:
+        return sum(s.samples for s in self.scheduled)
+
 
 @dataclass(frozen=True)
 class StepContext:
@@ -83,9 +87,11 @@ class StepContext:
     Attributes:
         step: forward passes since start, equal on every rank.
         dp_tokens: tokens of each DP rank in this step; zeros are ranks that only take part.
+        dp_samples: requests of each DP rank that get a token from this step.
         is_extend: True when any rank prefills (SGLang's ``is_extend_in_batch``).
     """
 
     step: int
     dp_tokens: tuple[int, ...]
+    dp_samples: tuple[int, ...]
     is_extend: bool

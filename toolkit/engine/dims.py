@@ -20,6 +20,7 @@ class ParallelDims:
     ep_size: int
     moe_dp_size: int
     moe_dense_tp_size: int | None
+    enable_dp_lm_head: bool = False
 
     @property
     def attn_tp(self) -> int:
@@ -40,6 +41,11 @@ class ParallelDims:
     def dense_tp(self) -> int:
         """Ranks that split a dense FFN."""
         return self.moe_dense_tp_size or self.tp_size
+
+    @property
+    def head_tp(self) -> int:
+        """Ranks that split the vocabulary of the LM head."""
+        return self.attn_tp if self.enable_dp_lm_head else self.tp_size
 
     @property
     def mapping(self) -> str:
@@ -106,7 +112,11 @@ class ParallelDims:
                 f"parallel.moe_dense_tp_size={c.moe_dense_tp_size} is neither null nor 1: use null (dense FFN split "
                 "over tp_size) or 1 (dense FFN data-parallel)"
             )
-        return cls(c.tp_size, c.dp_size, c.ep_size, c.moe_dp_size, c.moe_dense_tp_size)
+        if c.enable_dp_lm_head and not c.enable_dp_attention:
+            raise ValueError(
+                "parallel.enable_dp_lm_head=true needs parallel.enable_dp_attention=true: use both, or neither"
+            )
+        return cls(c.tp_size, c.dp_size, c.ep_size, c.moe_dp_size, c.moe_dense_tp_size, c.enable_dp_lm_head)
 
 
 def _divisors(n: int) -> str:

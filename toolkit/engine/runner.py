@@ -45,6 +45,7 @@ class ModelRunner:
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.arch, self.groups, self.device = arch, groups, device
+        self.padding = engine.dp_padding_mode
         self.moe = MoEContext.create(arch, engine, groups, device)
         self.model = make_model(arch, open_weights(model, device, progress), groups, self.moe, device)
         kinds = layer_kinds(arch.windows, engine)
@@ -64,28 +65,24 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, batch: Batch, ctx: StepContext) -> Tensor:
         """Logits [N, V] float32 of the sampling requests' last tokens."""
-        hidden_SD, layout = self._forward(batch, ctx)
+        hidden_TD = self.hidden(batch, ctx)
+        if not any(ctx.dp_samples):
+            return hidden_TD.new_empty(0, self.arch.vocab_size, dtype=torch.float32)
         ends = torch.tensor([s.num_tokens for s in batch.scheduled], dtype=torch.long).cumsum(0) - 1
         due = torch.tensor([s.samples for s in batch.scheduled], dtype=torch.bool)
-        if not due.any():  # the same on every rank of the attention TP group
-            return hidden_SD.new_empty(0, self.arch.vocab_size, dtype=torch.float32)
-        return self.model.logits(layout.gather(hidden_SD)[ends[due].to(self.device)])
+        return self.model.logits(hidden_TD[ends[due].to(self.device)], ctx.dp_samples)
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, ctx: StepContext) -> Tensor:
         """Final hidden states [T, D] of all tokens of the DP group."""
-        hidden_SD, layout = self._forward(batch, ctx)
-        return layout.gather(hidden_SD)
-
-    def _forward(self, batch: Batch, ctx: StepContext) -> tuple[Tensor, TokenLayout]:
         tokens: list[int] = []
         positions: list[int] = []
         for s in batch.scheduled:
             begin, end = s.request.num_computed, s.request.num_computed + s.num_tokens
             tokens += s.request.tokens[begin:end]
             positions += range(begin, end)
-        layout = TokenLayout(ctx, self.groups)
+        layout = TokenLayout(ctx, self.groups, self.padding)
         assert layout.num_tokens == len(tokens), f"agreed on {layout.num_tokens} tokens, batch has {len(tokens)}"
         positions_T = torch.tensor(positions, dtype=torch.long, device=self.device)
         step = Forward(positions_T, layout, self.attention.plan(batch), self.attention)
-        return self.model.forward(torch.tensor(tokens, dtype=torch.long, device=self.device), step), layout
+        return layout.gather(self.model.forward(torch.tensor(tokens, dtype=torch.long, device=self.device), step))

@@ -85,8 +85,11 @@ class Scheduler:
 
     # --- one step ---------------------------------------------------------------------------------
 
-    def schedule(self) -> Batch:
-        """The next step's batch; empty when there is nothing to do. Every batch must be given to ``finish``."""
+    def schedule(self, hold: bool = False) -> Batch:
+        """The next step's batch; empty when there is nothing to do. Every batch must be given to ``finish``.
+
+        ``hold``: admit nobody; running requests go on.
+        """
         decode = self._schedule_decode()
         budget = self.token_budget - len(decode)
         prefill: list[ScheduledRequest] = []
@@ -95,7 +98,7 @@ class Scheduler:
             if _is_prefilling(request):
                 budget -= self._schedule_chunk(request, budget, prefill)
                 complete &= bool(prefill) and prefill[-1].request is request and prefill[-1].samples
-        while complete and budget and self._waiting and len(self._running) < self.max_running:
+        while not hold and complete and budget and self._waiting and len(self._running) < self.max_running:
             request = next(iter(self._waiting.values()))
             if not self._admit(request):
                 break

@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 import zmq
 
+from toolkit.engine.agree import Agreement, AttentionDpBalance, Proposal, agree
 from toolkit.engine.arch import check, context_length, memory_by_kind, read_arch
 from toolkit.engine.args import WorkerArgs, read_worker_args, run_token
 from toolkit.engine.core import Batch, SamplingParams, StepContext
@@ -91,16 +91,6 @@ class Link:
         self._context.destroy(linger=2000)
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """What one round of ``agree`` gave: the step's context, or what else all ranks must do alike."""
-
-    ctx: StepContext
-    asleep: bool  # nothing to do anywhere
-    flush_experts: bool
-    shutdown: bool
-
-
 class Worker:
     """One rank, from its arguments to its end."""
 
@@ -113,6 +103,7 @@ class Worker:
         self._steps, self._step_s, self._stats_sent = 0, 0.0, 0.0
         self._flushes: list[Control] = []
         self._shutdown: Control | None = None
+        self._balance = AttentionDpBalance(args.engine.attention_dp_config)
         self._load()
 
     # --- start ------------------------------------------------------------------------------------
@@ -139,7 +130,7 @@ class Worker:
             path = Path(args.experts_path) if self.rank == 0 and args.experts_path else None
             self.recorder = Recorder(
                 arch.moe_layers, self.runner.moe.placement, engine.expert_distribution_recorder_window,
-                self.groups.world_cpu.all_reduce, path, args.device,
+                self.groups.tp_cpu.all_reduce, path, args.device,
             )  # fmt: skip
             self.runner.moe.recorder = self.recorder
         info = {
@@ -161,7 +152,8 @@ class Worker:
         """One token on every rank, through every layer and collective, before the first request."""
         scheduler = self._new_scheduler()
         scheduler.add("warm-up", [0], SamplingParams(max_tokens=1))
-        self.runner.step(scheduler.schedule(), StepContext(0, (1,) * self.dims.dp_size, is_extend=True))
+        ones = (1,) * self.dims.dp_size
+        self.runner.step(scheduler.schedule(), StepContext(0, ones, ones, is_extend=True))
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -173,12 +165,12 @@ class Worker:
 
     def run(self) -> None:
         """Serves until every rank has been told to shut down."""
-        asleep = True
+        asleep, hold = True, False
         while True:
             self._take(self.link.receive(wait=asleep))
-            batch = self.scheduler.schedule()
-            agreed = self.agree(batch)
-            asleep = agreed.asleep
+            batch = self.scheduler.schedule(hold)
+            agreed = self._agree(batch)
+            asleep, hold = agreed.asleep, self._balance.hold(agreed.by_dp)
             if any(agreed.ctx.dp_tokens):
                 self._step(batch, agreed.ctx)
             if agreed.flush_experts:
@@ -189,28 +181,21 @@ class Worker:
                 self._reply(self._shutdown)
                 return
 
-    def agree(self, batch: Batch) -> Agreement:
-        """All ranks learn each DP rank's tokens, whether anybody prefills, sleeps, or must be told something.
-
-        The design is SGLang's: one small all-gather on the host before every step; a rank without work runs an
-        empty batch when any other has some.
-        """
-        mine = torch.tensor(
-            [
-                batch.num_tokens,
-                bool(batch.prefill),
-                not self.scheduler.idle,
-                self.link.messages_seen,
-                len(self._flushes),
-                self._shutdown is not None,
-            ]
+    def _agree(self, batch: Batch) -> Agreement:
+        scheduler = self.scheduler
+        mine = Proposal(
+            tokens=batch.num_tokens,
+            samples=batch.num_samples,
+            prefill=bool(batch.prefill),
+            busy=not scheduler.idle,
+            messages=self.link.messages_seen,
+            flush=bool(self._flushes),
+            shutdown=self._shutdown is not None,
+            prompts=scheduler.num_waiting,
+            generating=len(batch.decode),
+            slots=scheduler.max_running - scheduler.num_running,
         )
-        rows = self.groups.world_cpu.all_gather(mine[None])
-        tokens, prefill, busy, seen, flushes, shutdown = rows.T.tolist()
-        dp_tokens = tuple(tokens[self.dims.leader(dp)] for dp in range(self.dims.dp_size))
-        ctx = StepContext(self._steps, dp_tokens, any(prefill))
-        quiet = not any(busy) and not any(flushes) and not any(shutdown)
-        return Agreement(ctx, quiet and min(seen) == max(seen), any(flushes), all(shutdown) and not any(busy))
+        return agree(self.groups.tp_cpu, self.dims, self._steps, mine)
 
     def _step(self, batch: Batch, ctx: StepContext) -> None:
         begin = time.perf_counter()

@@ -42,8 +42,11 @@ class Model(Protocol):
         """Token ids of the DP group -> final hidden states [S, D] of this rank's slice."""
         ...
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Hidden states, the same on all ranks of the attention TP group -> logits [N, V], float32."""
+    def logits(self, hidden_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
+        """Hidden states, the same on all ranks of the DP group -> logits [N, V], float32.
+
+        ``dp_rows``: N of each DP rank. Every rank calls when any of them is not zero.
+        """
         ...
 
 

@@ -75,7 +75,7 @@ class Gemma3:
         ]
         self.norm = _norm(weights, f"{prefix}.norm", arch, d)
         tied = self.embed if arch.tied else None
-        self.head = LMHead.load(weights, PREFIXES[prefix], arch.vocab_size, d, groups.attn_tp, tied)
+        self.head = LMHead.load(weights, PREFIXES[prefix], arch.vocab_size, d, groups, tied)
         self.kv_spec = kv_spec(arch, groups.attn_tp)
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
@@ -84,8 +84,8 @@ class Gemma3:
             x = layer(x, step)
         return self.norm(x)
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        return self.head(hidden_ND)
+    def logits(self, hidden_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
+        return self.head(hidden_ND, dp_rows)
 
 
 def _norm(weights: Weights, name: str, arch: Arch, size: int) -> RMSNorm:

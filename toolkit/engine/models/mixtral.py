@@ -43,7 +43,7 @@ class Mixtral:
             )
         self.norm = RMSNorm(weights, "model.norm", d, eps)
         tied = self.embed if arch.tied else None
-        self.head = LMHead.load(weights, "lm_head", arch.vocab_size, d, groups.attn_tp, tied)
+        self.head = LMHead.load(weights, "lm_head", arch.vocab_size, d, groups, tied)
         self.kv_spec = kv_spec(arch, groups.attn_tp)
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
@@ -53,8 +53,8 @@ class Mixtral:
             x = x + ffn(ffn_norm(x), step.layout)
         return self.norm(x)
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        return self.head(hidden_ND)
+    def logits(self, hidden_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
+        return self.head(hidden_ND, dp_rows)
 
 
 def _expert_names(ffn: str) -> Callable[[int], tuple[str, str, str]]:

@@ -49,9 +49,8 @@ class MoEContext:
 
     def step_rows(self, layout: TokenLayout) -> StepRows:
         """Rows of each rank of the expert group in this step."""
-        dims = self.groups.dims
-        rows = tuple(layout.rows_by_dp[dims.dp_rank(rank)] for rank in self.groups.moe.ranks)
-        return StepRows(rows, layout.is_extend)
+        rows = tuple(layout.rows_by_rank[rank] for rank in self.groups.moe.ranks)
+        return StepRows(rows, layout.is_extend, layout.padding)
 
 
 class MoELayer:
