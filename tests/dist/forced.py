@@ -10,6 +10,7 @@ from toolkit.engine.agree import Proposal, agree
 from toolkit.engine.arch import context_length, read_arch
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.kv.tables import BlockTables
+from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.scheduler import Scheduler
@@ -41,7 +42,8 @@ def forced_logits(
         batch = scheduler.schedule()
         # logits of every token are wanted, not only of those that sample
         tokens = batch.num_tokens
-        agreed = agree(groups.tp_cpu, dims, step, Proposal(tokens, tokens, bool(batch.prefill), *[0] * 7))
+        half = split(batch)[0].num_tokens if engine.enable_two_batch_overlap else -1
+        agreed = agree(groups.tp_cpu, dims, step, Proposal(tokens, tokens, bool(batch.prefill), half, *[0] * 7))
         if not any(agreed.ctx.dp_tokens):
             break
         hidden = runner.hidden(batch, agreed.ctx)

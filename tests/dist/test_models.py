@@ -44,6 +44,26 @@ def test_both_padding_rules(case: Case, padding: str) -> None:
             check_close(rows, case.expected[i])
 
 
+OVERLAPPING = {
+    "dep2": ParallelConfig(2, 2, 2, enable_dp_attention=True),
+    "dep4": ParallelConfig(4, 4, 4, enable_dp_attention=True, moe_dense_tp_size=1),
+    "attention-tp2-dp2": ParallelConfig(4, 2, 4, enable_dp_attention=True),
+}
+
+
+@pytest.mark.parametrize("mapping", OVERLAPPING)
+@pytest.mark.parametrize("sequences", [5, 3, 1], ids=["all-busy", "some-idle", "one-sided"])
+def test_two_batch_overlap_changes_nothing(case: Case, mapping: str, sequences: int) -> None:
+    """Halves of decode and of prefill, requests cut in two, halves without tokens, ranks without requests."""
+    if not read_arch(case.model).moe_layers:
+        pytest.skip("no experts, which the check refuses")
+    options = engine(enable_two_batch_overlap=True, chunked_prefill_size=12)
+    dims = ParallelDims.of(OVERLAPPING[mapping])
+    for logits in run_ranks(dims, forced_logits, case.model, options, case.sequences[:sequences], PROMPT):
+        for i, rows in logits.items():
+            check_close(rows, case.expected[i])
+
+
 def test_redundant_experts_change_nothing(case: Case) -> None:
     model, sequences, expected = case.model, case.sequences, case.expected
     if not read_arch(model).moe_layers:

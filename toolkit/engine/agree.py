@@ -23,6 +23,7 @@ class Proposal:
 
     Attributes:
         tokens, samples, prefill: of the batch it would run; prefill is 0 or 1.
+        first_half: tokens in the first half of its batch, -1 when it must not be cut in two.
         busy: 1 when it has any request.
         messages: frontend messages it has seen since start.
         flush, shutdown: 1 when it was asked to.
@@ -32,6 +33,7 @@ class Proposal:
     tokens: int
     samples: int
     prefill: int
+    first_half: int
     busy: int
     messages: int
     flush: int
@@ -68,11 +70,20 @@ def agree(comm: Comm, dims: ParallelDims, step: int, mine: Proposal) -> Agreemen
         dp_tokens=tuple(p.tokens for p in by_dp),
         dp_samples=tuple(p.samples for p in by_dp),
         is_extend=any(p.prefill for p in by_dp),
+        first_half=_first_halves(by_dp),
     )
     busy, flush = any(p.busy for p in everyone), any(p.flush for p in everyone)
     seen = {p.messages for p in everyone}
     quiet = not busy and not flush and not any(p.shutdown for p in everyone) and len(seen) == 1
     return Agreement(ctx, quiet, flush, all(p.shutdown for p in everyone) and not busy, by_dp)
+
+
+def _first_halves(by_dp: tuple[Proposal, ...]) -> tuple[int, ...] | None:
+    """Two-batch overlap runs when nobody objects and all ranks with tokens do the same, prefill or decode."""
+    working = {p.prefill for p in by_dp if p.tokens}
+    if len(working) != 1 or any(p.first_half < 0 for p in by_dp):
+        return None
+    return tuple(p.first_half for p in by_dp)
 
 
 class AttentionDpBalance:

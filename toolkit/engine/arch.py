@@ -138,6 +138,17 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"engine.moe_a2a_backend={engine.moe_a2a_backend} needs whole experts, but each is split over "
             f"{dims.moe_tp} ranks: use ep_size={dims.moe_group} or moe_a2a_backend=allgather"
         )
+    if engine.enable_two_batch_overlap and not arch.moe_layers:
+        errors.append(
+            f"engine.enable_two_batch_overlap=true has nothing to overlap in {arch.family}, a model without experts: "
+            "use false"
+        )
+    elif engine.enable_two_batch_overlap and (engine.moe_a2a_backend == "allgather" or dims.ep_size == 1):
+        errors.append(
+            f"engine.enable_two_batch_overlap=true needs dispatches that travel beside compute, but "
+            f"moe_a2a_backend={engine.moe_a2a_backend} with ep_size={dims.ep_size} has none: use all_to_all and "
+            "ep_size > 1, or enable_two_batch_overlap=false"
+        )
     return errors + _check_engine(arch, engine)
 
 

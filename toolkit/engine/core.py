@@ -49,15 +49,29 @@ class Request:
 
 @dataclass(frozen=True)
 class ScheduledRequest:
-    """``num_tokens`` tokens of ``request``, starting at ``request.num_computed``, in this step."""
+    """``num_tokens`` tokens of ``request`` in this step, after its computed ones and ``offset`` more.
+
+    The offset is not zero in the second half of a request that two-batch overlap cut in two.
+    """
 
     request: Request
     num_tokens: int
+    offset: int = 0
+
+    @property
+    def begin(self) -> int:
+        """Position of the first token."""
+        return self.request.num_computed + self.offset
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.begin + self.num_tokens
 
     @property
     def samples(self) -> bool:
         """True when the step reaches the request's last known token, so that its logits give the next one."""
-        return self.request.num_computed + self.num_tokens == len(self.request.tokens)
+        return self.end == len(self.request.tokens)
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,7 @@ class StepContext:
         step: forward passes since start, equal on every rank.
         dp_tokens: tokens of each DP rank in this step; zeros are ranks that only take part.
         dp_samples: requests of each DP rank that get a token from this step.
+        first_half: tokens of each DP rank in the first half of a step with two-batch overlap; None: no overlap.
         is_extend: True when any rank prefills (SGLang's ``is_extend_in_batch``).
     """
 
@@ -95,3 +110,4 @@ class StepContext:
     dp_tokens: tuple[int, ...]
     dp_samples: tuple[int, ...]
     is_extend: bool
+    first_half: tuple[int, ...] | None = None

@@ -8,6 +8,7 @@ Read next: ``worker.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from toolkit.engine.kv.kinds import layer_kinds
 from toolkit.engine.kv.pool import KVCache
 from toolkit.engine.models.base import Forward, make_model
 from toolkit.engine.moe.layer import MoEContext
+from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups, TokenLayout
 from toolkit.engine.sampler import sample
 from toolkit.engine.weights import DTYPES, open_weights
@@ -75,14 +77,19 @@ class ModelRunner:
     @torch.inference_mode()
     def hidden(self, batch: Batch, ctx: StepContext) -> Tensor:
         """Final hidden states [T, D] of all tokens of the DP group."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        for s in batch.scheduled:
-            begin, end = s.request.num_computed, s.request.num_computed + s.num_tokens
-            tokens += s.request.tokens[begin:end]
-            positions += range(begin, end)
+        step = self._forward(batch, ctx)
+        if ctx.first_half is not None:
+            rest = tuple(all_ - first for all_, first in zip(ctx.dp_tokens, ctx.first_half))
+            contexts = (replace(ctx, dp_tokens=ctx.first_half), replace(ctx, dp_tokens=rest))
+            first, second = (self._forward(half, c) for half, c in zip(split(batch), contexts))
+            step = replace(step, halves=(first, second))
+        tokens = [token for s in batch.scheduled for token in s.request.tokens[s.begin : s.end]]
+        tokens_T = torch.tensor(tokens, dtype=torch.long, device=self.device)
+        return step.layout.gather(self.model.forward(tokens_T, step))
+
+    def _forward(self, batch: Batch, ctx: StepContext) -> Forward:
         layout = TokenLayout(ctx, self.groups, self.padding)
-        assert layout.num_tokens == len(tokens), f"agreed on {layout.num_tokens} tokens, batch has {len(tokens)}"
+        assert layout.num_tokens == batch.num_tokens, f"agreed on {layout.num_tokens}, batch has {batch.num_tokens}"
+        positions = [position for s in batch.scheduled for position in range(s.begin, s.end)]
         positions_T = torch.tensor(positions, dtype=torch.long, device=self.device)
-        step = Forward(positions_T, layout, self.attention.plan(batch), self.attention)
-        return layout.gather(self.model.forward(torch.tensor(tokens, dtype=torch.long, device=self.device), step))
+        return Forward(positions_T, layout, self.attention.plan(batch), self.attention)

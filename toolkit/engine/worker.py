@@ -47,6 +47,7 @@ from toolkit.engine.messages import (
     decode_to_rank,
     encode,
 )
+from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.scheduler import Scheduler
@@ -187,6 +188,7 @@ class Worker:
             tokens=batch.num_tokens,
             samples=batch.num_samples,
             prefill=bool(batch.prefill),
+            first_half=split(batch)[0].num_tokens if self.args.engine.enable_two_batch_overlap else -1,
             busy=not scheduler.idle,
             messages=self.link.messages_seen,
             flush=bool(self._flushes),

@@ -126,8 +126,8 @@ def _plan_kind(batch: Batch, kind: int, window: int, page_size: int, device: str
         kv_rows: list[Tensor] = []
         for scheduled in part:
             request = scheduled.request
-            end = request.num_computed + scheduled.num_tokens
-            seen = _rows(request.blocks[kind], first_token(window, request.num_computed), end, page_size)
+            begin = first_token(window, scheduled.begin)
+            seen = _rows(request.blocks[kind], begin, scheduled.end, page_size)
             kv_rows.append(seen.to(device))
             rows.append(seen[len(seen) - scheduled.num_tokens :])
         q_lens = tuple(s.num_tokens for s in part)

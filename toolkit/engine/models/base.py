@@ -25,12 +25,14 @@ class Forward:
         layout: how the tokens lie over the ranks.
         plan: what attention reads and writes.
         attention: the backend, bound to this rank's KV cache.
+        halves: the same tokens as two batches that take turns (two-batch overlap), or None.
     """
 
     positions_T: Tensor
     layout: TokenLayout
     plan: AttentionPlan
     attention: AttentionBackend
+    halves: tuple[Forward, Forward] | None = None
 
 
 class Model(Protocol):

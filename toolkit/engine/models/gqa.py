@@ -57,12 +57,20 @@ class Attention:
         self.norms = norms
 
     def __call__(self, x_SD: Tensor, step: Forward) -> Tensor:
+        return self.attend(self.prepare(x_SD, step), step)
+
+    def prepare(self, x_SD: Tensor, step: Forward) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of this rank's heads, [T, heads, head_dim] each."""
         x = step.layout.gather(x_SD)
         qkv = F.linear(x, self.qkv).unflatten(1, (-1, self.head_dim))
         q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.norms is not None:
             q, k = self.norms[0](q), self.norms[1](k)
-        q, k = self.rotary(q, step.positions_T), self.rotary(k, step.positions_T)
+        return self.rotary(q, step.positions_T), self.rotary(k, step.positions_T), v
+
+    def attend(self, prepared: tuple[Tensor, Tensor, Tensor], step: Forward) -> Tensor:
+        """Attention over the cache and the output projection, [S, D]."""
+        q, k, v = prepared
         out = step.attention.forward(q, k, v, self.layer, step.plan, self.scale)
         return step.layout.reduce_scatter(F.linear(out.flatten(1), self.o))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from toolkit.engine.arch import Arch
 from toolkit.engine.layers import Embedding, LMHead, RMSNorm, Rotary, rope_settings
 from toolkit.engine.models.base import MODELS, Forward
+from toolkit.engine.models.decoder import Decoder, DecoderLayer
 from toolkit.engine.models.gqa import Attention, kv_spec
 from toolkit.engine.moe.gate import SoftmaxGate
 from toolkit.engine.moe.layer import MoEContext, MoELayer, load_experts
@@ -27,20 +28,21 @@ class Mixtral:
         head_dim, eps = arch.kv_values // 2, hf["rms_norm_eps"]
         self.embed = Embedding(weights, "model.embed_tokens", arch.vocab_size, d)
         rotary = Rotary(head_dim, rope_settings(hf), arch.max_len, device)
-        self.layers: list[tuple[RMSNorm, Attention, RMSNorm, MoELayer]] = []
+        layers: list[DecoderLayer] = []
         for i in range(arch.num_layers):
             name = f"model.layers.{i}"
             ffn = f"{name}.block_sparse_moe"
             gate = weights.get(f"{ffn}.gate.weight", (arch.num_experts, d))
             experts = load_experts(weights, moe, i, _expert_names(ffn), d, arch.moe_intermediate)
-            self.layers.append(
-                (
+            layers.append(
+                DecoderLayer(
                     RMSNorm(weights, f"{name}.input_layernorm", d, eps),
                     Attention(weights, f"{name}.self_attn", arch, groups, rotary, i),
                     RMSNorm(weights, f"{name}.post_attention_layernorm", d, eps),
                     MoELayer(moe, i, SoftmaxGate(gate, arch.top_k, renormalize=True), experts),
                 )
             )
+        self.layers = Decoder(layers)
         self.norm = RMSNorm(weights, "model.norm", d, eps)
         tied = self.embed if arch.tied else None
         self.head = LMHead.load(weights, "lm_head", arch.vocab_size, d, groups, tied)
@@ -48,10 +50,7 @@ class Mixtral:
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
         x = step.layout.scatter(self.embed(tokens_T))
-        for attention_norm, attention, ffn_norm, ffn in self.layers:
-            x = x + attention(attention_norm(x), step)
-            x = x + ffn(ffn_norm(x), step.layout)
-        return self.norm(x)
+        return self.norm(self.layers(x, step))
 
     def logits(self, hidden_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
         return self.head(hidden_ND, dp_rows)

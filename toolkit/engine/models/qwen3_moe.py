@@ -11,6 +11,7 @@ from torch import Tensor
 from toolkit.engine.arch import Arch
 from toolkit.engine.layers import DenseFFN, Embedding, LMHead, RMSNorm, Rotary, rope_settings
 from toolkit.engine.models.base import MODELS, Forward
+from toolkit.engine.models.decoder import Decoder, DecoderLayer
 from toolkit.engine.models.gqa import Attention, kv_spec
 from toolkit.engine.moe.gate import SoftmaxGate
 from toolkit.engine.moe.layer import MoEContext, MoELayer, load_experts
@@ -25,7 +26,7 @@ class Qwen3Moe:
         eps = hf["rms_norm_eps"]
         self.embed = Embedding(weights, "model.embed_tokens", arch.vocab_size, d)
         rotary = Rotary(head_dim, rope_settings(hf), arch.max_len, device)
-        self.layers: list[tuple[RMSNorm, Attention, RMSNorm, DenseFFN | MoELayer]] = []
+        layers: list[DecoderLayer] = []
         for i in range(arch.num_layers):
             name = f"model.layers.{i}"
             attention = f"{name}.self_attn"
@@ -33,8 +34,8 @@ class Qwen3Moe:
                 RMSNorm(weights, f"{attention}.q_norm", head_dim, eps),
                 RMSNorm(weights, f"{attention}.k_norm", head_dim, eps),
             )
-            self.layers.append(
-                (
+            layers.append(
+                DecoderLayer(
                     RMSNorm(weights, f"{name}.input_layernorm", d, eps),
                     Attention(weights, attention, arch, groups, rotary, i, norms=norms),
                     RMSNorm(weights, f"{name}.post_attention_layernorm", d, eps),
@@ -43,6 +44,7 @@ class Qwen3Moe:
                     else DenseFFN(weights, f"{name}.mlp", d, arch.dense_intermediate, groups.dense),
                 )
             )
+        self.layers = Decoder(layers)
         self.norm = RMSNorm(weights, "model.norm", d, eps)
         tied = self.embed if arch.tied else None
         self.head = LMHead.load(weights, "lm_head", arch.vocab_size, d, groups, tied)
@@ -50,10 +52,7 @@ class Qwen3Moe:
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
         x = step.layout.scatter(self.embed(tokens_T))
-        for attention_norm, attention, ffn_norm, ffn in self.layers:
-            x = x + attention(attention_norm(x), step)
-            x = x + ffn(ffn_norm(x), step.layout)
-        return self.norm(x)
+        return self.norm(self.layers(x, step))
 
     def logits(self, hidden_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
         return self.head(hidden_ND, dp_rows)

@@ -19,6 +19,7 @@ from toolkit.engine.eplb.recorder import Recorder
 from toolkit.engine.moe.dispatch import StepRows, TokenDispatcher, make_dispatcher
 from toolkit.engine.moe.gate import Gate
 from toolkit.engine.moe.gemm import ExpertGemm, ExpertWeights, make_gemm
+from toolkit.engine.overlap import Stages
 from toolkit.engine.parallel import Groups, TokenLayout
 from toolkit.engine.weights import Shard, Weights
 
@@ -74,18 +75,29 @@ class MoELayer:
         self.gemm: ExpertGemm = make_gemm(context.engine.moe_runner_backend)
         self.gemm.pack(experts)
 
-    def __call__(self, x_SD: Tensor, layout: TokenLayout) -> Tensor:
+    def stages(self, x_SD: Tensor, layout: TokenLayout) -> Stages:
+        """The layer's stages; returns [S, D]."""
         context, dispatcher = self.context, self.context.dispatcher
         ids_SK, weights_SK = self.gate(x_SD)
         ids_SK[layout.valid :] = -1  # padding is neither sent nor counted
         if context.recorder is not None:
             context.recorder.record(self.index, ids_SK)
         slots_SK = context.placement.to_slots(self.index, ids_SK)
+        yield "selected"
         sent = dispatcher.dispatch_start(x_SD, slots_SK, weights_SK, context.step_rows(layout))
-        shared = self.shared(x_SD) if self.shared is not None else None
+        # the shared expert fills the time in which rows travel: to the experts in decode, back from them in prefill
+        shared = self._shared(x_SD) if not layout.is_extend else None
+        yield "dispatched"
         rows, handle = dispatcher.dispatch_finish(sent)
-        out = dispatcher.combine_finish(dispatcher.combine_start(self.gemm(rows), handle))
+        returned = dispatcher.combine_start(self.gemm(rows), handle)
+        yield "combining"
+        shared = self._shared(x_SD) if layout.is_extend else shared
+        out = dispatcher.combine_finish(returned)
+        yield "combined"
         return out if shared is None else out + shared
+
+    def _shared(self, x_SD: Tensor) -> Tensor | None:
+        return self.shared(x_SD) if self.shared is not None else None
 
 
 def load_experts(
