@@ -46,7 +46,7 @@ def forced_logits(
         if not any(agreed.ctx.dp_tokens):
             break
         hidden = runner.hidden(batch, agreed.ctx)
-        rows = runner.model.logits(hidden, agreed.ctx.dp_samples)
+        rows = runner.model.logits(hidden, agreed.ctx.dp_logit_rows)
         forced, first = [], 0
         for scheduled in batch.scheduled:
             request = scheduled.request

@@ -19,8 +19,8 @@ def alone(proposal: Proposal):
 
 
 def test_a_step_follows_from_the_proposals() -> None:
-    agreed = alone(replace(BOTH, tokens=12, samples=3, prefill=1))
-    assert (agreed.ctx.step, agreed.ctx.dp_tokens, agreed.ctx.dp_samples, agreed.ctx.is_extend) == (
+    agreed = alone(replace(BOTH, tokens=12, logit_rows=3, prefill=1))
+    assert (agreed.ctx.step, agreed.ctx.dp_tokens, agreed.ctx.dp_logit_rows, agreed.ctx.is_extend) == (
         7,
         (12,),
         (3,),
@@ -32,7 +32,7 @@ def test_a_step_follows_from_the_proposals() -> None:
 def test_sleep_and_shutdown_wait_for_work() -> None:
     assert alone(IDLE).asleep
     assert not alone(DECODING).asleep
-    assert not alone(replace(IDLE, flush=1)).asleep and alone(replace(IDLE, flush=1)).flush_experts
+    assert not alone(replace(IDLE, controls=2)).asleep and alone(replace(IDLE, controls=2)).controls == 2
     assert alone(replace(IDLE, shutdown=1)).shutdown
     assert not alone(replace(DECODING, shutdown=1)).shutdown
 

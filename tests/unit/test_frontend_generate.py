@@ -43,7 +43,7 @@ def test_whole_chat_answer_and_what_the_rank_was_sent() -> None:
             sent = await bench.ranks.generate()
             assert sent.prompt == prompt
             s = sent.sampling
-            assert (s.max_tokens, s.temperature, s.top_p, s.seed, s.ignore_eos) == (20, 0.5, 0.9, 7, True)
+            assert (s.max_tokens, s.temperature, s.top_p, s.seed, s.stop_token_ids) == (20, 0.5, 0.9, 7, ())
 
     asyncio.run(run())
 

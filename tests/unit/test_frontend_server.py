@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,17 +23,19 @@ from tests.unit.frontend_peer import TINY_MIXTRAL, TOKEN, Ranks, args_for, free_
 from tests.unit.test_frontend_generate import CHAT, TEXT, chat, text
 from toolkit.config import ModelConfig
 from toolkit.engine.args import TOKEN_ENV
+from toolkit.engine.frontend.protocol import ChatRequest
 from toolkit.engine.frontend.server import Server, api_key
 from toolkit.engine.messages import Control, ControlReply, Failed, Generate, Progress, Ready, Stats
 
 BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     # path, body, status, param, what the message must hold
-    (TEXT, text(max_tokens=-1), 400, "max_tokens", "max_tokens=-1 must be at least 1"),
-    (TEXT, text(max_tokens=0), 400, "max_tokens", "max_tokens=0"),
+    (TEXT, text(max_tokens=-1), 400, "max_tokens", "max_tokens=-1: expected `int` >= 0"),
+    (TEXT, text(max_tokens=0), 400, "max_tokens", "max_tokens=0 must be at least 1, or echo=true"),
+    (CHAT, chat(max_tokens=0), 400, "max_tokens", "expected `int` >= 1"),
     (TEXT, text(max_tokens=127), 400, "max_tokens", "use max_tokens<=126"),
     (TEXT, text(max_tokens="9"), 400, "max_tokens", 'max_tokens="9": expected `int | null`, got `str`'),
     (TEXT, text(max_tokens=1.5), 400, "max_tokens", "max_tokens=1.5"),
-    (CHAT, chat(max_tokens=None, max_completion_tokens=0), 400, "max_completion_tokens", "must be at least 1"),
+    (CHAT, chat(max_tokens=None, max_completion_tokens=0), 400, "max_completion_tokens", "expected `int` >= 1"),
     (CHAT, chat(max_completion_tokens=3), 400, "max_tokens", "differs from max_completion_tokens=3"),
     (TEXT, text(prompt="x" * 128), 400, "prompt", "the prompt has 128 tokens, max_model_len=128"),
     (TEXT, text(prompt=""), 400, "prompt", "empty"),
@@ -44,23 +47,35 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, text(prompt=[True]), 400, "prompt[0]", "prompt[0]=true"),
     (TEXT, text(prompt=5), 400, "prompt", "prompt=5"),
     (TEXT, {"model": "tiny"}, 400, None, "missing required field `prompt`"),
-    (TEXT, text(temperature=2.5), 400, "temperature", "temperature=2.5 must be from 0"),
+    (TEXT, text(temperature=2.5), 400, "temperature", "temperature=2.5: expected `float` <= 2.0"),
     (TEXT, text(temperature=-0.1), 400, "temperature", "temperature=-0.1"),
     (TEXT, text(top_p=0), 400, "top_p", "top_p=0"),
     (TEXT, text(top_p=1.1), 400, "top_p", "top_p=1.1"),
     (TEXT, text(seed=-1), 400, "seed", "seed=-1"),
-    (TEXT, text(seed=2**64), 400, "seed", "2^63"),
-    (TEXT, text(stop=["a"] * 5), 400, "stop", "at most 4"),
-    (TEXT, text(stop=""), 400, "stop", "none of them empty"),
+    (TEXT, text(seed=2**64), 400, "seed", "seed=18446744073709551616"),
+    (TEXT, text(stop=["a"] * 5), 400, "stop", "expected `array` of length <= 4"),
+    (TEXT, text(stop=""), 400, "stop", "expected `str` of length >= 1"),
     (TEXT, text(model="other"), 404, "model", "model=other is not served here: use tiny"),
-    (TEXT, text(echo=True), 400, "echo", "echo=true is not served here: leave it out or send false"),
-    (TEXT, text(n=2), 400, "n", "n=2"),
+    (CHAT, chat(echo=True), 400, "echo", "echo=true is not served here: leave it out or send false"),
+    (TEXT, text(n=0), 400, "n", "n=0"),
     (TEXT, text(n=True), 400, "n", "n=true"),
-    (TEXT, text(min_tokens=2), 400, "min_tokens", "needs ignore_eos=true"),
+    (TEXT, text(min_tokens=21), 400, "min_tokens", "min_tokens=21 is more than max_tokens=20"),
+    (CHAT, chat(max_tokens=None, min_tokens=120), 400, "min_tokens", "more than the 109 tokens"),
+    (TEXT, text(top_k=-2), 400, "top_k", "top_k=-2: expected `int` >= -1"),
+    (TEXT, text(min_p=1.5), 400, "min_p", "min_p=1.5"),
+    (TEXT, text(repetition_penalty=0), 400, "repetition_penalty", "expected `float` >= 0.01"),
+    (TEXT, text(presence_penalty=-3), 400, "presence_penalty", "presence_penalty=-3"),
+    (TEXT, text(logit_bias={"x": 1}), 400, "logit_bias", "matching regex"),
+    (TEXT, text(logit_bias={"300": 1}), 400, "logit_bias", "token id 300, the vocabulary has 300"),
+    (TEXT, text(logit_bias={"3": 101}), 400, "logit_bias", "expected `float` <= 100.0"),
+    (TEXT, text(stop_token_ids=[3, 300]), 400, "stop_token_ids", "token id 300"),
+    (TEXT, text(logprobs=21), 400, "logprobs", "expected `int` <= 20"),
+    (CHAT, chat(logprobs=3), 400, "logprobs", "logprobs=3: expected `bool | null`"),
+    (CHAT, chat(top_logprobs=3), 400, "top_logprobs", "needs logprobs=true"),
     (TEXT, text(temprature=1), 400, "temprature", "did you mean temperature?"),
     (TEXT, text(stream_options={"include_usage": True}), 400, "stream_options", "needs stream=true"),
     (TEXT, text(stream=True, stream_options={"x": 1}), 400, "stream_options", "unknown field `x`"),
-    (CHAT, chat(messages=[]), 400, "messages", "at least one message"),
+    (CHAT, chat(messages=[]), 400, "messages", "messages=[]: expected `array` of length >= 1"),
     (CHAT, chat(messages=[{"role": "user"}]), 400, "messages[0]", "missing required field `content`"),
     (CHAT, chat(messages=[{"role": "king", "content": ""}]), 400, "messages[0].role", 'role="king"'),
     (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, None, "content"),
@@ -113,6 +128,7 @@ def test_wrong_routes_methods_and_sizes_answer_in_the_error_format() -> None:
                 async with call as response:
                     assert response.status == status
                     assert words in (await response.json())["error"]["message"]
+                    assert response.headers.get("Allow") == ("POST" if status == 405 else None)
 
     asyncio.run(run())
 
@@ -235,6 +251,61 @@ def test_control_operations_reach_every_rank_and_wait_for_all() -> None:
                 await bench.ranks.send(ControlReply(cid, rank, ok, "" if ok else "requests are running"))
             status, body, _ = await call
             assert status == 500 and "flush_cache failed on rank 1: requests are running" in body["error"]["message"]
+
+    asyncio.run(run())
+
+
+def test_options_of_control_operations_are_checked_and_sent() -> None:
+    async def run() -> None:
+        async with serving(tp_size=1, dp_size=1) as bench:
+            for path, body, words in [
+                ("/slow_down", {"forward_sleep_time": -1}, "forward_sleep_time=-1: expected `float` >= 0.0"),
+                ("/slow_down", {"seconds": 1}, "unknown field `seconds`"),
+                ("/flush_cache", [], "must be a JSON object"),
+                ("/flush_cache", {"now": True}, "unknown field `now`"),
+                ("/start_profile", {"name": "../up"}, "name="),
+                ("/start_profile", {"num_steps": 0}, "num_steps=0"),
+            ]:
+                status, answer, _ = await bench.post(path, body)
+                assert status == 400 and words in answer["error"]["message"], answer
+            expected = [
+                ("/slow_down", {"forward_sleep_time": 1.5}, {"op": "slow_down", "sleep_s": 1.5}),
+                ("/slow_down", {"forward_sleep_time": None}, {"op": "slow_down", "sleep_s": 0.0}),
+                ("/start_profile", {"name": "a-1", "num_steps": 3}, {"folder": "a-1", "num_steps": 3}),
+                ("/stop_profile", {}, {"op": "stop_profile"}),
+                ("/start_expert_distribution_record", None, {"op": "start_experts"}),
+                ("/stop_expert_distribution_record", None, {"op": "stop_experts"}),
+            ]
+            for i, (path, body, fields) in enumerate(expected):
+                call = asyncio.create_task(bench.post(path, body))
+                await until(lambda i=i: len(bench.ranks.of(0, Control)) > i)  # type: ignore[misc]
+                sent = bench.ranks.of(0, Control)[i]
+                assert {name: getattr(sent, name) for name in fields} == fields
+                await bench.ranks.send(ControlReply(sent.cid, 0, False, "not now", refused=True))
+                status, answer, _ = await call
+                assert status == 409 and answer["error"]["code"] == "refused", answer
+                assert answer["error"]["message"] == f"{sent.op} failed on rank 0: not now"
+
+    asyncio.run(run())
+
+
+def test_the_openapi_document_has_every_route_and_the_types_that_parse() -> None:
+    async def run() -> None:
+        async with serving(tp_size=1, dp_size=1) as bench:
+            _, document = await bench.get("/openapi.json")
+            served = {
+                (route.resource.canonical, route.method.lower())
+                for route in bench.server._runner.app.router.routes()
+                if route.resource is not None and route.method != "HEAD"
+            }
+            assert served == {(path, method) for path, methods in document["paths"].items() for method in methods}
+            schemas = document["components"]["schemas"]
+            assert schemas["ChatRequest"]["properties"]["model"] == {"enum": ["tiny", None]}
+            assert schemas["CompletionRequest"]["properties"]["n"]["anyOf"][0]["maximum"] == 128
+            assert schemas["CompletionRequest"]["properties"]["tools"] == {"enum": [[], None]}
+            assert "echo" not in ChatRequest.__struct_fields__ and schemas["ChatRequest"]["required"] == ["messages"]
+            names = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+            assert names <= schemas.keys()
 
     asyncio.run(run())
 

@@ -103,8 +103,15 @@ def test_bytes_that_are_no_text_become_replacement_characters() -> None:
 
 def test_tokens_after_a_stop_string_are_not_counted() -> None:
     detokenizer = Detokenizer(ByteTokenizer().stream(), ("b",))
-    assert detokenizer.push(list(b"aabcc")) == "aa"
+    assert [detokenizer.push(token) for token in b"aab"] == ["a", "a", ""]
     assert (detokenizer.stopped, detokenizer.num_tokens) == (True, 3)
+
+
+def test_stop_strings_are_not_looked_for_before_min_tokens() -> None:
+    detokenizer = Detokenizer(ByteTokenizer().stream(), ("ab",), min_tokens=3)
+    assert [detokenizer.push(token) for token in b"abab"] == ["a", "b", "a", "b"]
+    assert [detokenizer.push(token) for token in b"xab"] == ["x", "", ""]
+    assert detokenizer.stopped
 
 
 @pytest.mark.parametrize("text", ["the quick brown fox", "naïve 日本語 🎉🎉 ok", " leading and trailing ", "🎉"])
@@ -177,7 +184,7 @@ def test_the_end_token_is_sent_to_the_rank_counted_and_not_shown(folder: Path, h
 
             answer = asyncio.create_task(bench.post("/v1/chat/completions", {**body, "ignore_eos": True}))
             request = await bench.ranks.generate(index=1)
-            assert request.sampling.stop_token_ids == () and request.sampling.ignore_eos
+            assert request.sampling.stop_token_ids == ()
             await bench.ranks.output(request.rid, tokens + hf.encode("the"), "length")
             _, got, _ = await answer
             assert got["choices"][0]["message"]["content"] == "the fox 🎉the"

@@ -168,8 +168,6 @@ def test_stop_token_and_limits() -> None:
     stop = expected(prompt, 5)[2]
     s.add("stop", prompt, SamplingParams(max_tokens=5, stop_token_ids=(stop,)))
     assert drain(s, model)["stop"] == expected(prompt, 3)
-    s.add("ignore", prompt, SamplingParams(max_tokens=5, stop_token_ids=(stop,), ignore_eos=True))
-    assert drain(s, model)["ignore"] == expected(prompt, 5)
     s.add("long", [1] * 30, SamplingParams(max_tokens=500))
     assert len(drain(s, model)["long"]) == MAX_LEN - 30
 

@@ -22,21 +22,21 @@ class Proposal:
     """One rank's part, integers only.
 
     Attributes:
-        tokens, samples, prefill: of the batch it would run; prefill is 0 or 1.
+        tokens, logit_rows, prefill: of the batch it would run; prefill is 0 or 1.
         first_half: tokens in the first half of its batch, -1 when it must not be cut in two.
         busy: 1 when it has any request.
         messages: frontend messages it has seen since start.
-        flush, shutdown: 1 when it was asked to.
+        controls: control operations that wait there. shutdown: 1 when it was asked to.
         prompts: waiting requests. generating: requests that decode. slots: requests it could still admit.
     """
 
     tokens: int
-    samples: int
+    logit_rows: int
     prefill: int
     first_half: int
     busy: int
     messages: int
-    flush: int
+    controls: int
     shutdown: int
     prompts: int
     generating: int
@@ -49,13 +49,13 @@ class Agreement:
 
     Attributes:
         asleep: nothing to do anywhere, and all have seen the same number of messages.
-        flush_experts: all close the recorder's window. shutdown: all end now.
+        controls: control operations that have reached every rank: all do them now. shutdown: all end now.
         by_dp: the proposals of the DP ranks' leaders.
     """
 
     ctx: StepContext
     asleep: bool
-    flush_experts: bool
+    controls: int
     shutdown: bool
     by_dp: tuple[Proposal, ...]
 
@@ -68,14 +68,15 @@ def agree(comm: Comm, dims: ParallelDims, step: int, mine: Proposal) -> Agreemen
     ctx = StepContext(
         step,
         dp_tokens=tuple(p.tokens for p in by_dp),
-        dp_samples=tuple(p.samples for p in by_dp),
+        dp_logit_rows=tuple(p.logit_rows for p in by_dp),
         is_extend=any(p.prefill for p in by_dp),
         first_half=_first_halves(by_dp),
     )
-    busy, flush = any(p.busy for p in everyone), any(p.flush for p in everyone)
-    seen = {p.messages for p in everyone}
-    quiet = not busy and not flush and not any(p.shutdown for p in everyone) and len(seen) == 1
-    return Agreement(ctx, quiet, flush, all(p.shutdown for p in everyone) and not busy, by_dp)
+    busy = any(p.busy for p in everyone)
+    asked = any(p.controls or p.shutdown for p in everyone)
+    quiet = not busy and not asked and len({p.messages for p in everyone}) == 1
+    controls = min(p.controls for p in everyone)
+    return Agreement(ctx, quiet, controls, all(p.shutdown for p in everyone) and not busy, by_dp)
 
 
 def _first_halves(by_dp: tuple[Proposal, ...]) -> tuple[int, ...] | None:

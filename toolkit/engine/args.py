@@ -25,6 +25,7 @@ class WorkerArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         frontend: (host, port) of the frontend's ZeroMQ inbox.
         local_ranks: index of each rank on its host (its GPU), [tp_size].
         experts_path: where rank 0 keeps experts.npz; empty: not written.
+        profile_dir: where profiles go, a folder each; empty: there are none.
     """
 
     model: ModelConfig
@@ -38,6 +39,7 @@ class WorkerArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dist_port: int
     frontend: tuple[str, int]
     experts_path: str = ""
+    profile_dir: str = ""
 
 
 class FrontendArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

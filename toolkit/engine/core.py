@@ -14,15 +14,45 @@ import msgspec
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-class SamplingParams(msgspec.Struct, frozen=True):
-    """How the tokens of one request are chosen. The frontend has checked every range."""
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the tokens of one request are chosen. The frontend has checked every range.
+
+    Attributes:
+        min_tokens: before so many output tokens, none of ``stop_token_ids`` can be chosen.
+        temperature: 0: greedy.
+        top_k: 0: all tokens.
+        min_p: least probability, relative to the most likely token's.
+        presence_penalty, frequency_penalty: OpenAI's, over the output.
+        repetition_penalty: Hugging Face's, over prompt and output; 1: off.
+        logit_bias: added to the logits of single tokens.
+        seed: with the position, all the randomness there is.
+        stop_token_ids: end the request; the model's own are among them unless the client ignores them.
+        logprobs: so many alternatives are reported beside each output token's logprob; None: no logprobs.
+        prompt_logprobs: the same for the tokens of the prompt.
+    """
 
     max_tokens: int = 16
-    temperature: float = 0.0  # 0: greedy
+    min_tokens: int = 0
+    temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
     seed: int = 0
-    ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one token under the model (before any sampling option), and the most likely tokens there."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
 
 
 @dataclass(eq=False)
@@ -41,6 +71,7 @@ class Request:
     block_hashes: list[int] = field(default_factory=list)  # of the full blocks in `tokens` known so far
     num_published: int = 0  # leading blocks already offered to the prefix cache
     preemptions: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of tokens[1:], as far as they are computed
 
     @property
     def num_output(self) -> int:
@@ -73,6 +104,15 @@ class ScheduledRequest:
         """True when the step reaches the request's last known token, so that its logits give the next one."""
         return self.end == len(self.request.tokens)
 
+    @property
+    def logit_positions(self) -> list[int]:
+        """Positions of this step whose logits are needed: those that score the prompt's next token, and the last."""
+        request = self.request
+        positions: list[int] = []
+        if request.sampling.prompt_logprobs is not None:  # a preempted request computes some again, scored already
+            positions += range(max(len(request.prompt_logprobs), self.begin), min(self.end, request.prompt_len - 1))
+        return [*positions, self.end - 1] if self.samples else positions
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -90,8 +130,8 @@ class Batch:
         return len(self.decode) + sum(s.num_tokens for s in self.prefill)
 
     @property
-    def num_samples(self) -> int:
-        return sum(s.samples for s in self.scheduled)
+    def num_logit_rows(self) -> int:
+        return sum(len(s.logit_positions) for s in self.scheduled)
 
 
 @dataclass(frozen=True)
@@ -101,13 +141,13 @@ class StepContext:
     Attributes:
         step: forward passes since start, equal on every rank.
         dp_tokens: tokens of each DP rank in this step; zeros are ranks that only take part.
-        dp_samples: requests of each DP rank that get a token from this step.
+        dp_logit_rows: tokens of each DP rank whose logits are needed.
         first_half: tokens of each DP rank in the first half of a step with two-batch overlap; None: no overlap.
         is_extend: True when any rank prefills (SGLang's ``is_extend_in_batch``).
     """
 
     step: int
     dp_tokens: tuple[int, ...]
-    dp_samples: tuple[int, ...]
+    dp_logit_rows: tuple[int, ...]
     is_extend: bool
     first_half: tuple[int, ...] | None = None

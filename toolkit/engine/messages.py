@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from toolkit.engine.core import FinishReason, SamplingParams
+from toolkit.engine.core import FinishReason, SamplingParams, TokenLogprobs
 
 # --- frontend -> rank -------------------------------------------------------------------------------
 
@@ -35,11 +35,26 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
     rid: str
 
 
-class Control(msgspec.Struct, tag=True, frozen=True):
-    """An operation on a rank, sent to every rank alike and answered by one ``ControlReply`` from each."""
+ControlOp = Literal[
+    "flush_cache", "start_experts", "stop_experts", "dump_experts", "slow_down", "start_profile", "stop_profile",
+    "shutdown",
+]  # fmt: skip
+
+
+class Control(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """An operation on a rank, sent to every rank alike and answered by one ``ControlReply`` from each.
+
+    Attributes:
+        sleep_s: of slow_down: seconds before each forward pass; 0: none.
+        folder: of start_profile: name of the folder for its files.
+        num_steps: of start_profile: ends by itself after so many forward passes; 0: with stop_profile.
+    """
 
     cid: str
-    op: Literal["flush_cache", "dump_experts", "shutdown"]
+    op: ControlOp
+    sleep_s: float = 0.0
+    folder: str = ""
+    num_steps: int = 0
 
 
 class Wake(msgspec.Struct, tag=True, frozen=True):
@@ -67,14 +82,20 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     info: dict[str, Any]
 
 
-class Output(msgspec.Struct, frozen=True):
-    """New tokens of one request. ``finish`` ends it; ``error`` says why when finish is "error"."""
+class Output(msgspec.Struct, frozen=True, omit_defaults=True):
+    """New tokens of one request. ``finish`` ends it; ``error`` says why when finish is "error".
+
+    Where the request asked for them: ``logprobs``, one a token, and with the first token ``prompt_logprobs``, of all
+    prompt tokens but the first, which follows nothing.
+    """
 
     rid: str
     token_ids: list[int]
     finish: FinishReason | None = None
     cached_tokens: int = 0
     error: str = ""
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):
@@ -105,11 +126,14 @@ class Stats(msgspec.Struct, tag=True, frozen=True):
     balancedness: float
 
 
-class ControlReply(msgspec.Struct, tag=True, frozen=True):
+class ControlReply(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """``refused``: not ok because of the state that the rank is in; otherwise something broke. ``detail`` says what."""
+
     cid: str
     rank: int
     ok: bool
     detail: str = ""
+    refused: bool = False
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):

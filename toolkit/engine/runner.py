@@ -23,7 +23,7 @@ from toolkit.engine.models.base import Forward, make_model
 from toolkit.engine.moe.layer import MoEContext
 from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups, TokenLayout
-from toolkit.engine.sampler import sample
+from toolkit.engine.sampler import Sampled, Sampler, token_logprobs
 from toolkit.engine.weights import DTYPES, open_weights
 
 
@@ -53,26 +53,43 @@ class ModelRunner:
         kinds = layer_kinds(arch.windows, engine)
         self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, DTYPES[model.dtype], device)
         self.attention = make_attention(engine.attention_backend, self.cache, device)
+        self.sampler = Sampler()
 
     @torch.inference_mode()
-    def step(self, batch: Batch, ctx: StepContext) -> list[int]:
+    def step(self, batch: Batch, ctx: StepContext) -> Sampled:
         """Runs the agreed step; ranks without tokens pass an empty batch.
 
         Returns:
             One token for each request of the batch that ``samples``, in batch order.
         """
-        logits = self.logits(batch, ctx)
-        return sample(logits, [s.request for s in batch.scheduled if s.samples])
-
-    @torch.inference_mode()
-    def logits(self, batch: Batch, ctx: StepContext) -> Tensor:
-        """Logits [N, V] float32 of the sampling requests' last tokens."""
         hidden_TD = self.hidden(batch, ctx)
-        if not any(ctx.dp_samples):
-            return hidden_TD.new_empty(0, self.arch.vocab_size, dtype=torch.float32)
-        ends = torch.tensor([s.num_tokens for s in batch.scheduled], dtype=torch.long).cumsum(0) - 1
-        due = torch.tensor([s.samples for s in batch.scheduled], dtype=torch.bool)
-        return self.model.logits(hidden_TD[ends[due].to(self.device)], ctx.dp_samples)
+        requests = [s.request for s in batch.scheduled if s.samples]
+        if not any(ctx.dp_logit_rows):
+            return self.sampler(hidden_TD.new_empty(0, self.arch.vocab_size), requests)
+        rows: list[int] = []
+        first = 0
+        for s in batch.scheduled:
+            rows += [first + position - s.begin for position in s.logit_positions]
+            first += s.num_tokens
+        logits = self.model.logits(
+            hidden_TD[torch.tensor(rows, dtype=torch.long, device=self.device)], ctx.dp_logit_rows
+        )
+        return self.sampler(logits[self._score_prompts(batch, logits)], requests)
+
+    def _score_prompts(self, batch: Batch, logits: Tensor) -> list[int]:
+        """Adds the prompt logprobs that this step gives; returns the rows of ``logits`` that tokens are drawn from."""
+        due, row = [], 0
+        for s in batch.scheduled:
+            scored = len(s.logit_positions) - s.samples
+            if scored:
+                following = s.request.tokens[s.logit_positions[0] + 1 :][:scored]
+                top = s.request.sampling.prompt_logprobs or 0
+                s.request.prompt_logprobs += token_logprobs(logits[row : row + scored], following, [top] * scored)
+            row += scored
+            if s.samples:
+                due.append(row)
+                row += 1
+        return due
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, ctx: StepContext) -> Tensor:

@@ -9,10 +9,10 @@ same scheduler on the same messages and so stay equal without talking. Knows no 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from toolkit.engine.core import Batch, FinishReason, Request, SamplingParams, ScheduledRequest
+from toolkit.engine.core import Batch, FinishReason, Request, SamplingParams, ScheduledRequest, TokenLogprobs
 from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import Output
 
@@ -105,8 +105,13 @@ class Scheduler:
             budget -= self._schedule_chunk(request, budget, prefill)
         return Batch(tuple(decode), tuple(prefill))
 
-    def finish(self, batch: Batch, sampled: Sequence[int]) -> list[Output]:
-        """Takes the step's result: one token for each request of the batch that ``samples``, in batch order."""
+    def finish(
+        self, batch: Batch, sampled: Sequence[int], logprobs: Mapping[str, TokenLogprobs] | None = None
+    ) -> list[Output]:
+        """Takes the step's result: one token for each request of the batch that ``samples``, in batch order.
+
+        ``logprobs``: those of the tokens, by request id, where they were asked for.
+        """
         outputs: list[Output] = []
         tokens = iter(sampled)
         for scheduled in batch.scheduled:
@@ -121,7 +126,14 @@ class Scheduler:
             reason = self._finish_reason(request, token)
             if reason is not None:
                 self.tables.release(self._running.pop(request.rid))
-            outputs.append(Output(request.rid, [token], reason, request.num_cached))
+            entry = logprobs.get(request.rid) if logprobs else None
+            of_prompt = request.prompt_logprobs if request.num_output == 1 else []
+            outputs.append(
+                Output(
+                    request.rid, [token], reason, request.num_cached,
+                    logprobs=[] if entry is None else [entry], prompt_logprobs=of_prompt,
+                )
+            )  # fmt: skip
         return outputs
 
     # --- inside -----------------------------------------------------------------------------------
@@ -157,7 +169,9 @@ class Scheduler:
 
         A block for each running request stays free, so that it is not preempted in the very next steps.
         """
-        if not self.tables.admit(request, self.token_budget, reserve=len(self._running)):
+        # for logprobs of the prompt, each of its tokens must be computed, once
+        reuse = request.sampling.prompt_logprobs is None or request.num_output > 0
+        if not self.tables.admit(request, self.token_budget, reserve=len(self._running), reuse=reuse):
             return False
         if request.preemptions == 0:
             request.num_cached = request.num_computed
@@ -178,7 +192,7 @@ class Scheduler:
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         sampling = request.sampling
-        if token in sampling.stop_token_ids and not sampling.ignore_eos:
+        if token in sampling.stop_token_ids:
             return "stop"
         if request.num_output >= sampling.max_tokens or len(request.tokens) >= self.max_len:
             return "length"

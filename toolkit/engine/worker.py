@@ -27,6 +27,7 @@ import zmq
 from toolkit.engine.agree import Agreement, AttentionDpBalance, Proposal, agree
 from toolkit.engine.arch import check, context_length, memory_by_kind, read_arch
 from toolkit.engine.args import WorkerArgs, read_worker_args, run_token
+from toolkit.engine.control import Controller, process_bytes
 from toolkit.engine.core import Batch, SamplingParams, StepContext
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.eplb.recorder import Recorder
@@ -43,7 +44,6 @@ from toolkit.engine.messages import (
     Stats,
     ToFrontend,
     ToRank,
-    Wake,
     decode_to_rank,
     encode,
 )
@@ -70,20 +70,33 @@ class Link:
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
         self._outbox.connect("tcp://{}:{}".format(*args.frontend))
+        self._early: list[ToRank] = []  # read and not yet received
         self.messages_seen = 0
 
     def receive(self, wait: bool) -> list[ToRank]:
         """All messages that have arrived; with ``wait``, sleeps until there is one."""
-        messages: list[ToRank] = []
-        if wait:
+        if wait and not self._early:
             self._inbox.poll()
-        while self._inbox.poll(0):
-            try:
-                messages.append(decode_to_rank(self._inbox.recv_multipart(), self._token))
-            except ValueError as error:
-                log.warning("dropped a message: %s", error)
+        self._read()
+        messages, self._early = self._early, []
         self.messages_seen += len(messages)
         return messages
+
+    def nap(self, seconds: float) -> None:
+        """Sleeps; a ``Control`` that has come or comes ends it early, since it may say to sleep no longer."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if any(isinstance(message, Control) for message in self._early):
+                return
+            if self._inbox.poll(math.ceil(left * 1000)):
+                self._read()
+
+    def _read(self) -> None:
+        while self._inbox.poll(0):
+            try:
+                self._early.append(decode_to_rank(self._inbox.recv_multipart(), self._token))
+            except ValueError as error:
+                log.warning("dropped a message: %s", error)
 
     def send(self, message: ToFrontend) -> None:
         self._outbox.send_multipart(encode(message, self._token))
@@ -102,7 +115,6 @@ class Worker:
         self.leads = self.dims.leader(self.dp_rank) == rank
         self._progress_sent = 0.0
         self._steps, self._step_s, self._stats_sent = 0, 0.0, 0.0
-        self._flushes: list[Control] = []
         self._shutdown: Control | None = None
         self._balance = AttentionDpBalance(args.engine.attention_dp_config)
         self._load()
@@ -134,11 +146,12 @@ class Worker:
                 self.groups.tp_cpu.all_reduce, path, args.device,
             )  # fmt: skip
             self.runner.moe.recorder = self.recorder
+        self.control = Controller(self.rank, self.scheduler, self.recorder, args.profile_dir, args.device)
         info = {
             "max_model_len": self.max_len,
             "max_total_tokens": self.runner.cache.num_blocks * engine.page_size,
             "mapping": self.dims.mapping,
-            "memory_bytes": memory | {"kv_cache": self.runner.cache.num_bytes},
+            "memory_bytes": memory | {"kv_cache": self.runner.cache.num_bytes, "process": process_bytes(args.device)},
         }
         self.link.send(Ready(self.rank, info))
         log.info("rank %d ready: %s", self.rank, info)
@@ -174,8 +187,8 @@ class Worker:
             asleep, hold = agreed.asleep, self._balance.hold(agreed.by_dp)
             if any(agreed.ctx.dp_tokens):
                 self._step(batch, agreed.ctx)
-            if agreed.flush_experts:
-                self._flush_experts()
+            for reply in self.control.apply(agreed.controls):
+                self.link.send(reply)
             if asleep or time.monotonic() - self._stats_sent > STATS_S:
                 self._send_stats()
             if agreed.shutdown:
@@ -186,12 +199,12 @@ class Worker:
         scheduler = self.scheduler
         mine = Proposal(
             tokens=batch.num_tokens,
-            samples=batch.num_samples,
+            logit_rows=batch.num_logit_rows,
             prefill=bool(batch.prefill),
             first_half=split(batch)[0].num_tokens if self.args.engine.enable_two_batch_overlap else -1,
             busy=not scheduler.idle,
             messages=self.link.messages_seen,
-            flush=bool(self._flushes),
+            controls=self.control.num_pending,
             shutdown=self._shutdown is not None,
             prompts=scheduler.num_waiting,
             generating=len(batch.decode),
@@ -200,13 +213,15 @@ class Worker:
         return agree(self.groups.tp_cpu, self.dims, self._steps, mine)
 
     def _step(self, batch: Batch, ctx: StepContext) -> None:
+        self.link.nap(self.control.forward_sleep_s)
         begin = time.perf_counter()
         sampled = self.runner.step(batch, ctx)
-        outputs = self.scheduler.finish(batch, sampled)
+        outputs = self.scheduler.finish(batch, sampled.tokens, sampled.logprobs)
         if outputs and self.leads:
             self.link.send(Outputs(self.dp_rank, outputs))
         if self.recorder is not None:
             self.recorder.end_of_pass()
+        self.control.end_of_pass()
         self._steps += 1
         self._step_s += time.perf_counter() - begin
 
@@ -215,20 +230,17 @@ class Worker:
     def _take(self, received: list[ToRank]) -> None:
         """Acts on messages. What the scheduler sees comes from the DP group's leader, so that all of it stay equal."""
         for message in received:
-            if isinstance(message, Control) and message.op == "dump_experts":
-                self._flushes.append(message)
-            elif isinstance(message, Control) and message.op == "shutdown":
+            if isinstance(message, Control) and message.op == "shutdown":
                 self._shutdown = message
-        for message in self._share([m for m in received if not isinstance(m, Wake)]):
+            elif isinstance(message, Control):
+                self.control.take(message)
+        for message in self._share([m for m in received if isinstance(m, Generate | Abort)]):
             if isinstance(message, Generate):
                 refused = self.scheduler.add(message.rid, message.prompt, message.sampling)
                 if refused is not None and self.leads:
                     self.link.send(Outputs(self.dp_rank, [refused]))
             elif isinstance(message, Abort):
                 self.scheduler.abort(message.rid)
-            elif isinstance(message, Control) and message.op == "flush_cache":
-                self.scheduler.flush_cache()
-                self._reply(message)
 
     def _share(self, messages: list[ToRank]) -> list[ToRank]:
         comm = self.groups.attn_tp_cpu
@@ -236,13 +248,6 @@ class Worker:
             return messages
         data = comm.broadcast_bytes(msgspec.msgpack.encode(messages) if self.leads else b"")
         return msgspec.msgpack.decode(data, type=list[ToRank])
-
-    def _flush_experts(self) -> None:
-        if self.recorder is not None:
-            self.recorder.end_of_pass(flush=True)
-        for message in self._flushes:
-            self._reply(message)
-        self._flushes.clear()
 
     def _reply(self, message: Control | None) -> None:
         assert message is not None, "a reply without a question"

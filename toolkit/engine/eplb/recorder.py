@@ -50,15 +50,28 @@ class Recorder:
         self._passes = 0
         self._begin = self._written = time.time()
         self.last_balancedness = float("nan")
+        self.recording = True
+
+    def start(self) -> None:
+        """Counts from now on."""
+        if not self.recording:
+            self.recording, self._begin = True, time.time()
+
+    def stop(self) -> None:
+        """Closes the window (a collective) and counts no further, until ``start``."""
+        self.end_of_pass(flush=True)
+        self.recording = False
 
     def record(self, layer: int, ids_SK: Tensor) -> None:
         """Adds one layer's logical ids; -1 (padding) is not counted."""
+        if not self.recording:
+            return
         flat = ids_SK.flatten()
         self._counts[layer].scatter_add_(0, flat.clamp_min(0), (flat >= 0).long())
 
     def end_of_pass(self, flush: bool = False) -> None:
         """Called by every rank after every forward, and with ``flush`` when all agreed to close the window now."""
-        self._passes += not flush
+        self._passes += self.recording and not flush
         if self._passes and (flush or self._passes >= self.window):
             self._close_window()
         if flush:

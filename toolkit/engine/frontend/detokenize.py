@@ -61,26 +61,32 @@ class StopMatcher:
 
 
 class Detokenizer:
-    """One request's output. Attributes: ``num_tokens`` taken so far, ``stopped`` by a stop string."""
+    """One request's output.
 
-    def __init__(self, stream: TextStream, stops: tuple[str, ...]) -> None:
-        self._stream = stream
+    Args:
+        min_tokens: stop strings are looked for in the text after so many tokens only.
+
+    Attributes:
+        num_tokens: taken so far.
+        num_chars: characters of their text, shown or withheld.
+        stopped: by a stop string.
+    """
+
+    def __init__(self, stream: TextStream, stops: tuple[str, ...], min_tokens: int = 0) -> None:
+        self._stream, self._min_tokens = stream, min_tokens
         self._matcher = StopMatcher(stops)
-        self.num_tokens = 0
+        self.num_tokens = self.num_chars = 0
 
     @property
     def stopped(self) -> bool:
         return self._matcher.stopped
 
-    def push(self, tokens: list[int]) -> str:
-        """Text that may be shown now. Tokens after the one that completes a stop string are dropped."""
-        shown = ""
-        for token in tokens:
-            if self.stopped:
-                break
-            self.num_tokens += 1
-            shown += self._matcher.push(self._stream.push(token))
-        return shown
+    def push(self, token: int) -> str:
+        """Text that may be shown now. No token may follow the one that completes a stop string."""
+        self.num_tokens += 1
+        text = self._stream.push(token)
+        self.num_chars += len(text)
+        return text if self.num_tokens <= self._min_tokens else self._matcher.push(text)
 
     def finish(self, silent_tokens: int = 0) -> str:
         """The rest of the text. ``silent_tokens`` are generated tokens that have no text: the end token."""

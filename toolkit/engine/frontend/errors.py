@@ -10,6 +10,19 @@ from typing import Any
 import msgspec
 
 
+class ErrorFields(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    """What a client gets that gets no answer."""
+
+    error: ErrorFields
+
+
 class ApiError(Exception):
     """An error for the client.
 
@@ -39,8 +52,7 @@ class ApiError(Exception):
         return {"Retry-After": str(self.retry_after_s)} if self.retry_after_s else {}
 
     def body(self) -> bytes:
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
+        return msgspec.json.encode(ErrorBody(ErrorFields(self.message, self.type, self.param, self.code)))
 
 
 def shown(value: Any, limit: int = 80) -> str:

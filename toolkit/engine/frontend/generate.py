@@ -1,8 +1,8 @@
 """The request line: POST -> parse -> tokenize -> ``router.pick`` -> rank -> detokenize -> answer.
 
 Owns the two completion endpoints, streamed and whole. Every output of a step is one write to the client.
-A client that goes away cancels its handler, and leaving ``RankClient.generate`` aborts the request on its rank.
-Read next: ``protocol.py`` (what is accepted), ``ranks.py`` (the wire).
+A client that goes away cancels its handler, and leaving ``RankClient.flight`` aborts its requests on their rank.
+Read next: ``protocol.py`` (what is accepted), ``choices.py`` (what becomes of tokens), ``ranks.py`` (the wire).
 """
 
 from __future__ import annotations
@@ -12,86 +12,26 @@ import contextlib
 import hashlib
 import itertools
 import logging
-import time
 import uuid
 
 import msgspec
 from aiohttp import web
 
-from toolkit.engine.core import SamplingParams
+from toolkit.engine.frontend.choices import Choices, Echo
 from toolkit.engine.frontend.detokenize import Detokenizer
 from toolkit.engine.frontend.errors import ApiError
 from toolkit.engine.frontend.metrics import Metrics
-from toolkit.engine.frontend.protocol import (
-    ChatRequest,
-    Common,
-    CompletionRequest,
-    Limits,
-    parse,
-    sampling_params,
-)
-from toolkit.engine.frontend.ranks import Flight, RankClient
-from toolkit.engine.frontend.responses import (
-    DONE,
-    ChatFormat,
-    ChunkUsage,
-    FinishReason,
-    ResponseFormat,
-    TextFormat,
-    Usage,
-)
+from toolkit.engine.frontend.protocol import ChatRequest, Common, CompletionRequest, StreamOptions, parse
+from toolkit.engine.frontend.ranks import RankClient
+from toolkit.engine.frontend.responses import DONE, ChatFormat, ChunkUsage, ResponseFormat, TextFormat
 from toolkit.engine.frontend.router import RouterPolicy
+from toolkit.engine.frontend.sampling import Limits, sampling_params
 from toolkit.engine.frontend.tokenizer import Tokenizer
-from toolkit.engine.messages import Output
 
 log = logging.getLogger(__name__)
 
 # Text longer than this is tokenized beside the event loop: it takes longer than a step of the engine.
 _LONG_TEXT = 20_000
-
-
-class Answer:
-    """One request's output as it grows: text and counts."""
-
-    def __init__(self, prompt_len: int, detokenizer: Detokenizer, stop_token_ids: tuple[int, ...], metrics: Metrics):
-        self._prompt_len, self._detokenizer, self._stop_token_ids = prompt_len, detokenizer, stop_token_ids
-        self._metrics = metrics
-        self._cached = 0
-        self._started = self._last = time.perf_counter()
-
-    @property
-    def usage(self) -> Usage:
-        return Usage.of(self._prompt_len, self._detokenizer.num_tokens, self._cached)
-
-    def take(self, output: Output) -> tuple[str, FinishReason | None]:
-        """The text that ``output`` adds, and why it is the last. ``ApiError`` when the rank could not go on."""
-        if output.finish in ("error", "abort"):
-            reason = output.error or "the request was aborted by its rank"
-            raise ApiError(500, reason, code="engine_error")
-        self._observe(len(output.token_ids))
-        self._cached = max(self._cached, output.cached_tokens)
-        tokens = output.token_ids
-        # The end token is counted and has no text, even where the tokenizer does not call it special.
-        ended = output.finish == "stop" and bool(tokens) and tokens[-1] in self._stop_token_ids
-        text = self._detokenizer.push(tokens[:-1] if ended else tokens)
-        finish: FinishReason | None = None
-        if output.finish is not None and not self._detokenizer.stopped:
-            text += self._detokenizer.finish(silent_tokens=int(ended))
-            finish = "stop" if output.finish == "stop" else "length"
-        if self._detokenizer.stopped:
-            finish = "stop"
-        if finish is not None:
-            self._metrics.e2e.observe(self._last - self._started)
-        return text, finish
-
-    def _observe(self, num_tokens: int) -> None:
-        now = time.perf_counter()
-        if num_tokens and not self._detokenizer.num_tokens:
-            self._metrics.ttft.observe(now - self._started)
-        else:
-            for _ in range(num_tokens):
-                self._metrics.itl.observe((now - self._last) / num_tokens)
-        self._last = now
 
 
 class Generator:
@@ -130,18 +70,22 @@ class Generator:
                 prompt = self._tokenizer.encode_chat(messages)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
-        return await self._answer(http, request, prompt, ChatFormat(uuid.uuid4().hex, self._model_name))
+        fmt = ChatFormat(uuid.uuid4().hex, self._model_name, self._tokenizer)
+        return await self._answer(http, request, prompt, fmt)
 
     async def completions(self, http: web.Request) -> web.StreamResponse:
         request = parse(await http.read(), CompletionRequest)
         self._admit(request)
-        prompt = request.single_prompt()
-        if isinstance(prompt, str):
-            if len(prompt) > _LONG_TEXT:
-                prompt = await asyncio.to_thread(self._tokenizer.encode, prompt)
-            else:
-                prompt = self._tokenizer.encode(prompt)
-        return await self._answer(http, request, prompt, TextFormat(uuid.uuid4().hex, self._model_name))
+        given = request.single_prompt()
+        text = given if isinstance(given, str) else None
+        if isinstance(given, list):
+            prompt = given
+        elif len(given) > _LONG_TEXT:
+            prompt = await asyncio.to_thread(self._tokenizer.encode, given)
+        else:
+            prompt = self._tokenizer.encode(given)
+        fmt = TextFormat(uuid.uuid4().hex, self._model_name, self._tokenizer)
+        return await self._answer(http, request, prompt, fmt, text)
 
     def _admit(self, request: Common) -> None:
         if request.model not in (None, self._model_name):
@@ -151,7 +95,12 @@ class Generator:
             )  # fmt: skip
         if self._ranks.failure:
             raise ApiError(503, self._ranks.failure, code="failed")
-        if self._ranks.num_open >= self._max_open:
+        if request.num_choices > self._max_open:
+            raise ApiError(
+                400, f"n={request.num_choices} is more than engine.max_queued_requests={self._max_open}: ask for fewer "
+                "choices", param="n", code="invalid_value",
+            )  # fmt: skip
+        if self._ranks.num_open + request.num_choices > self._max_open:
             raise ApiError(
                 503, f"{self._ranks.num_open} requests are open, engine.max_queued_requests={self._max_open}: "
                 "try later, or raise it", code="overloaded", retry_after_s=1,
@@ -165,43 +114,44 @@ class Generator:
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
     async def _answer(
-        self, http: web.Request, request: Common, prompt: list[int], fmt: ResponseFormat
+        self,
+        http: web.Request,
+        request: ChatRequest | CompletionRequest,
+        prompt: list[int],
+        fmt: ResponseFormat,
+        text: str | None = None,
     ) -> web.StreamResponse:
-        sampling = sampling_params(
-            request, prompt, self._limits, self._tokenizer.stop_token_ids, self._request_seed(request)
-        )
+        eos = self._tokenizer.stop_token_ids
+        sampling = sampling_params(request, prompt, self._limits, eos, self._request_seed(request))
         self._admit(request)  # again: others may have come while a long prompt was tokenized
-        answer = self._new_answer(request, prompt, sampling)
-        with self._ranks.generate(fmt.rid, self._router.pick(prompt), prompt, sampling) as flight:
+        echo = None
+        if isinstance(request, CompletionRequest) and request.echo:
+            echo = Echo.of(text, prompt, self._tokenizer, alone=request.max_tokens == 0)
+        with self._ranks.flight(self._router.pick(prompt)) as flight:
+            choices = Choices(
+                fmt.rid, flight, prompt, sampling, request.num_choices,
+                lambda: Detokenizer(self._tokenizer.stream(), request.stop_strings, sampling.min_tokens),
+                echo, self._metrics,
+            )  # fmt: skip
+            headers = {"x-request-id": fmt.rid, "x-dp-rank": str(flight.dp_rank)}
             if request.stream:
-                return await self._stream(http, request, flight, answer, fmt)
-            text, finish = "", None
-            while finish is None:
-                piece, finish = answer.take(await flight.next())
-                text += piece
-        return web.Response(
-            body=fmt.whole(text, finish, answer.usage),
-            content_type="application/json",
-            headers=_headers(flight),
-        )
-
-    def _new_answer(self, request: Common, prompt: list[int], sampling: SamplingParams) -> Answer:
-        detokenizer = Detokenizer(self._tokenizer.stream(), request.stop_strings)
-        return Answer(len(prompt), detokenizer, sampling.stop_token_ids, self._metrics)
+                return await self._stream(http, request.usage_options, choices, fmt, headers)
+            body = fmt.whole(await choices.whole(), choices.usage)
+        return web.Response(body=body, content_type="application/json", headers=headers)
 
     async def _stream(
-        self, http: web.Request, request: Common, flight: Flight, answer: Answer, fmt: ResponseFormat
+        self, http: web.Request, options: StreamOptions, choices: Choices, fmt: ResponseFormat, headers: dict[str, str]
     ) -> web.StreamResponse:
         response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream",
                 "Cache-Control": "no-cache",
                 "X-Accel-Buffering": "no",
-                **_headers(flight),
+                **headers,
             }
         )
         try:
-            await self._write_events(http, response, request, flight, answer, fmt)
+            await _write_events(http, response, options, choices, fmt)
         except ConnectionResetError:
             return response  # the client went away between two writes
         except Exception as error:
@@ -209,35 +159,24 @@ class Generator:
                 raise
             # The status has gone out: an error event, and no [DONE], tell the client.
             if not isinstance(error, ApiError):
-                log.exception("request %s failed", flight.rid)
+                log.exception("request %s failed", fmt.rid)
                 error = ApiError(500, f"internal error: {type(error).__name__}")
             with contextlib.suppress(ConnectionResetError):
                 await response.write(b"data: " + error.body() + b"\n\n")
         return response
 
-    async def _write_events(
-        self,
-        http: web.Request,
-        response: web.StreamResponse,
-        request: Common,
-        flight: Flight,
-        answer: Answer,
-        fmt: ResponseFormat,
-    ) -> None:
-        options = request.usage_options
-        usage: ChunkUsage = None if options.include_usage else msgspec.UNSET
-        finish = None
-        while finish is None:
-            piece, finish = answer.take(await flight.next())
-            if not response.prepared:  # only now: a request that fails before its first token gets a status
-                await response.prepare(http)
-            if options.continuous_usage_stats:
-                usage = answer.usage
-            event = fmt.chunk(piece, finish, usage)
-            if finish is not None:
-                event += (fmt.usage_chunk(answer.usage) if options.include_usage else b"") + DONE
-            await response.write(event)
 
-
-def _headers(flight: Flight) -> dict[str, str]:
-    return {"x-request-id": flight.rid, "x-dp-rank": str(flight.dp_rank)}
+async def _write_events(
+    http: web.Request, response: web.StreamResponse, options: StreamOptions, choices: Choices, fmt: ResponseFormat
+) -> None:
+    """One write for every output of the ranks, the end of the stream in the last one."""
+    usage: ChunkUsage = None if options.include_usage else msgspec.UNSET
+    async for piece in choices.pieces():
+        if not response.prepared:  # only now: a request that fails before its first token gets a status
+            await response.prepare(http)
+        if options.continuous_usage_stats:
+            usage = choices.usage
+        event = fmt.chunk(piece, usage)
+        if choices.ended:
+            event += (fmt.usage_chunk(choices.usage) if options.include_usage else b"") + DONE
+        await response.write(event)

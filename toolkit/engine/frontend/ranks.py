@@ -11,10 +11,9 @@ import asyncio
 import contextlib
 import logging
 import socket
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -56,17 +55,32 @@ class RankStatus:
 
 
 class Flight:
-    """One open request: what its rank sends, in order. The last output has ``finish`` set."""
+    """Requests to one DP rank that belong together: what it sends, in order. A request's last output has ``finish``."""
 
-    def __init__(self, rid: str, dp_rank: int) -> None:
-        self.rid, self.dp_rank = rid, dp_rank
+    def __init__(self, client: RankClient, dp_rank: int) -> None:
+        self.dp_rank = dp_rank
+        self._client = client
+        self._rids: list[str] = []
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()
+
+    def send(self, rid: str, prompt: list[int], sampling: SamplingParams) -> None:
+        """Starts a request."""
+        self._rids.append(rid)
+        self._client.start(self, Generate(rid, prompt, sampling))
 
     def put(self, output: Output) -> None:
         self._outputs.put_nowait(output)
 
     async def next(self) -> Output:
         return await self._outputs.get()
+
+    def abort(self, rid: str) -> None:
+        """Ends a request on its rank, unless it has ended."""
+        self._client.abort(rid)
+
+    def close(self) -> None:
+        for rid in self._rids:
+            self.abort(rid)
 
 
 class RankClient:
@@ -116,23 +130,32 @@ class RankClient:
         return min(int(status.info[key]) for status in self.ranks)
 
     @contextlib.contextmanager
-    def generate(self, rid: str, dp_rank: int, prompt: list[int], sampling: SamplingParams) -> Iterator[Flight]:
-        """Sends a request to a DP rank. Leaving the block before its last output aborts it on the rank."""
-        assert rid not in self._flights, rid
+    def flight(self, dp_rank: int) -> Iterator[Flight]:
+        """For requests to a DP rank. Leaving the block aborts those that have not ended."""
         assert 0 <= dp_rank < self._dims.dp_size, dp_rank
-        flight = self._flights[rid] = Flight(rid, dp_rank)
-        self._send(dp_rank, Generate(rid, prompt, sampling))
+        flight = Flight(self, dp_rank)
         try:
             yield flight
         finally:
-            if self._flights.pop(rid, None) is not None:
-                self._send(dp_rank, Abort(rid))
+            flight.close()
 
-    async def control(self, op: Literal["flush_cache", "dump_experts"], timeout_s: float) -> list[ControlReply]:
-        """Runs ``op`` on every rank and gives their replies, by rank. ``TimeoutError`` names the silent ranks."""
-        cid = uuid.uuid4().hex
+    def start(self, flight: Flight, request: Generate) -> None:
+        """Sends a request whose outputs go to ``flight``."""
+        assert request.rid not in self._flights, request.rid
+        self._flights[request.rid] = flight
+        self._send(flight.dp_rank, request)
+
+    def abort(self, rid: str) -> None:
+        """Unknown: it has ended."""
+        flight = self._flights.pop(rid, None)
+        if flight is not None:
+            self._send(flight.dp_rank, Abort(rid))
+
+    async def control(self, control: Control, timeout_s: float) -> list[ControlReply]:
+        """Has every rank carry it out and gives their replies, by rank. ``TimeoutError`` names the silent ranks."""
+        cid = control.cid
         replies = self._replies[cid] = {}
-        frames = encode(Control(cid, op), self._token)
+        frames = encode(control, self._token)
         for outbox in self._outboxes:
             outbox.send_multipart(frames, zmq.NOBLOCK)
         try:
@@ -140,7 +163,7 @@ class RankClient:
                 await self._reply_arrived.wait_for(lambda: len(replies) == len(self.ranks) or bool(self.failure))
         except TimeoutError:
             silent = ", ".join(str(status.rank) for status in self.ranks if status.rank not in replies)
-            raise TimeoutError(f"{op}: no reply from rank {silent} within {timeout_s:g} s") from None
+            raise TimeoutError(f"{control.op}: no reply from rank {silent} within {timeout_s:g} s") from None
         finally:
             del self._replies[cid]
         return [replies[rank] for rank in sorted(replies)]
@@ -148,8 +171,8 @@ class RankClient:
     async def fail(self, reason: str) -> None:
         """Ends every open request and control operation with ``reason``; only the first failure is kept."""
         self.failure = self.failure or reason
-        for flight in self._flights.values():
-            flight.put(Output(flight.rid, [], finish="error", error=reason))
+        for rid, flight in self._flights.items():
+            flight.put(Output(rid, [], finish="error", error=reason))
         async with self._reply_arrived:
             self._reply_arrived.notify_all()
 

@@ -22,12 +22,14 @@ from aiohttp import web
 from toolkit.config import to_mapping
 from toolkit.engine.arch import read_arch
 from toolkit.engine.args import FrontendArgs
+from toolkit.engine.frontend import openapi
+from toolkit.engine.frontend.control import ControlRoutes
 from toolkit.engine.frontend.errors import ApiError
 from toolkit.engine.frontend.generate import Generator
 from toolkit.engine.frontend.metrics import Metrics
-from toolkit.engine.frontend.protocol import Limits
 from toolkit.engine.frontend.ranks import RankClient
 from toolkit.engine.frontend.router import ROUTERS
+from toolkit.engine.frontend.sampling import Limits
 from toolkit.engine.frontend.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -115,10 +117,10 @@ class Server:
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._completions),
                 web.get("/get_server_info", self._server_info),
-                web.post("/flush_cache", self._flush_cache),
-                web.post("/dump_expert_distribution_record", self._dump_experts),
+                web.get("/openapi.json", self._openapi),
             ]
         )
+        app.add_routes(ControlRoutes(self._ranks, self._ready, self._control_timeout_s).routes())
         return app
 
     @web.middleware
@@ -133,6 +135,8 @@ class Server:
                 response = _error_response(error)
             except web.HTTPException as error:
                 response = _error_response(_from_http(request, error))
+                if "Allow" in error.headers:  # of 405, as RFC 9110 demands
+                    response.headers["Allow"] = error.headers["Allow"]
             except Exception as error:
                 log.exception("%s %s failed", request.method, request.path)
                 response = _error_response(ApiError(500, f"internal error: {type(error).__name__}"))
@@ -198,12 +202,6 @@ class Server:
     async def _completions(self, http: web.Request) -> web.StreamResponse:
         return await self._ready().completions(http)
 
-    async def _flush_cache(self, http: web.Request) -> web.Response:
-        return await self._control("flush_cache")
-
-    async def _dump_experts(self, http: web.Request) -> web.Response:
-        return await self._control("dump_experts")
-
     async def _models(self, http: web.Request) -> web.Response:
         length = self._limits().tokens if self.state == "ready" else None
         model = {"id": self._args.model.name, "object": "model", "created": 0, "owned_by": "wideep-toolkit",
@@ -220,21 +218,12 @@ class Server:
                 "engine": to_mapping(args.engine),
                 "router": args.router,
                 "ranks": [asdict(status) for status in self._ranks.ranks],
+                "dp_ranks": list(self._ranks.stats.values()),
             }
         )
 
-    async def _control(self, op: Literal["flush_cache", "dump_experts"]) -> web.Response:
-        self._ready()
-        try:
-            replies = await self._ranks.control(op, self._control_timeout_s)
-        except TimeoutError as error:
-            raise ApiError(504, str(error), code="timeout") from None
-        refused = [f"rank {reply.rank}: {reply.detail}" for reply in replies if not reply.ok]
-        if self._ranks.failure:
-            raise ApiError(500, self._ranks.failure, code="failed")
-        if refused:
-            raise ApiError(500, f"{op} failed on {'; '.join(refused)}", code="engine_error")
-        return _json({"ok": True, "ranks": [{"rank": reply.rank, "detail": reply.detail} for reply in replies]})
+    async def _openapi(self, http: web.Request) -> web.Response:
+        return _json(openapi.document(self._args.model.name))
 
 
 def api_key(args: FrontendArgs) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +25,9 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_
 _MAX_HELD = 16
 
 
+_BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's tokens for bytes outside its vocabulary
+
+
 class Tokenizer(Protocol):
     """Thread-safe: long prompts are encoded beside the event loop. Attributes: ``stop_token_ids`` end an answer."""
 
@@ -37,6 +41,9 @@ class Tokenizer(Protocol):
         """A conversation, up to where the assistant speaks. ``ValueError`` when the template refuses it."""
 
     def stream(self) -> TextStream: ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """One token by itself, special ones included; may be part of a character."""
 
 
 def load_tokenizer(model: ModelConfig) -> Tokenizer:
@@ -59,6 +66,9 @@ class ByteTokenizer:
 
     def stream(self) -> TextStream:
         return ByteStream()
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
 
 
 class ByteStream:
@@ -99,6 +109,8 @@ class HfTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.stop_token_ids = self._find_stop_tokens(Path(model_folder))
+        self._added = frozenset(self._backend.get_added_tokens_decoder())
+        self._bytes = _byte_level_alphabet() if "ByteLevel" in repr(self._backend.decoder) else {}
 
     def encode(self, text: str) -> list[int]:
         return list(self._backend.encode(text).ids)
@@ -116,6 +128,16 @@ class HfTokenizer:
 
     def stream(self) -> TextStream:
         return HfStream(self._backend)
+
+    def token_bytes(self, token: int) -> bytes:
+        piece = self._backend.id_to_token(token) or ""  # a padded vocabulary has ids without a token
+        if token in self._added:
+            return piece.encode()
+        if self._bytes:
+            return bytes(self._bytes[char] for char in piece)
+        if _BYTE_FALLBACK.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()  # SentencePiece's mark of a space
 
     def _find_stop_tokens(self, model_folder: Path) -> tuple[int, ...]:
         found: set[int] = set()
@@ -169,3 +191,10 @@ class HfStream:
         text = self._backend.decode(self._before + self._held, skip_special_tokens=True)[len(known) :]
         self._start([])
         return text
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (Radford et al. 2019, GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

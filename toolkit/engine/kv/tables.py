@@ -46,17 +46,18 @@ class BlockTables:
             for kind, pool in zip(self.kinds, self.pools)
         )
 
-    def admit(self, request: Request, step_tokens: int, reserve: int) -> bool:
+    def admit(self, request: Request, step_tokens: int, reserve: int, reuse: bool = True) -> bool:
         """Gives the request the blocks of its longest cached prefix and sets ``num_computed`` to its length.
 
         Args:
             step_tokens: the most tokens of the request that are computed in one step.
+            reuse: False when every token must be computed.
             reserve: blocks of each kind that must stay free after the whole request was computed; 0: no matter.
 
         Returns:
             False, with nothing taken, when there are too few free blocks.
         """
-        cached = self._match(request)
+        cached = self._match(request) if reuse else [[] for _ in self.kinds]
         total = self._blocks(len(request.tokens))
         taken = [[block for block in table if block != NO_BLOCK] for table in cached]
         for kind, pool, blocks in zip(self.kinds, self.pools, taken):

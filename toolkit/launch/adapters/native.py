@@ -69,6 +69,7 @@ def _worker_args(
         dist_port=worker.dist_port,
         frontend=(hosts[plan.frontend.node], plan.frontend.inbox_port),
         experts_path=str(run_dir / records.EXPERTS),
+        profile_dir=str(run_dir / records.PROFILES),
     )
 
 

@@ -1,0 +1,111 @@
+"""The routes with which operators and benchmarks act on a running engine. SGLang's names where it has them.
+
+Each sends one operation to every rank, waits for all replies and passes on what they say: 409 when the state of the
+ranks does not allow it, 504 when a rank stays silent. What the operations do is in ``engine/control.py``.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Annotated, TypeVar
+
+import msgspec
+from aiohttp import web
+from msgspec import Meta
+
+from toolkit.engine.frontend.errors import ApiError
+from toolkit.engine.frontend.protocol import convert, json_object
+from toolkit.engine.frontend.ranks import RankClient
+from toolkit.engine.messages import Control, ControlOp
+
+
+class Nothing(msgspec.Struct, forbid_unknown_fields=True):
+    """An operation without options: an empty body, or {}."""
+
+
+class SlowDown(msgspec.Struct, forbid_unknown_fields=True):
+    """Seconds to sleep before each forward pass; null: none. A change ends a sleep that goes on."""
+
+    forward_sleep_time: Annotated[float, Meta(ge=0, le=3600)] | None = None
+
+
+class StartProfile(msgspec.Struct, forbid_unknown_fields=True):
+    """``name`` of the folder under the run's profiles/, by default the time; ``num_steps``: ends it by itself."""
+
+    name: Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    num_steps: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+
+
+class RankReply(msgspec.Struct):
+    rank: int
+    detail: str
+
+
+class ControlAnswer(msgspec.Struct):
+    ranks: list[RankReply]
+    ok: bool = True
+
+
+# path -> operation and body
+OPERATIONS: dict[str, tuple[ControlOp, type[Nothing | SlowDown | StartProfile]]] = {
+    "/flush_cache": ("flush_cache", Nothing),
+    "/start_expert_distribution_record": ("start_experts", Nothing),
+    "/stop_expert_distribution_record": ("stop_experts", Nothing),
+    "/dump_expert_distribution_record": ("dump_experts", Nothing),
+    "/slow_down": ("slow_down", SlowDown),
+    "/start_profile": ("start_profile", StartProfile),
+    "/stop_profile": ("stop_profile", Nothing),
+}
+
+B = TypeVar("B", bound=msgspec.Struct)
+
+
+class ControlRoutes:
+    """Args: ``check_ready`` raises ``ApiError`` while the ranks cannot act."""
+
+    def __init__(self, ranks: RankClient, check_ready: Callable[[], object], timeout_s: float) -> None:
+        self._ranks, self._check_ready, self._timeout_s = ranks, check_ready, timeout_s
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.post(path, self._handler(op, body)) for path, (op, body) in OPERATIONS.items()]
+
+    def _handler(
+        self, op: ControlOp, body: type[Nothing | SlowDown | StartProfile]
+    ) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handle(http: web.Request) -> web.Response:
+            self._check_ready()
+            return await self._run(_control(op, await _body(http, body)))
+
+        return handle
+
+    async def _run(self, control: Control) -> web.Response:
+        try:
+            replies = await self._ranks.control(control, self._timeout_s)
+        except TimeoutError as error:
+            raise ApiError(504, str(error), code="timeout") from None
+        if self._ranks.failure:
+            raise ApiError(500, self._ranks.failure, code="failed")
+        bad = [reply for reply in replies if not reply.ok]
+        if bad:
+            message = f"{control.op} failed on " + "; ".join(f"rank {reply.rank}: {reply.detail}" for reply in bad)
+            if all(reply.refused for reply in bad):
+                raise ApiError(409, message, code="refused")
+            raise ApiError(500, message, code="engine_error")
+        answer = ControlAnswer([RankReply(reply.rank, reply.detail) for reply in replies])
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+
+def _control(op: ControlOp, body: Nothing | SlowDown | StartProfile) -> Control:
+    cid = uuid.uuid4().hex
+    if isinstance(body, SlowDown):
+        return Control(cid, op, sleep_s=body.forward_sleep_time or 0.0)
+    if isinstance(body, StartProfile):
+        return Control(cid, op, folder=body.name or time.strftime("%Y%m%d-%H%M%S"), num_steps=body.num_steps or 0)
+    return Control(cid, op)
+
+
+async def _body(http: web.Request, cls: type[B]) -> B:
+    raw = await http.read()
+    return convert(json_object(raw) if raw else {}, cls)
