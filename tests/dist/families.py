@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
-from toolkit.config import EngineConfig, ModelConfig
-
-VOCAB, LENGTH, PROMPT = 96, 22, 15
+from tests.dist.cases import LENGTH, VOCAB, Case
+from toolkit.config import ModelConfig
 
 
 def mixtral() -> torch.nn.Module:
@@ -30,11 +28,11 @@ def mixtral_sliding() -> torch.nn.Module:
 
 
 def qwen3_moe() -> torch.nn.Module:
-    """The middle layer is dense; heads are wider than hidden / heads."""
+    """Every second layer is a mixture of experts; heads are wider than hidden / heads."""
     config = transformers.Qwen3MoeConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=3,
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=8, num_key_value_heads=4, head_dim=12, num_experts=16, num_experts_per_tok=4,
-        norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[1], max_position_embeddings=64,
+        norm_topk_prob=True, decoder_sparse_step=2, max_position_embeddings=64,
     )  # fmt: skip
     return transformers.Qwen3MoeForCausalLM(config)
 
@@ -71,15 +69,6 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """A saved model, token sequences, and transformers' logits [sequence, position, V] for them."""
-
-    model: ModelConfig
-    sequences: list[list[int]]
-    expected: np.ndarray
-
-
 def randomize(oracle: torch.nn.Module) -> None:
     """Weights large enough that every part of the model matters."""
     torch.manual_seed(0)
@@ -106,15 +95,3 @@ def score(oracle: torch.nn.Module, length: int, count: int) -> tuple[list[list[i
     sequences[-1] = sequences[1][: length // 2] + sequences[-1][length // 2 :]
     with torch.no_grad():
         return sequences, oracle(torch.tensor(sequences)).logits[:, :-1].numpy()
-
-
-def engine(**changes: object) -> EngineConfig:
-    values = {"page_size": 4, "max_total_tokens": 256, "max_running_requests": 8, "chunked_prefill_size": 64}
-    return EngineConfig(**(values | changes))  # type: ignore[arg-type]
-
-
-def check_close(found: dict[int, np.ndarray], expected: np.ndarray, prompt: int = PROMPT) -> None:
-    """Every position that was computed equals the oracle's; decode computes all of its own."""
-    assert set(found) >= set(range(prompt - 1, len(expected)))
-    for position, row in found.items():
-        np.testing.assert_allclose(row, expected[position], rtol=0, atol=2e-5 * np.abs(expected).max())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine.agree import Proposal, agree

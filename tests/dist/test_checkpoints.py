@@ -12,7 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.dist.families import Case, check_close, engine, gemma3, make_case, randomize, score
+from tests.dist.cases import Case, check_close, engine
+from tests.dist.families import gemma3, make_case, randomize, score
 from tests.dist.forced import forced_logits
 from tests.dist.ranks import run_ranks
 from toolkit.config import ModelConfig, ParallelConfig

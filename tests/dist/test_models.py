@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist.families import FAMILIES, PROMPT, Case, check_close, engine, make_case
+from tests.dist.cases import PROMPT, Case, check_close, engine
+from tests.dist.families import FAMILIES, make_case
 from tests.dist.forced import forced_logits
 from tests.dist.ranks import run_ranks
 from toolkit.config import ModelConfig, ParallelConfig

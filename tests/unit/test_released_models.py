@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import pytest
 
@@ -81,6 +82,17 @@ def test_a_setting_that_is_not_computed_is_refused(name: str, key: str, value: o
     assert model.hf_config is not None
     with pytest.raises(ValueError, match=message):
         read_arch(dataclasses.replace(model, hf_config=model.hf_config | {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("sparse_step", "dense", "moe_layers"),
+    [(1, [], range(48)), (2, [], range(1, 48, 2)), (2, [1, 5], (3, *range(7, 48, 2)))],
+)
+def test_which_layers_of_qwen3_have_experts(sparse_step: int, dense: list[int], moe_layers: Sequence[int]) -> None:
+    model = compose("model=qwen3_30b_a3b").model
+    assert model.hf_config is not None
+    hf_config = model.hf_config | {"decoder_sparse_step": sparse_step, "mlp_only_layers": dense}
+    assert read_arch(dataclasses.replace(model, hf_config=hf_config)).moe_layers == tuple(moe_layers)
 
 
 def test_a_multimodal_gemma_config_is_read_for_its_text() -> None:

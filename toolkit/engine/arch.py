@@ -126,8 +126,7 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
     must_divide(attn, dims.attn_tp, arch.num_heads, "attention heads", fit)
     if not _splits_kv_heads(arch, dims.attn_tp):
         errors.append(f"{attn}={dims.attn_tp} neither divides nor is a multiple of {arch.kv_heads} KV heads: {fit}")
-    head = attn if dims.enable_dp_lm_head else "parallel.tp_size"
-    must_divide(head, dims.head_tp, arch.vocab_size, "vocabulary rows", "use parallel.enable_dp_lm_head=true")
+    errors += _check_head(arch, dims, fits)
     if arch.moe_layers:
         field = "parallel.tp_size / parallel.ep_size / parallel.moe_dp_size"
         must_divide(field, dims.moe_tp, arch.moe_intermediate, "expert FFN columns", "raise ep_size")
@@ -151,6 +150,16 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             "ep_size > 1, or enable_two_batch_overlap=false"
         )
     return errors + _check_engine(arch, engine)
+
+
+def _check_head(arch: Arch, dims: ParallelDims, fits: list[int]) -> list[str]:
+    """The vocabulary must divide by the ranks of the LM head; ``fits``: attention TPs that the heads allow."""
+    if not arch.vocab_size % dims.head_tp:
+        return []
+    field = "parallel.tp_size / parallel.dp_size" if dims.enable_dp_lm_head else "parallel.tp_size"
+    ways = [n for n in fits if not arch.vocab_size % n]
+    way_out = f"use attention TP of {', '.join(map(str, ways))} (raise dp_size), with parallel.enable_dp_lm_head=true"
+    return [f"{field}={dims.head_tp} does not divide {arch.vocab_size} vocabulary rows: {way_out}"]
 
 
 def _check_dense(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:

@@ -114,7 +114,7 @@ class ParallelDims:
             )
         if c.enable_dp_lm_head and not c.enable_dp_attention:
             raise ValueError(
-                "parallel.enable_dp_lm_head=true needs parallel.enable_dp_attention=true, or leave it false"
+                "parallel.enable_dp_lm_head=true needs parallel.enable_dp_attention=true: use both, or neither"
             )
         return cls(c.tp_size, c.dp_size, c.ep_size, c.moe_dp_size, c.moe_dense_tp_size, c.enable_dp_lm_head)
 
