@@ -7,6 +7,7 @@ import torch
 
 from tests.unit.frontend_peer import TINY_MIXTRAL, VOCAB
 from toolkit.config import EngineConfig, ModelConfig
+from toolkit.engine import runner as runner_module
 from toolkit.engine.arch import read_arch
 from toolkit.engine.core import Batch, Request, SamplingParams, ScheduledRequest, StepContext
 from toolkit.engine.kv.pool import BlockPool
@@ -52,7 +53,10 @@ def steps(runner: ModelRunner, scheduler: Scheduler, preempt_after: int = -1) ->
 
 @pytest.mark.parametrize("preempt_after", [-1, 0, 2, 5], ids=lambda step: f"preempted after step {step}")
 @pytest.mark.parametrize("budget", [7, 64])
-def test_they_are_those_of_one_pass(runner: ModelRunner, budget: int, preempt_after: int) -> None:
+def test_they_are_those_of_one_pass(
+    runner: ModelRunner, budget: int, preempt_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "LOGPROB_ROWS", 5)
     expected = reference(runner)
     scheduler = Scheduler(BlockPool(BLOCKS), PAGE, budget, 4, 64)
     for rid in ("first", "again"):  # the second finds its whole prompt in the prefix cache, and must not use it

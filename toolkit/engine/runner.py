@@ -23,6 +23,8 @@ from toolkit.engine.parallel import Groups, TokenLayout
 from toolkit.engine.sampler import Sampled, Sampler, token_logprobs
 from toolkit.engine.weights import DTYPES, open_weights
 
+LOGPROB_ROWS = 64  # rows of the vocabulary's size held at a time for logprobs of a prompt
+
 
 class ModelRunner:
     """One rank's model, ready to run.
@@ -85,9 +87,12 @@ class ModelRunner:
             if top is None or begin >= end:
                 continue
             first += begin - request.num_computed
-            logits = self.model.logits(layout.gather(hidden_SD)[first : first + end - begin])
+            hidden = layout.gather(hidden_SD)[first : first + end - begin]
             following = request.tokens[begin + 1 : end + 1]
-            request.prompt_logprobs += token_logprobs(logits, following, [top] * len(following))
+            for i in range(0, end - begin, LOGPROB_ROWS):
+                rows = slice(i, i + LOGPROB_ROWS)
+                logits = self.model.logits(hidden[rows])
+                request.prompt_logprobs += token_logprobs(logits, following[rows], [top] * len(following[rows]))
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, ctx: StepContext) -> Tensor:
