@@ -23,16 +23,18 @@ demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the char
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
 
 test: $(STAMP)  ## all tests, those that serve the demo model included
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/unit $(ARGS)
 
 unit: $(STAMP)  ## the fast tests: under a minute
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
 
 check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not e2e' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
+	$(BIN)/python -m pytest tests/contract tests/dist $(ARGS)
 
 fmt: $(STAMP)  ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix-only .

@@ -57,7 +57,17 @@ class ParallelConfig:
     ep_size: int = opt(1, "expert-parallel ranks; moe_tp = tp_size / ep_size / moe_dp_size")
     moe_dp_size: int = opt(1, "replicas of the whole expert set inside one worker")
     moe_dense_tp_size: int | None = opt(None, "dense FFN and shared expert: null: split over tp_size, 1: replicated")
+    enable_dp_lm_head: bool = opt(False, "split the vocabulary over attn_tp only, not over tp_size: no gather over DP")
     enable_dp_attention: bool = opt(False, "needed for dp_size > 1: each DP group has its own requests and KV cache")
+
+
+@dataclass(frozen=True)
+class AttentionDpConfig:
+    """Holding prefills back until DP ranks can run them in the same step (TensorRT-LLM's attention_dp_config)."""
+
+    enable_balance: bool = opt(False, "hold new prompts until every DP rank has one, within the limits below")
+    batching_wait_iters: int = opt(10, "steps to hold them when every rank has one and all are decoding")
+    timeout_iters: int = opt(50, "steps to hold them when some rank has none")
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,18 @@ class EngineConfig:
     moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch")
     page_size: int = opt(16, "tokens a KV block")
     max_total_tokens: int = opt(8192, "KV cache capacity of one DP rank, tokens")
+    swa_full_tokens_ratio: float = opt(
+        0.0, "KV capacity of sliding-window layers as a share of max_total_tokens; 0: what max_running_requests need"
+    )
     max_running_requests: int = opt(64, "requests in one DP rank's running batch")
     max_queued_requests: int = opt(4096, "requests a server holds before it answers 503")
     chunked_prefill_size: int = opt(512, "token budget of one DP rank's step; longer prompts are prefilled in chunks")
     context_length: int = opt(0, "longest prompt + output, tokens; 0: the model's")
+    dp_padding_mode: Literal["auto", "max_len", "sum_len"] = opt(
+        "auto", "rows of DP ranks in gathers: padded or packed"
+    )
+    enable_two_batch_overlap: bool = opt(False, "run two half batches, one's communication beside the other's compute")
+    attention_dp_config: AttentionDpConfig = opt(AttentionDpConfig(), "when DP ranks start prefills together")
     disable_radix_cache: bool = opt(False, "turn prefix reuse off")
     ep_num_redundant_experts: int = opt(0, "expert replicas beyond one of each; slots = experts + redundant")
     expert_distribution_recorder_mode: Literal["stat"] | None = opt("stat", "stat: counts a window; null: off")

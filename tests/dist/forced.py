@@ -6,9 +6,11 @@ import numpy as np
 import torch
 
 from toolkit.config import EngineConfig, ModelConfig
+from toolkit.engine.agree import Proposal, agree
 from toolkit.engine.arch import context_length, read_arch
-from toolkit.engine.core import SamplingParams, StepContext
-from toolkit.engine.kv.pool import BlockPool
+from toolkit.engine.core import SamplingParams
+from toolkit.engine.kv.tables import BlockTables
+from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.scheduler import Scheduler
@@ -25,9 +27,9 @@ def forced_logits(
     """
     arch = read_arch(model)
     runner = ModelRunner(model, arch, engine, groups, "cpu")
-    pool = BlockPool(runner.cache.num_blocks, not engine.disable_radix_cache)
+    tables = BlockTables(runner.cache.kinds, engine.page_size, not engine.disable_radix_cache)
     scheduler = Scheduler(
-        pool, engine.page_size, engine.chunked_prefill_size, engine.max_running_requests, context_length(arch, engine)
+        tables, engine.chunked_prefill_size, engine.max_running_requests, context_length(arch, engine)
     )
     dims, dp_rank = groups.dims, groups.dims.dp_rank(groups.rank)
     mine = [i for i in range(len(sequences)) if i % dims.dp_size == dp_rank]
@@ -38,13 +40,14 @@ def forced_logits(
     step = 0
     while True:
         batch = scheduler.schedule()
-        tokens = torch.tensor([[batch.num_tokens, bool(batch.prefill)]])
-        agreed = groups.world_cpu.all_gather(tokens)
-        dp_tokens = tuple(agreed[dims.leader(dp), 0].item() for dp in range(dims.dp_size))
-        if not any(dp_tokens):
+        # logits of every token are wanted, not only of those that sample
+        tokens = batch.num_tokens
+        half = split(batch)[0].num_tokens if engine.enable_two_batch_overlap else -1
+        agreed = agree(groups.tp_cpu, dims, step, Proposal(tokens, tokens, bool(batch.prefill), half, *[0] * 7))
+        if not any(agreed.ctx.dp_tokens):
             break
-        hidden = runner.hidden(batch, StepContext(step, dp_tokens, bool(agreed[:, 1].any())))
-        rows = runner.model.logits(hidden)
+        hidden = runner.hidden(batch, agreed.ctx)
+        rows = runner.model.logits(hidden, agreed.ctx.dp_samples)
         forced, first = [], 0
         for scheduled in batch.scheduled:
             request = scheduled.request

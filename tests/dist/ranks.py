@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Groups
+from toolkit.launch import ports
 
 # torch is imported once, in the server that ranks are forked from
 _context = multiprocessing.get_context("forkserver")
@@ -22,9 +22,7 @@ _context.set_forkserver_preload(["torch", "toolkit.engine.runner", "toolkit.engi
 
 def run_ranks(dims: ParallelDims, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``function(groups, *args)`` on ``dims.tp_size`` ranks -> its results, by rank."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = ports.free_range(1)
     pipes, processes = [], []
     for rank in range(dims.tp_size):
         here, there = _context.Pipe(duplex=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from toolkit.engine.messages import (
     decode_to_rank,
     encode,
 )
+from toolkit.launch import ports
 
 TOKEN = "token of this test"
 VOCAB = 300
@@ -42,9 +42,8 @@ TINY_MIXTRAL = {
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """Below the ports the kernel gives to clients: one of those, not yet bound, can be taken, or connect to itself."""
+    return ports.free_range(1)
 
 
 def utf8(text: str) -> list[int]:

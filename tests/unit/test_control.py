@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from toolkit.engine.control import Controller
-from toolkit.engine.kv.pool import BlockPool
+from toolkit.engine.kv.kinds import LayerKind
+from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import Control, ControlReply
 from toolkit.engine.scheduler import Scheduler
 
 
 def controller(profile_dir: Path | str) -> Controller:
-    return Controller(3, Scheduler(BlockPool(4), 4, 8, 2, 16), None, str(profile_dir), "cpu")
+    scheduler = Scheduler(BlockTables([LayerKind(0, (0,), 4)], 4), 8, 2, 16)
+    return Controller(3, scheduler, None, str(profile_dir), "cpu")
 
 
 def run(made: Controller, *operations: Control) -> list[ControlReply]:

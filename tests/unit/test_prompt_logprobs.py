@@ -10,7 +10,7 @@ from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine import runner as runner_module
 from toolkit.engine.arch import read_arch
 from toolkit.engine.core import Batch, Request, SamplingParams, ScheduledRequest, StepContext
-from toolkit.engine.kv.pool import BlockPool
+from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import Output
 from toolkit.engine.parallel import Groups
 from toolkit.engine.runner import ModelRunner
@@ -31,10 +31,10 @@ def runner() -> ModelRunner:
 
 def reference(runner: ModelRunner) -> list[float]:
     """All tokens in one pass, through no scheduler."""
-    request = Request("all", PROMPT, len(PROMPT), SamplingParams(), 0, blocks=list(range(BLOCKS)))
+    request = Request("all", PROMPT, len(PROMPT), SamplingParams(), 0, blocks=[list(range(BLOCKS))])
     batch = Batch(prefill=(ScheduledRequest(request, len(PROMPT)),))
-    hidden = runner.hidden(batch, StepContext(0, (len(PROMPT),), is_extend=True))
-    logprobs = runner.model.logits(hidden).log_softmax(-1)
+    hidden = runner.hidden(batch, StepContext(0, (len(PROMPT),), (0,), is_extend=True))
+    logprobs = runner.model.logits(hidden, (len(PROMPT),)).log_softmax(-1)
     return logprobs[:-1].gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0].tolist()
 
 
@@ -44,7 +44,9 @@ def steps(runner: ModelRunner, scheduler: Scheduler, preempt_after: int = -1) ->
         if scheduler.idle:
             return outputs
         batch = scheduler.schedule()
-        sampled = runner.step(batch, StepContext(step, (batch.num_tokens,), is_extend=bool(batch.prefill)))
+        sampled = runner.step(
+            batch, StepContext(step, (batch.num_tokens,), (batch.num_samples,), is_extend=bool(batch.prefill))
+        )
         outputs += scheduler.finish(batch, sampled.tokens, sampled.logprobs)
         if step == preempt_after:
             scheduler._preempt(next(iter(scheduler._running.values())))
@@ -56,9 +58,9 @@ def steps(runner: ModelRunner, scheduler: Scheduler, preempt_after: int = -1) ->
 def test_they_are_those_of_one_pass(
     runner: ModelRunner, budget: int, preempt_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "LOGPROB_ROWS", 5)
+    monkeypatch.setattr(runner_module, "LOGIT_ROWS", 5)
     expected = reference(runner)
-    scheduler = Scheduler(BlockPool(BLOCKS), PAGE, budget, 4, 64)
+    scheduler = Scheduler(BlockTables(runner.cache.kinds, PAGE), budget, 4, 64)
     for rid in ("first", "again"):  # the second finds its whole prompt in the prefix cache, and must not use it
         scheduler.add(rid, PROMPT, SamplingParams(max_tokens=8, logprobs=0, prompt_logprobs=3))
         outputs = steps(runner, scheduler, preempt_after)

@@ -10,14 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.engine.core import Batch, Request, SamplingParams
-from toolkit.engine.kv.pool import BlockPool
+from toolkit.engine.kv.kinds import LayerKind, first_token
+from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.scheduler import Scheduler
 
 PAGE, MAX_LEN = 4, 40
 
 
-def scheduler(blocks: int = 12, budget: int = 10, running: int = 6, prefix_cache: bool = True) -> Scheduler:
-    return Scheduler(BlockPool(blocks, prefix_cache), PAGE, budget, running, MAX_LEN)
+def scheduler(
+    blocks: int = 12,
+    budget: int = 10,
+    running: int = 6,
+    prefix_cache: bool = True,
+    windows: tuple[int, ...] = (0,),
+    sliding_blocks: int = 12,
+) -> Scheduler:
+    """``windows``: of each kind of layer; those that slide have ``sliding_blocks``, the global one ``blocks``."""
+    kinds = [LayerKind(window, (i,), sliding_blocks if window else blocks) for i, window in enumerate(windows)]
+    return Scheduler(BlockTables(kinds, PAGE, prefix_cache), budget, running, MAX_LEN)
 
 
 def next_token(tokens: list[int]) -> int:
@@ -26,27 +36,32 @@ def next_token(tokens: list[int]) -> int:
 
 
 class CacheModel:
-    """A stand-in for the KV cache: what is stored in each row, checked when it is read."""
+    """A stand-in for the KV cache: what is stored in each row of each kind of layer, checked when it is read."""
 
-    def __init__(self) -> None:
-        self.rows: dict[int, int] = {}
+    def __init__(self, windows: tuple[int, ...] = (0,)) -> None:
+        self.windows = windows
+        self.rows: list[dict[int, int]] = [{} for _ in windows]
         self.prefixes: dict[str, list[int]] = {}
 
-    def content(self, request: Request, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    def content(self, request: Request, kind: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """(cache row, hash of all tokens up to it) of the positions begin..end-1."""
         hashes = self.prefixes.setdefault(request.rid, [0])
         for token in request.tokens[len(hashes) - 1 :]:
             hashes.append(hash((hashes[-1], token)))
         for position in range(begin, end):
-            yield request.blocks[position // PAGE] * PAGE + position % PAGE, hashes[position + 1]
+            block = request.blocks[kind][position // PAGE]
+            assert block >= 0, f"{request.rid} sees position {position}, whose block was freed"
+            yield block * PAGE + position % PAGE, hashes[position + 1]
 
     def run(self, batch: Batch) -> list[int]:
-        for s in batch.scheduled:
-            begin = s.request.num_computed
-            self.rows.update(self.content(s.request, begin, begin + s.num_tokens))
-        for s in batch.scheduled:
-            for row, content in self.content(s.request, 0, s.request.num_computed + s.num_tokens):
-                assert self.rows[row] == content, f"{s.request.rid} reads row {row}, which holds another prefix"
+        for kind, window in enumerate(self.windows):
+            for s in batch.scheduled:
+                begin = s.request.num_computed
+                self.rows[kind].update(self.content(s.request, kind, begin, begin + s.num_tokens))
+            for s in batch.scheduled:
+                begin = first_token(window, s.request.num_computed)
+                for row, content in self.content(s.request, kind, begin, s.request.num_computed + s.num_tokens):
+                    assert self.rows[kind][row] == content, f"{s.request.rid} reads row {row}: another prefix's"
         return [next_token(s.request.tokens) for s in batch.scheduled if s.samples]
 
 
@@ -57,14 +72,21 @@ def expected(prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
-    seed=st.integers(0, 2**32), blocks=st.integers(MAX_LEN // PAGE, 40), budget=st.integers(6, 30), cache=st.booleans()
+    seed=st.integers(0, 2**32),
+    blocks=st.integers(MAX_LEN // PAGE, 40),
+    budget=st.integers(6, 30),
+    cache=st.booleans(),
+    windows=st.sampled_from([(0,), (0, 6), (9,), (0, 8, 5), (0, 1)]),
+    sliding_blocks=st.integers(4, 20),
 )
-def test_random_traffic(seed: int, blocks: int, budget: int, cache: bool) -> None:
+def test_random_traffic(
+    seed: int, blocks: int, budget: int, cache: bool, windows: tuple[int, ...], sliding_blocks: int
+) -> None:
     """Every request ends exactly once with its own tokens, or was aborted; no block is leaked or shared wrongly."""
     rng = random.Random(seed)
-    s, model = scheduler(blocks, budget, 6, cache), CacheModel()
+    s, model = scheduler(blocks, budget, 6, cache, windows, sliding_blocks), CacheModel(windows)
     prompts: dict[str, tuple[list[int], int]] = {}
     got: dict[str, list[int]] = {}
     ended: dict[str, str] = {}
@@ -99,7 +121,7 @@ def test_random_traffic(seed: int, blocks: int, budget: int, cache: bool) -> Non
     for rid, (prompt, count) in prompts.items():
         if ended[rid] != "aborted":
             assert got[rid] == expected(prompt, count)
-    assert s.pool.num_free == blocks
+    assert all(pool.num_free == pool.num_blocks for pool in s.tables.pools)
 
 
 def drain(s: Scheduler, model: CacheModel) -> dict[str, list[int]]:
@@ -168,3 +190,25 @@ def test_chunked_prefill_runs_beside_decode() -> None:
         mixed += bool(batch.decode and batch.prefill)
         s.finish(batch, model.run(batch))
     assert mixed >= 3
+
+
+def test_a_sliding_window_frees_blocks_and_keeps_its_prefix_while_they_last() -> None:
+    """The prompt's last window is found again; one whose window was given away meanwhile is computed anew."""
+    windows = (0, 8)
+    s, model = scheduler(blocks=40, budget=40, windows=windows, sliding_blocks=14), CacheModel(windows)
+    prompt = list(range(30))
+    s.add("a", prompt, SamplingParams(max_tokens=2))
+    s.finish(batch := s.schedule(), model.run(batch))
+    in_use = [pool.num_blocks - pool.num_free for pool in s.tables.pools]
+    assert in_use == [8, 3]  # 30 tokens in blocks of 4; positions 23 to 29, which the next query sees
+    drain(s, model)
+    s.add("b", prompt, SamplingParams(max_tokens=2))
+    assert drain(s, model)["b"] == expected(prompt, 2)
+    assert s.stats.cached_tokens == 28
+    for first in (50, 90):  # together they need more sliding blocks than there are, and leave global ones over
+        s.add(f"c{first}", list(range(first, first + 35)), SamplingParams(max_tokens=2))
+        drain(s, model)
+    s.add("d", prompt, SamplingParams(max_tokens=2))
+    assert drain(s, model)["d"] == expected(prompt, 2)
+    assert s.stats.cached_tokens == 28
+    s.tables.audit([])

@@ -1,19 +1,19 @@
 """Arch: a model's shape, read from its Hugging Face config.json. No torch, so that plans and checks are instant.
 
 Owns what every family has in common (sizes, which layers are MoE, bytes a token) and the rules between shapes
-and degrees. What a family computes is in ``models/``, one file each, which read family keys from ``Arch.hf``.
+and degrees. Which keys a family has is in ``families.py``; what it computes is in ``models/``, one file each.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.kv.kinds import layer_kinds, window_blocks
 from toolkit.registry import unknown
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -26,6 +26,7 @@ class Arch:
     Attributes:
         kv_heads: KV heads, 1 for MLA (one latent vector for all heads).
         kv_values: cached values a token, layer and KV head: 2 * head_dim, or kv_lora_rank + qk_rope_head_dim for MLA.
+        windows: of each layer, the tokens that attention sees, its own included; 0: all.
         attn_params: attention parameters of one layer, (split by heads, split by KV heads, replicated).
         moe_layers: indices of the layers whose FFN is a mixture of experts; the others are dense.
     """
@@ -40,6 +41,7 @@ class Arch:
     kv_values: int
     attn_params: tuple[int, int, int]
     max_len: int
+    windows: tuple[int, ...]
     moe_layers: tuple[int, ...]
     num_experts: int
     top_k: int
@@ -57,46 +59,11 @@ class Arch:
         return self.num_experts + engine.ep_num_redundant_experts
 
 
-def _mixtral(hf: dict[str, Any]) -> Arch:
-    d, heads = hf["hidden_size"], hf["num_attention_heads"]
-    kv, head_dim = hf["num_key_value_heads"], hf.get("head_dim") or d // heads
-    return Arch(
-        family="mixtral", hf=hf, vocab_size=hf["vocab_size"], hidden_size=d, num_layers=hf["num_hidden_layers"],
-        num_heads=heads, kv_heads=kv, kv_values=2 * head_dim,
-        attn_params=(2 * d * head_dim * heads, 2 * d * head_dim * kv, 0),
-        max_len=hf["max_position_embeddings"], moe_layers=tuple(range(hf["num_hidden_layers"])),
-        num_experts=hf["num_local_experts"], top_k=hf["num_experts_per_tok"],
-        moe_intermediate=hf["intermediate_size"], dense_intermediate=0, shared_intermediate=0,
-        tied=hf.get("tie_word_embeddings", False),
-    )  # fmt: skip
-
-
-def _deepseek_v3(hf: dict[str, Any]) -> Arch:
-    d, heads = hf["hidden_size"], hf["num_attention_heads"]
-    nope, rope, v = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"], hf["v_head_dim"]
-    lora, q_lora = hf["kv_lora_rank"], hf.get("q_lora_rank")
-    by_heads = (q_lora or d) * heads * (nope + rope) + lora * heads * (nope + v) + heads * v * d
-    attn = (by_heads, 0, d * (q_lora or 0) + d * (lora + rope))
-    dense, every = hf["first_k_dense_replace"], hf.get("moe_layer_freq", 1)
-    return Arch(
-        family="deepseek_v3", hf=hf, vocab_size=hf["vocab_size"], hidden_size=d, num_layers=hf["num_hidden_layers"],
-        num_heads=heads, kv_heads=1, kv_values=lora + rope, attn_params=attn, max_len=hf["max_position_embeddings"],
-        moe_layers=tuple(i for i in range(hf["num_hidden_layers"]) if i >= dense and i % every == 0),
-        num_experts=hf["n_routed_experts"], top_k=hf["num_experts_per_tok"],
-        moe_intermediate=hf["moe_intermediate_size"], dense_intermediate=hf["intermediate_size"],
-        shared_intermediate=hf["moe_intermediate_size"] * (hf.get("n_shared_experts") or 0),
-        tied=hf.get("tie_word_embeddings", False),
-    )  # fmt: skip
-
-
-FAMILIES: dict[str, Callable[[dict[str, Any]], Arch]] = {"mixtral": _mixtral, "deepseek_v3": _deepseek_v3}
-
-
 def read_arch(model: ModelConfig) -> Arch:
     """The shape of ``model``, from ``model.hf_config`` or ``model.path``/config.json.
 
     Raises:
-        ValueError: no config, a family that is not supported, or a key that the family needs and lacks.
+        ValueError: no config, a family or a setting of it that is not supported, or a key that the family lacks.
     """
     if model.hf_config is not None:
         hf, where = model.hf_config, "model.hf_config"
@@ -108,13 +75,29 @@ def read_arch(model: ModelConfig) -> Arch:
                 "or model.hf_config with model.load_format=dummy"
             )
         hf, where = json.loads(file.read_text()), str(file)
+    from toolkit.engine.families import FAMILIES  # each builds an Arch
+
     family = str(hf.get("model_type", ""))
     if family not in FAMILIES:
         raise ValueError(unknown(f"{where}: model_type", family, list(FAMILIES)))
     try:
+        _check_quantization(hf)
         return FAMILIES[family](hf)
     except KeyError as error:
         raise ValueError(f"{where} lacks {error}, which model_type={family} needs") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _check_quantization(hf: dict[str, Any]) -> None:
+    """Refuses checkpoints in a number format that ``weights.py`` cannot read."""
+    config = hf.get("quantization_config")
+    if config and (config.get("quant_method") != "fp8" or len(config.get("weight_block_size") or ()) != 2):
+        raise ValueError(
+            f"quantization_config.quant_method={config.get('quant_method')} with "
+            f"weight_block_size={config.get('weight_block_size')} is not supported: use a checkpoint in bf16, or in "
+            "fp8 with blocks, as DeepSeek releases it"
+        )
 
 
 def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
@@ -128,7 +111,9 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
 
     if engine.ep_num_redundant_experts < 0:
         errors.append(f"engine.ep_num_redundant_experts={engine.ep_num_redundant_experts} must not be negative")
-    if slots % dims.ep_size:
+    if not arch.moe_layers:
+        errors += _check_dense(arch, dims, engine)
+    elif slots % dims.ep_size:
         more = engine.ep_num_redundant_experts + (-slots) % dims.ep_size
         errors.append(
             f"parallel.ep_size={dims.ep_size} does not divide {slots} slots (model.num_experts={arch.num_experts} + "
@@ -136,24 +121,50 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"({arch.num_experts + more}) or ep_size={_largest_divisor(slots, dims.ep_size)}"
         )
     attn = "parallel.tp_size / parallel.dp_size"
-    fits = [n for n in range(1, arch.num_heads + 1) if not arch.num_heads % n and not arch.vocab_size % n]
+    fits = [n for n in range(1, arch.num_heads + 1) if not arch.num_heads % n and _splits_kv_heads(arch, n)]
     fit = f"use attention TP of {', '.join(map(str, fits))} (raise dp_size)"
     must_divide(attn, dims.attn_tp, arch.num_heads, "attention heads", fit)
-    if not arch.mla and arch.kv_heads % dims.attn_tp and dims.attn_tp % arch.kv_heads:
+    if not _splits_kv_heads(arch, dims.attn_tp):
         errors.append(f"{attn}={dims.attn_tp} neither divides nor is a multiple of {arch.kv_heads} KV heads: {fit}")
-    must_divide(attn, dims.attn_tp, arch.vocab_size, "vocabulary rows", fit)
+    head = attn if dims.enable_dp_lm_head else "parallel.tp_size"
+    must_divide(head, dims.head_tp, arch.vocab_size, "vocabulary rows", "use parallel.enable_dp_lm_head=true")
     if arch.moe_layers:
         field = "parallel.tp_size / parallel.ep_size / parallel.moe_dp_size"
         must_divide(field, dims.moe_tp, arch.moe_intermediate, "expert FFN columns", "raise ep_size")
     if len(arch.moe_layers) < arch.num_layers:
         way = "use parallel.moe_dense_tp_size=1"
         must_divide("parallel.tp_size", dims.dense_tp, arch.dense_intermediate, "dense FFN columns", way)
-    if engine.moe_a2a_backend in ("all_to_all", "deepep") and dims.moe_tp > 1:
+    if arch.moe_layers and engine.moe_a2a_backend in ("all_to_all", "deepep") and dims.moe_tp > 1:
         errors.append(
             f"engine.moe_a2a_backend={engine.moe_a2a_backend} needs whole experts, but each is split over "
             f"{dims.moe_tp} ranks: use ep_size={dims.moe_group} or moe_a2a_backend=allgather"
         )
+    if engine.enable_two_batch_overlap and not arch.moe_layers:
+        errors.append(
+            f"engine.enable_two_batch_overlap=true has nothing to overlap in {arch.family}, a model without experts: "
+            "use false"
+        )
+    elif engine.enable_two_batch_overlap and (engine.moe_a2a_backend == "allgather" or dims.ep_size == 1):
+        errors.append(
+            f"engine.enable_two_batch_overlap=true needs dispatches that travel beside compute, but "
+            f"moe_a2a_backend={engine.moe_a2a_backend} with ep_size={dims.ep_size} has none: use all_to_all and "
+            "ep_size > 1, or enable_two_batch_overlap=false"
+        )
     return errors + _check_engine(arch, engine)
+
+
+def _check_dense(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
+    """Options for experts, which a model without them would ignore."""
+    given = {
+        "parallel.ep_size": (dims.ep_size, 1),
+        "parallel.moe_dp_size": (dims.moe_dp_size, 1),
+        "engine.ep_num_redundant_experts": (engine.ep_num_redundant_experts, 0),
+    }
+    return [
+        f"{field}={value} needs experts, but {arch.family} has none: use {neutral}"
+        for field, (value, neutral) in given.items()
+        if value != neutral
+    ]
 
 
 def _check_engine(arch: Arch, engine: EngineConfig) -> list[str]:
@@ -168,6 +179,7 @@ def _check_engine(arch: Arch, engine: EngineConfig) -> list[str]:
             f"engine.max_total_tokens={engine.max_total_tokens} holds fewer than two blocks of "
             f"engine.page_size={engine.page_size}: use at least {2 * engine.page_size}"
         )
+    errors += _check_windows(arch, engine)
     if engine.context_length < 0 or engine.context_length > arch.max_len:
         errors.append(
             f"engine.context_length={engine.context_length} must be within the model's {arch.max_len} "
@@ -179,6 +191,26 @@ def _check_engine(arch: Arch, engine: EngineConfig) -> list[str]:
             f"one token of each of engine.max_running_requests={engine.max_running_requests}: raise it, or lower that"
         )
     return errors
+
+
+def _check_windows(arch: Arch, engine: EngineConfig) -> list[str]:
+    """A share of the KV cache for sliding layers that is none, or less than one request needs."""
+    share, page = engine.swa_full_tokens_ratio, engine.page_size
+    if not 0 <= share <= 1:
+        return [f"engine.swa_full_tokens_ratio={share} must be within 0 and 1: use 0 to have it chosen"]
+    if share and not any(arch.windows):
+        return [f"engine.swa_full_tokens_ratio={share} needs sliding layers, but {arch.family} has none: use 0"]
+    total = engine.max_total_tokens // max(page, 1)
+    if not share or not total:
+        return []
+    needed = min(total, max(window_blocks(window, page) if window else 1 for window in arch.windows))
+    if int(total * share) >= needed:
+        return []
+    sentence = (
+        f"engine.swa_full_tokens_ratio={share} leaves sliding layers {int(total * share)} of {total} blocks, but one "
+        f"request's window needs {needed}: use at least {needed / total:.3g}, or 0 to have it chosen"
+    )
+    return [sentence]
 
 
 def context_length(arch: Arch, engine: EngineConfig) -> int:
@@ -195,15 +227,20 @@ def memory_by_kind(arch: Arch, dims: ParallelDims, engine: EngineConfig, dtype: 
     embedding = arch.vocab_size * d
     by_heads, by_kv, replicated = arch.attn_params
     kv_shards = 1 if arch.mla else min(dims.attn_tp, arch.kv_heads)
-    tokens = engine.max_total_tokens // engine.page_size * engine.page_size
+    kv_rows = sum(len(kind.layers) * kind.num_blocks * engine.page_size for kind in layer_kinds(arch.windows, engine))
     return {
-        "embedding": size * (embedding if arch.tied and dims.attn_tp == 1 else embedding + embedding // dims.attn_tp),
+        "embedding": size * (embedding if arch.tied and dims.head_tp == 1 else embedding + embedding // dims.head_tp),
         "attention": size * arch.num_layers * (by_heads // dims.attn_tp + by_kv // kv_shards + replicated),
         "dense_ffn": size * dense_layers * 3 * d * arch.dense_intermediate // dims.dense_tp,
         "shared_experts": size * len(arch.moe_layers) * 3 * d * arch.shared_intermediate,
         "experts": size * len(arch.moe_layers) * arch.slots(engine) // dims.ep_size * expert,
-        "kv_cache": size * arch.num_layers * tokens * arch.kv_values * arch.kv_heads // kv_shards,
+        "kv_cache": size * kv_rows * arch.kv_values * arch.kv_heads // kv_shards,
     }
+
+
+def _splits_kv_heads(arch: Arch, attn_tp: int) -> bool:
+    """True when each rank gets whole KV heads, or each KV head a whole number of ranks."""
+    return arch.mla or not (arch.kv_heads % attn_tp and attn_tp % arch.kv_heads)
 
 
 def _largest_divisor(n: int, at_most: int) -> int:

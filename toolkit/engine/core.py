@@ -67,7 +67,7 @@ class Request:
 
     num_computed: int = 0  # tokens whose KV is in the cache
     num_cached: int = 0  # prompt tokens that came from the prefix cache, at first admission
-    blocks: list[int] = field(default_factory=list)  # KV block ids, in token order
+    blocks: list[list[int]] = field(default_factory=list)  # KV block ids in token order, of each kind of layer
     block_hashes: list[int] = field(default_factory=list)  # of the full blocks in `tokens` known so far
     num_published: int = 0  # leading blocks already offered to the prefix cache
     preemptions: int = 0
@@ -80,15 +80,38 @@ class Request:
 
 @dataclass(frozen=True)
 class ScheduledRequest:
-    """``num_tokens`` tokens of ``request``, starting at ``request.num_computed``, in this step."""
+    """``num_tokens`` tokens of ``request`` in this step, after its computed ones and ``offset`` more.
+
+    The offset is not zero in the second half of a request that two-batch overlap cut in two.
+    """
 
     request: Request
     num_tokens: int
+    offset: int = 0
+
+    @property
+    def begin(self) -> int:
+        """Position of the first token."""
+        return self.request.num_computed + self.offset
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.begin + self.num_tokens
 
     @property
     def samples(self) -> bool:
         """True when the step reaches the request's last known token, so that its logits give the next one."""
-        return self.request.num_computed + self.num_tokens == len(self.request.tokens)
+        return self.end == len(self.request.tokens)
+
+    @property
+    def scored(self) -> range:
+        """Positions whose logits give a logprob of the prompt's next token, where the request asks for those."""
+        request = self.request
+        if request.sampling.prompt_logprobs is None:
+            return range(0)
+        known = len(request.prompt_logprobs)  # a preempted request computes some of them again
+        return range(max(self.begin, known), max(self.begin, known, min(self.end, request.prompt_len - 1)))
 
 
 @dataclass(frozen=True)
@@ -106,6 +129,11 @@ class Batch:
     def num_tokens(self) -> int:
         return len(self.decode) + sum(s.num_tokens for s in self.prefill)
 
+    @property
+    def num_samples(self) -> int:
+        """Rows of logits that the step must give."""
+        return sum(s.samples + len(s.scored) for s in self.scheduled)
+
 
 @dataclass(frozen=True)
 class StepContext:
@@ -114,9 +142,13 @@ class StepContext:
     Attributes:
         step: forward passes since start, equal on every rank.
         dp_tokens: tokens of each DP rank in this step; zeros are ranks that only take part.
+        dp_samples: rows of logits that each DP rank needs from this step, for tokens and for logprobs of prompts.
+        first_half: tokens of each DP rank in the first half of a step with two-batch overlap; None: no overlap.
         is_extend: True when any rank prefills (SGLang's ``is_extend_in_batch``).
     """
 
     step: int
     dp_tokens: tuple[int, ...]
+    dp_samples: tuple[int, ...]
     is_extend: bool
+    first_half: tuple[int, ...] | None = None

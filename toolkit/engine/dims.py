@@ -20,6 +20,7 @@ class ParallelDims:
     ep_size: int
     moe_dp_size: int
     moe_dense_tp_size: int | None
+    enable_dp_lm_head: bool = False
 
     @property
     def attn_tp(self) -> int:
@@ -40,6 +41,11 @@ class ParallelDims:
     def dense_tp(self) -> int:
         """Ranks that split a dense FFN."""
         return self.moe_dense_tp_size or self.tp_size
+
+    @property
+    def head_tp(self) -> int:
+        """Ranks that split the vocabulary of the LM head."""
+        return self.attn_tp if self.enable_dp_lm_head else self.tp_size
 
     @property
     def mapping(self) -> str:
@@ -79,7 +85,7 @@ class ParallelDims:
         c = config
         for name in ("tp_size", "dp_size", "ep_size", "moe_dp_size"):
             if getattr(c, name) < 1:
-                raise ValueError(f"parallel.{name}={getattr(c, name)} must be at least 1")
+                raise ValueError(f"parallel.{name}={getattr(c, name)} must be at least 1: use 1 to do without")
         if c.tp_size % c.dp_size:
             raise ValueError(
                 f"parallel.dp_size={c.dp_size} does not divide parallel.tp_size={c.tp_size}: "
@@ -88,7 +94,7 @@ class ParallelDims:
         if c.dp_size > 1 and not c.enable_dp_attention:
             raise ValueError(
                 f"parallel.dp_size={c.dp_size} needs parallel.enable_dp_attention=true "
-                "(attention DP inside one worker), or use dp_size=1"
+                "(attention DP inside one worker): use both, or dp_size=1"
             )
         if c.tp_size % c.moe_dp_size:
             raise ValueError(
@@ -103,10 +109,14 @@ class ParallelDims:
             )
         if c.moe_dense_tp_size not in (None, 1):
             raise ValueError(
-                f"parallel.moe_dense_tp_size={c.moe_dense_tp_size} must be null (dense FFN split over tp_size) "
-                "or 1 (dense FFN data-parallel)"
+                f"parallel.moe_dense_tp_size={c.moe_dense_tp_size} is neither null nor 1: use null (dense FFN split "
+                "over tp_size) or 1 (dense FFN data-parallel)"
             )
-        return cls(c.tp_size, c.dp_size, c.ep_size, c.moe_dp_size, c.moe_dense_tp_size)
+        if c.enable_dp_lm_head and not c.enable_dp_attention:
+            raise ValueError(
+                "parallel.enable_dp_lm_head=true needs parallel.enable_dp_attention=true, or leave it false"
+            )
+        return cls(c.tp_size, c.dp_size, c.ep_size, c.moe_dp_size, c.moe_dense_tp_size, c.enable_dp_lm_head)
 
 
 def _divisors(n: int) -> str:

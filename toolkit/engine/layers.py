@@ -1,4 +1,4 @@
-"""Building blocks of every family: norm, rotary embedding, SwiGLU, embedding and LM head.
+"""Building blocks of every family: norm, rotary embedding, gated FFN, embedding and LM head.
 
 T: tokens of the DP group, S: rows of this rank's slice (parallel.TokenLayout), D: hidden, V: vocabulary.
 Knows no family. Read next: ``models/mixtral.py``.
@@ -7,24 +7,35 @@ Knows no family. Read next: ``models/mixtral.py``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.engine.parallel import Comm, TokenLayout
+from toolkit.engine.parallel import Comm, Groups, TokenLayout, gather_rows, reduce_rows
 from toolkit.engine.weights import Shard, Weights
 
 
 class RMSNorm:
-    """x / rms(x) * weight, computed in float32."""
+    """x / rms(x) * weight, the quotient computed in float32.
 
-    def __init__(self, weights: Weights, name: str, size: int, eps: float) -> None:
+    Args:
+        add_one: multiply by 1 + weight instead, in float32 (Gemma).
+    """
+
+    def __init__(self, weights: Weights, name: str, size: int, eps: float, add_one: bool = False) -> None:
         self.weight, self.eps = weights.get(f"{name}.weight", (size,)), eps
+        if add_one:
+            self.weight = self.weight.float() + 1.0
+        self.add_one = add_one
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+        normed = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
+        if self.add_one:
+            return (normed * self.weight).to(x.dtype)
+        return normed.to(x.dtype) * self.weight
 
 
 class Rotary:
@@ -103,10 +114,18 @@ def _attention_factor(rope: dict[str, Any]) -> float:
 
 
 class DenseFFN:
-    """SwiGLU: down(silu(gate x) * up x), its columns split over ``comm``. Takes and returns slices [S, D]."""
+    """down(activation(gate x) * up x), its columns split over ``comm``. Takes and returns slices [S, D]."""
 
-    def __init__(self, weights: Weights, name: str, hidden: int, intermediate: int, comm: Comm) -> None:
-        self.comm = comm
+    def __init__(
+        self,
+        weights: Weights,
+        name: str,
+        hidden: int,
+        intermediate: int,
+        comm: Comm,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+    ) -> None:
+        self.comm, self.activation = comm, activation
         part = Shard(0, comm.rank, comm.size)
         gate = weights.get(f"{name}.gate_proj.weight", (intermediate, hidden), part)
         up = weights.get(f"{name}.up_proj.weight", (intermediate, hidden), part)
@@ -116,18 +135,28 @@ class DenseFFN:
     def __call__(self, x_SD: Tensor, layout: TokenLayout) -> Tensor:
         if self.comm.size == 1:
             return self.local(x_SD)
-        x = self.comm.all_gather(layout.pad_to_max(x_SD))
-        return self.comm.reduce_scatter(self.local(x))[: layout.rows]
+        x = gather_rows(self.comm, x_SD, layout.rows_by_rank, layout.padding)
+        return reduce_rows(self.comm, self.local(x), layout.rows_by_rank, layout.padding)
 
     def local(self, x: Tensor) -> Tensor:
         """This rank's columns over the given rows: partial sums when the FFN is split."""
-        return swiglu(x, self.gate_up, self.down)
+        return glu(x, self.gate_up, self.down, self.activation)
+
+
+def glu(x: Tensor, gate_up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """[n, D] through one gated FFN: gate_up [2F, D], down [D, F]."""
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(activation(gate) * up, down)
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """[n, D] through one SwiGLU FFN: gate_up [2F, D], down [D, F]."""
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
+    return glu(x, gate_up, down, F.silu)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation (``gelu_pytorch_tanh``)."""
+    return F.gelu(x, approximate="tanh")
 
 
 class Embedding:
@@ -141,22 +170,44 @@ class Embedding:
 
 
 class LMHead:
-    """Vocabulary projection, rows split over the attention TP group."""
+    """Vocabulary projection, rows split over ``comm``: the attention TP group, or all ranks of the worker.
 
-    def __init__(self, weight: Tensor, comm: Comm) -> None:
-        self.weight, self.comm = weight, comm
+    Over all ranks (SGLang without enable_dp_lm_head), the rows of every DP rank meet: each rank multiplies all of
+    them with its part of the vocabulary, and sends each DP rank the logits of its own.
+    """
+
+    def __init__(self, weight: Tensor, groups: Groups) -> None:
+        self.weight, self.groups, self.comm = weight, groups, groups.head
 
     @classmethod
-    def load(cls, weights: Weights, name: str, vocab: int, hidden: int, comm: Comm, tied: Embedding | None) -> LMHead:
+    def load(
+        cls, weights: Weights, name: str, vocab: int, hidden: int, groups: Groups, tied: Embedding | None
+    ) -> LMHead:
         """``tied``: the embedding whose rows are used when the checkpoint has no head of its own."""
-        part = Shard(0, comm.rank, comm.size)
+        part = Shard(0, groups.head.rank, groups.head.size)
         if tied is not None:
-            return cls(tied.weight[part.of(vocab)], comm)
-        return cls(weights.get(f"{name}.weight", (vocab, hidden), part), comm)
+            weights.skip(f"{name}.", "the embedding, stored twice")
+            return cls(tied.weight[part.of(vocab)], groups)
+        return cls(weights.get(f"{name}.weight", (vocab, hidden), part), groups)
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
-        """[N, D], the same on every rank of the group -> logits [N, V] in float32."""
-        part = F.linear(x_ND, self.weight).float()
+    def __call__(self, x_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
+        """[N, D], the same on every rank of the DP group -> logits [N, V] in float32.
+
+        Args:
+            dp_rows: N of each DP rank. Every rank must call when any is not zero.
+        """
         if self.comm.size == 1:
-            return part
-        return self.comm.all_gather(part.T.contiguous()).T
+            return F.linear(x_ND, self.weight).float()
+        dims = self.groups.dims
+        if dims.head_tp == dims.attn_tp:
+            return self.comm.all_gather(F.linear(x_ND, self.weight).float().T.contiguous()).T
+        rows = [dp_rows[dims.dp_rank(rank)] for rank in self.comm.ranks]
+        parts = torch.split(gather_rows(self.comm, x_ND, rows, "sum_len"), rows)
+        # each DP rank's rows once, then a copy of the logits to every rank of that group
+        own = F.linear(torch.cat([parts[dims.leader(dp)] for dp in range(dims.dp_size)]), self.weight).float()
+        by_dp = torch.split(own, list(dp_rows))
+        sent = torch.cat([by_dp[dims.dp_rank(rank)] for rank in self.comm.ranks])
+        received, work = self.comm.all_to_all(sent, rows, [len(x_ND)] * self.comm.size)
+        if work is not None:
+            work.wait()
+        return received.unflatten(0, (self.comm.size, -1)).transpose(0, 1).flatten(1) if len(x_ND) else received[:0]

@@ -8,8 +8,10 @@ Read next: ``models/mixtral.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from torch import Tensor
 from toolkit.engine.core import StepContext
 from toolkit.engine.dims import ParallelDims
 
+FOREVER = timedelta(days=30)
+
 
 class Comm:
     """Collectives over one set of ranks. With one rank they return their input."""
@@ -25,6 +29,17 @@ class Comm:
     def __init__(self, ranks: list[int], rank: int, group: dist.ProcessGroup | None) -> None:
         assert group is not None or len(ranks) == 1, f"no process group for {ranks}"
         self.ranks, self.size, self.rank, self.group = ranks, len(ranks), ranks.index(rank), group
+
+    @classmethod
+    def split(cls, world: int, rank: int, size: int, backend: str | None = None) -> Comm:
+        """Cuts the default process group into runs of ``size`` ranks; all of its ranks must do so at the same time."""
+        mine, group = [rank], None
+        for first in range(0, world, size):
+            ranks = list(range(first, first + size))
+            made = dist.new_group(ranks, backend=backend, timeout=FOREVER) if size > 1 else None
+            if rank in ranks:
+                mine, group = ranks, made
+        return cls(mine, rank, group)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[n, ...] on every rank -> [size * n, ...], in rank order."""
@@ -78,8 +93,8 @@ class Groups:
         attn_tp: ranks that share this rank's DP group.
         attn_tp_cpu: the same for host data.
         moe: ranks that hold one whole set of experts.
-        dense: ranks that split a dense FFN.
-        world_cpu: all ranks, for host data (``agree``).
+        tp: all ranks of the worker.
+        tp_cpu: the same for host data (``agree``).
     """
 
     dims: ParallelDims
@@ -87,8 +102,8 @@ class Groups:
     attn_tp: Comm
     attn_tp_cpu: Comm
     moe: Comm
-    dense: Comm
-    world_cpu: Comm
+    tp: Comm
+    tp_cpu: Comm
 
     @classmethod
     def single(cls) -> Groups:
@@ -110,23 +125,26 @@ class Groups:
             host, port, world, is_master=rank == 0, timeout=timedelta(minutes=10)
         )
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        long = timedelta(days=30)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=long)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=FOREVER)
+        return cls.of(dims, rank, lambda size, backend: Comm.split(world, rank, size, backend))
 
-        def split(size: int, backend: str | None = None) -> Comm:
-            mine = [rank]
-            group = None
-            for first in range(0, world, size):
-                ranks = list(range(first, first + size))
-                made = dist.new_group(ranks, backend=backend, timeout=long) if size > 1 else None
-                if rank in ranks:
-                    mine, group = ranks, made
-            return Comm(mine, rank, group)
-
+    @classmethod
+    def of(cls, dims: ParallelDims, rank: int, split: Callable[[int, str | None], Comm]) -> Groups:
+        """The groups of ``rank``, each made by ``split(size, backend)``, in the same order on all ranks."""
         return cls(
-            dims, rank, attn_tp=split(dims.attn_tp), attn_tp_cpu=split(dims.attn_tp, "gloo"),
-            moe=split(dims.moe_group), dense=split(dims.dense_tp), world_cpu=split(world, "gloo"),
+            dims, rank, attn_tp=split(dims.attn_tp, None), attn_tp_cpu=split(dims.attn_tp, "gloo"),
+            moe=split(dims.moe_group, None), tp=split(dims.tp_size, None), tp_cpu=split(dims.tp_size, "gloo"),
         )  # fmt: skip
+
+    @property
+    def dense(self) -> Comm:
+        """Ranks that split a dense FFN."""
+        return self.tp if self.dims.dense_tp > 1 else Comm([self.rank], self.rank, None)
+
+    @property
+    def head(self) -> Comm:
+        """Ranks that split the vocabulary."""
+        return self.attn_tp if self.dims.enable_dp_lm_head else self.tp
 
     @property
     def ep_size(self) -> int:
@@ -142,23 +160,27 @@ class TokenLayout:
 
     T: tokens of this DP group, replicated on its attention TP ranks. S: rows of this rank's slice, ceil(T / attn_tp).
 
+    Args:
+        padding: how ranks' rows are laid side by side in gathers; auto: ``choose_padding``.
+
     Attributes:
         num_tokens: T.
         rows: S.
         valid: leading rows of the slice that are tokens; the rest is padding.
-        max_rows: the largest S of any rank.
+        rows_by_rank: S of every rank of the worker.
     """
 
-    def __init__(self, ctx: StepContext, groups: Groups) -> None:
+    def __init__(self, ctx: StepContext, groups: Groups, padding: PaddingMode = "auto") -> None:
         tp = groups.dims.attn_tp
         self.comm = groups.attn_tp
         self.num_tokens = ctx.dp_tokens[groups.dims.dp_rank(groups.rank)]
-        self.rows_by_dp = tuple(-(-tokens // tp) for tokens in ctx.dp_tokens)
+        rows_by_dp = [-(-tokens // tp) for tokens in ctx.dp_tokens]
+        self.rows_by_rank = tuple(rows_by_dp[groups.dims.dp_rank(rank)] for rank in range(groups.dims.tp_size))
         self.rows = -(-self.num_tokens // tp)
         self.first = self.rows * self.comm.rank
         self.valid = max(0, min(self.rows, self.num_tokens - self.first))
-        self.max_rows = max(self.rows_by_dp)
         self.is_extend = ctx.is_extend
+        self.padding = choose_padding(rows_by_dp, ctx.is_extend) if padding == "auto" else padding
 
     def scatter(self, x_T: Tensor) -> Tensor:
         """[T, ...] known to every rank of the group -> this rank's [S, ...], padded with zeros."""
@@ -178,8 +200,36 @@ class TokenLayout:
         pad = self.rows * self.comm.size - self.num_tokens
         return self.comm.reduce_scatter(torch.cat([x_T, x_T.new_zeros(pad, *x_T.shape[1:])]))
 
-    def pad_to_max(self, x_S: Tensor) -> Tensor:
-        """[S, ...] -> [max_rows, ...] for collectives that need equal shares."""
-        if self.rows == self.max_rows:
-            return x_S
-        return torch.cat([x_S, x_S.new_zeros(self.max_rows - self.rows, *x_S.shape[1:])])
+
+PaddingMode = Literal["auto", "max_len", "sum_len"]
+
+
+def choose_padding(rows_by_dp: Sequence[int], is_extend: bool) -> PaddingMode:
+    """SGLang's rule (DpPaddingMode): sum_len when anybody prefills, or when padding would double the rows."""
+    if is_extend and len(rows_by_dp) > 1:
+        return "sum_len"
+    return "max_len" if 2 * sum(rows_by_dp) >= max(rows_by_dp) * len(rows_by_dp) else "sum_len"
+
+
+def gather_rows(comm: Comm, x_SD: Tensor, rows: Sequence[int], padding: PaddingMode, fill: int = 0) -> Tensor:
+    """The rows of all ranks one after another.
+
+    Args:
+        rows: S of each rank of ``comm``.
+        padding: max_len: every rank's part is padded with ``fill`` to the longest; sum_len: parts as they are.
+    """
+    if padding == "max_len":
+        pad = x_SD.new_full((max(rows) - len(x_SD), *x_SD.shape[1:]), fill)
+        return comm.all_gather(torch.cat([x_SD, pad]))
+    everything, work = comm.all_to_all(x_SD.repeat(comm.size, 1), [len(x_SD)] * comm.size, list(rows))
+    if work is not None:
+        work.wait()
+    return everything
+
+
+def reduce_rows(comm: Comm, partial: Tensor, rows: Sequence[int], padding: PaddingMode) -> Tensor:
+    """Partial sums laid out as ``gather_rows`` does -> this rank's [S, D] of their sum over the ranks."""
+    if padding == "max_len":
+        return comm.reduce_scatter(partial)[: rows[comm.rank]]
+    first = sum(rows[: comm.rank])
+    return comm.all_reduce(partial)[first : first + rows[comm.rank]]

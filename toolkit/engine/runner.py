@@ -8,6 +8,7 @@ Read next: ``worker.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,15 +16,17 @@ from torch import Tensor
 from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine.arch import Arch
 from toolkit.engine.attention.backend import make_attention
-from toolkit.engine.core import Batch, StepContext
+from toolkit.engine.core import Batch, Request, StepContext
+from toolkit.engine.kv.kinds import layer_kinds
 from toolkit.engine.kv.pool import KVCache
 from toolkit.engine.models.base import Forward, make_model
 from toolkit.engine.moe.layer import MoEContext
+from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups, TokenLayout
 from toolkit.engine.sampler import Sampled, Sampler, token_logprobs
 from toolkit.engine.weights import DTYPES, open_weights
 
-LOGPROB_ROWS = 64  # rows of the vocabulary's size held at a time for logprobs of a prompt
+LOGIT_ROWS = 256  # rows of the vocabulary's size that are held at a time; only logprobs of prompts need more
 
 
 class ModelRunner:
@@ -46,10 +49,11 @@ class ModelRunner:
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.arch, self.groups, self.device = arch, groups, device
+        self.padding = engine.dp_padding_mode
         self.moe = MoEContext.create(arch, engine, groups, device)
         self.model = make_model(arch, open_weights(model, device, progress), groups, self.moe, device)
-        num_blocks = engine.max_total_tokens // engine.page_size
-        self.cache = KVCache(self.model.kv_spec, num_blocks, engine.page_size, DTYPES[model.dtype], device)
+        kinds = layer_kinds(arch.windows, engine)
+        self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, DTYPES[model.dtype], device)
         self.attention = make_attention(engine.attention_backend, self.cache, device)
         self.sampler = Sampler()
 
@@ -60,55 +64,52 @@ class ModelRunner:
         Returns:
             One token for each request of the batch that ``samples``, in batch order.
         """
-        hidden_SD, layout = self._forward(batch, ctx)
-        self._add_prompt_logprobs(batch, hidden_SD, layout)
-        return self.sampler(self._due(batch, hidden_SD, layout), [s.request for s in batch.scheduled if s.samples])
-
-    @torch.inference_mode()
-    def logits(self, batch: Batch, ctx: StepContext) -> Tensor:
-        """Logits [N, V] float32 of the sampling requests' last tokens."""
-        return self._due(batch, *self._forward(batch, ctx))
-
-    def _due(self, batch: Batch, hidden_SD: Tensor, layout: TokenLayout) -> Tensor:
-        ends = torch.tensor([s.num_tokens for s in batch.scheduled], dtype=torch.long).cumsum(0) - 1
-        due = torch.tensor([s.samples for s in batch.scheduled], dtype=torch.bool)
-        if not due.any():  # the same on every rank of the attention TP group
-            return hidden_SD.new_empty(0, self.arch.vocab_size, dtype=torch.float32)
-        return self.model.logits(layout.gather(hidden_SD)[ends[due].to(self.device)])
-
-    def _add_prompt_logprobs(self, batch: Batch, hidden_SD: Tensor, layout: TokenLayout) -> None:
-        """For the requests that ask for them: each computed token of the prompt scores the one after it."""
-        row = 0
+        hidden_TD = self.hidden(batch, ctx)
+        scored: list[tuple[Request, int]] = []  # and the position before the token to be scored
+        scored_rows, due_rows, first = [], [], 0
         for s in batch.scheduled:
-            request, top, first = s.request, s.request.sampling.prompt_logprobs, row
-            row += s.num_tokens
-            begin = len(request.prompt_logprobs)  # not num_computed: a preempted request computes some again
-            end = min(request.num_computed + s.num_tokens, request.prompt_len - 1)
-            if top is None or begin >= end:
-                continue
-            first += begin - request.num_computed
-            hidden = layout.gather(hidden_SD)[first : first + end - begin]
-            following = request.tokens[begin + 1 : end + 1]
-            for i in range(0, end - begin, LOGPROB_ROWS):
-                rows = slice(i, i + LOGPROB_ROWS)
-                logits = self.model.logits(hidden[rows])
-                request.prompt_logprobs += token_logprobs(logits, following[rows], [top] * len(following[rows]))
+            scored += [(s.request, position) for position in s.scored]
+            scored_rows += [first + position - s.begin for position in s.scored]
+            first += s.num_tokens
+            due_rows += [first - 1] if s.samples else []
+        hidden_ND = hidden_TD[torch.tensor(scored_rows + due_rows, dtype=torch.long, device=self.device)]
+        due: list[Tensor] = []
+        for begin in range(0, max(ctx.dp_samples), LOGIT_ROWS):
+            dp_rows = tuple(max(0, min(rows - begin, LOGIT_ROWS)) for rows in ctx.dp_samples)
+            logits = self.model.logits(hidden_ND[begin : begin + LOGIT_ROWS], dp_rows)
+            part = scored[begin : begin + LOGIT_ROWS]
+            _score(part, logits[: len(part)])
+            if len(logits) > len(part):
+                due.append(logits[len(part) :])
+        requests = [s.request for s in batch.scheduled if s.samples]
+        return self.sampler(torch.cat(due), requests) if requests else Sampled([], {})
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, ctx: StepContext) -> Tensor:
         """Final hidden states [T, D] of all tokens of the DP group."""
-        hidden_SD, layout = self._forward(batch, ctx)
-        return layout.gather(hidden_SD)
+        step = self._forward(batch, ctx)
+        if ctx.first_half is not None:
+            rest = tuple(all_ - first for all_, first in zip(ctx.dp_tokens, ctx.first_half))
+            contexts = (replace(ctx, dp_tokens=ctx.first_half), replace(ctx, dp_tokens=rest))
+            first, second = (self._forward(half, c) for half, c in zip(split(batch), contexts))
+            step = replace(step, halves=(first, second))
+        tokens = [token for s in batch.scheduled for token in s.request.tokens[s.begin : s.end]]
+        tokens_T = torch.tensor(tokens, dtype=torch.long, device=self.device)
+        return step.layout.gather(self.model.forward(tokens_T, step))
 
-    def _forward(self, batch: Batch, ctx: StepContext) -> tuple[Tensor, TokenLayout]:
-        tokens: list[int] = []
-        positions: list[int] = []
-        for s in batch.scheduled:
-            begin, end = s.request.num_computed, s.request.num_computed + s.num_tokens
-            tokens += s.request.tokens[begin:end]
-            positions += range(begin, end)
-        layout = TokenLayout(ctx, self.groups)
-        assert layout.num_tokens == len(tokens), f"agreed on {layout.num_tokens} tokens, batch has {len(tokens)}"
+    def _forward(self, batch: Batch, ctx: StepContext) -> Forward:
+        layout = TokenLayout(ctx, self.groups, self.padding)
+        assert layout.num_tokens == batch.num_tokens, f"agreed on {layout.num_tokens}, batch has {batch.num_tokens}"
+        positions = [position for s in batch.scheduled for position in range(s.begin, s.end)]
         positions_T = torch.tensor(positions, dtype=torch.long, device=self.device)
-        step = Forward(positions_T, layout, self.attention.plan(batch), self.attention)
-        return self.model.forward(torch.tensor(tokens, dtype=torch.long, device=self.device), step), layout
+        return Forward(positions_T, layout, self.attention.plan(batch), self.attention)
+
+
+def _score(scored: list[tuple[Request, int]], logits_NV: Tensor) -> None:
+    """Adds to each request the logprob of its token after each position."""
+    if not scored:
+        return
+    following = [request.tokens[position + 1] for request, position in scored]
+    tops = [request.sampling.prompt_logprobs or 0 for request, _ in scored]
+    for (request, _), entry in zip(scored, token_logprobs(logits_NV, following, tops)):
+        request.prompt_logprobs.append(entry)

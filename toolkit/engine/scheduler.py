@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from toolkit.engine.core import Batch, FinishReason, Request, SamplingParams, ScheduledRequest, TokenLogprobs
-from toolkit.engine.kv.pool import BlockPool, block_hash
+from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import Output
 
 
@@ -32,21 +32,20 @@ class Scheduler:
     """Requests of one DP rank.
 
     Args:
-        page_size: tokens a block.
+        tables: the rank's KV blocks.
         token_budget: tokens a step (chunked_prefill_size).
         max_running: requests in the running batch.
-        max_len: prompt + output of one request; the pool must hold at least one such request.
+        max_len: prompt + output of one request; the blocks must do for at least one such request.
     """
 
-    pool: BlockPool
-    page_size: int
+    tables: BlockTables
     token_budget: int
     max_running: int
     max_len: int
     stats: SchedulerStats = field(default_factory=SchedulerStats)
 
     def __post_init__(self) -> None:
-        assert self.pool.num_blocks * self.page_size >= self.max_len, "the pool cannot hold one longest request"
+        assert self.tables.can_hold(self.max_len), "the KV cache cannot hold one longest request"
         self._waiting: OrderedDict[str, Request] = OrderedDict()
         self._running: dict[str, Request] = {}  # in order of admission
         self._arrivals = 0
@@ -77,17 +76,20 @@ class Scheduler:
     def abort(self, rid: str) -> None:
         """Drops a request wherever it is; an unknown id is ignored. Not to be called between schedule and finish."""
         if rid in self._running:
-            self._release(self._running.pop(rid))
+            self.tables.release(self._running.pop(rid))
         self._waiting.pop(rid, None)
 
     def flush_cache(self) -> None:
         """Forgets all cached prefixes."""
-        self.pool.clear_cache()
+        self.tables.clear_cache()
 
     # --- one step ---------------------------------------------------------------------------------
 
-    def schedule(self) -> Batch:
-        """The next step's batch; empty when there is nothing to do. Every batch must be given to ``finish``."""
+    def schedule(self, hold: bool = False) -> Batch:
+        """The next step's batch; empty when there is nothing to do. Every batch must be given to ``finish``.
+
+        ``hold``: admit nobody; running requests go on.
+        """
         decode = self._schedule_decode()
         budget = self.token_budget - len(decode)
         prefill: list[ScheduledRequest] = []
@@ -96,7 +98,7 @@ class Scheduler:
             if _is_prefilling(request):
                 budget -= self._schedule_chunk(request, budget, prefill)
                 complete &= bool(prefill) and prefill[-1].request is request and prefill[-1].samples
-        while complete and budget and self._waiting and len(self._running) < self.max_running:
+        while not hold and complete and budget and self._waiting and len(self._running) < self.max_running:
             request = next(iter(self._waiting.values()))
             if not self._admit(request):
                 break
@@ -115,7 +117,7 @@ class Scheduler:
         for scheduled in batch.scheduled:
             request, samples = scheduled.request, scheduled.samples
             request.num_computed += scheduled.num_tokens
-            self._publish(request)
+            self.tables.computed(request)
             if not samples:
                 continue
             token = next(tokens)
@@ -123,7 +125,7 @@ class Scheduler:
             self.stats.generated_tokens += 1
             reason = self._finish_reason(request, token)
             if reason is not None:
-                self._release(self._running.pop(request.rid))
+                self.tables.release(self._running.pop(request.rid))
             entry = logprobs.get(request.rid) if logprobs else None
             of_prompt = request.prompt_logprobs if request.num_output == 1 else []
             outputs.append(
@@ -141,7 +143,7 @@ class Scheduler:
         for request in sorted((r for r in self._running.values() if not _is_prefilling(r)), key=lambda r: r.arrival):
             if request.rid not in self._running:
                 continue  # was preempted for an earlier one
-            while not self._grow(request, request.num_computed + 1):
+            while not self.tables.grow(request, request.num_computed + 1):
                 victim = max(self._running.values(), key=lambda r: r.arrival)
                 self._preempt(victim)
                 decode.pop(victim.rid, None)
@@ -154,10 +156,10 @@ class Scheduler:
     def _schedule_chunk(self, request: Request, budget: int, prefill: list[ScheduledRequest]) -> int:
         """Schedules as many of the request's missing tokens as budget and blocks allow; returns how many."""
         wanted = min(budget, len(request.tokens) - request.num_computed)
-        room = (len(request.blocks) + self.pool.num_free) * self.page_size - request.num_computed
+        room = self.tables.room(request)
         count = min(wanted, room)
         if count > 0:
-            grown = self._grow(request, request.num_computed + count)
+            grown = self.tables.grow(request, request.num_computed + count)
             assert grown, f"{request.rid}: {count} tokens did not fit into the room of {room}"
             prefill.append(ScheduledRequest(request, count))
         return max(count, 0)
@@ -167,18 +169,10 @@ class Scheduler:
 
         A block for each running request stays free, so that it is not preempted in the very next steps.
         """
-        self._hash_blocks(request)
-        # At least one token must be computed for logits; for logprobs of the prompt, each of its tokens, once.
-        uncomputed = request.sampling.prompt_logprobs is not None and not request.num_output
-        reusable = 0 if uncomputed else (len(request.tokens) - 1) // self.page_size
-        cached = self.pool.match(request.block_hashes[:reusable])
-        needed = -(-len(request.tokens) // self.page_size) - len(cached) + self.pool.num_idle(cached)
-        if self._running and needed + len(self._running) > self.pool.num_free:
+        # For logprobs of the prompt each of its tokens must be computed, once.
+        scored = request.sampling.prompt_logprobs is not None and not request.num_output
+        if not self.tables.admit(request, self.token_budget, reserve=len(self._running), reuse=not scored):
             return False
-        self.pool.acquire(cached)
-        request.blocks = list(cached)
-        request.num_computed = request.num_published = len(cached)
-        request.num_computed *= self.page_size
         if request.preemptions == 0:
             request.num_cached = request.num_computed
             self.stats.prompt_tokens += request.prompt_len
@@ -190,41 +184,11 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Back to the front of the queue; its tokens, output included, are computed again later."""
         del self._running[request.rid]
-        self._release(request)
-        request.num_computed = request.num_published = 0
+        self.tables.release(request)
         request.preemptions += 1
         self.stats.preemptions += 1
         self._waiting[request.rid] = request
         self._waiting.move_to_end(request.rid, last=False)
-
-    def _grow(self, request: Request, num_tokens: int) -> bool:
-        """Allocates blocks until ``num_tokens`` tokens fit; False, with nothing taken, when they run out."""
-        missing = -(-num_tokens // self.page_size) - len(request.blocks)
-        if missing > self.pool.num_free:
-            return False
-        request.blocks.extend(self.pool.allocate() for _ in range(missing))
-        return True
-
-    def _release(self, request: Request) -> None:
-        self.pool.release(request.blocks)
-        request.blocks = []
-
-    def _hash_blocks(self, request: Request) -> None:
-        """Hashes the full blocks of the request's tokens that are not hashed yet."""
-        if not self.pool.prefix_cache:
-            return
-        hashes, size = request.block_hashes, self.page_size
-        for i in range(len(hashes), len(request.tokens) // size):
-            hashes.append(block_hash(hashes[-1] if hashes else 0, request.tokens[i * size : (i + 1) * size]))
-
-    def _publish(self, request: Request) -> None:
-        """Offers the blocks that this step filled to the prefix cache."""
-        full = request.num_computed // self.page_size
-        if full > request.num_published and self.pool.prefix_cache:
-            self._hash_blocks(request)
-            for i in range(request.num_published, full):
-                self.pool.publish(request.blocks[i], request.block_hashes[i])
-            request.num_published = full
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         sampling = request.sampling
@@ -236,7 +200,7 @@ class Scheduler:
 
     def audit(self) -> None:
         """Asserts that no block is leaked or shared wrongly. For tests."""
-        self.pool.audit([r.blocks for r in self._running.values()])
+        self.tables.audit(list(self._running.values()))
         assert not any(r.blocks for r in self._waiting.values()), "a waiting request holds blocks"
 
 

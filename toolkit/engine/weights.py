@@ -1,13 +1,16 @@
 """Where weights come from: safetensors folders, read by slice, or seeded random ones.
 
 A model asks for each tensor it owns by its checkpoint name, its full shape and the part it wants; nothing else is
-read. Knows nothing of models. Read next: ``models/mixtral.py``.
+read, and what no model asked for is reported. Tensors in block-quantised FP8 (``fp8.py``) are dequantised.
+Knows nothing of models. Read next: ``models/mixtral.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,9 @@ import torch
 from torch import Tensor
 
 from toolkit.config import ModelConfig
+from toolkit.engine.fp8 import BlockFp8, blocks_of
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -44,6 +50,18 @@ class Weights(Protocol):
         """Tensor ``name`` of full ``shape`` (or its ``shard``) on the model's device, in ``dtype`` or the model's."""
         ...
 
+    def has(self, name: str) -> bool:
+        """True when there is a tensor ``name``."""
+        ...
+
+    def skip(self, prefix: str, what: str) -> None:
+        """Tensors whose names begin with ``prefix`` are left unread on purpose; ``what`` they are."""
+        ...
+
+    def report(self) -> None:
+        """Logs, once everything was read, which tensors were not."""
+        ...
+
 
 class SafetensorsWeights:
     """A Hugging Face folder. Reads only the slices that are asked for.
@@ -53,7 +71,8 @@ class SafetensorsWeights:
         progress: called after each tensor with the bytes made so far.
 
     Raises:
-        ValueError: no checkpoint in the folder; from ``get``: a missing tensor, or one of another shape.
+        ValueError: no checkpoint in the folder; from ``get``: a tensor that is missing, of another shape or, in FP8,
+            without its scales.
     """
 
     def __init__(
@@ -62,6 +81,8 @@ class SafetensorsWeights:
         self.folder, self.dtype, self.device = folder, dtype, device
         self.progress = progress
         self.bytes_read = 0
+        self._read: set[str] = set()
+        self._skipped: dict[str, str] = {}
         self._files: dict[str, Any] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
@@ -87,6 +108,50 @@ class SafetensorsWeights:
     def get(
         self, name: str, shape: tuple[int, ...], shard: Shard | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
+        part, index = self._find(name, shape, shard)
+        if part.get_dtype() == "F8_E4M3":
+            made = self.get_quantized(name, shape, shard).dequantize(dtype or self.dtype).to(self.device)
+        else:
+            # a copy: a slice of a mapped file would keep the file mapped
+            made = part[index].to(self.device, dtype or self.dtype, copy=True).contiguous()
+        self.bytes_read += made.nbytes
+        self.progress(self.bytes_read)
+        return made
+
+    def get_quantized(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> BlockFp8:
+        """An FP8 matrix, or its ``shard``, as it is stored, on the host; shards need not begin on a block.
+
+        Raises:
+            ValueError: its scales are missing or do not fit.
+        """
+        block = self._block_size()
+        part, index = self._find(name, shape, shard)
+        scales_shape = tuple(-(-size // step) for size, step in zip(shape, block))
+        scales, _ = self._find(f"{name}_scale_inv", scales_shape, None)
+        ranges = [slice(*i.indices(size)) for i, size in zip(index, shape)]
+        covered = tuple(blocks_of(r, step) for r, step in zip(ranges, block))
+        offset = ranges[0].start % block[0], ranges[1].start % block[1]
+        return BlockFp8(part[index].clone(), scales[covered].float().clone(), block, offset)
+
+    def has(self, name: str) -> bool:
+        return name in self._where
+
+    def skip(self, prefix: str, what: str) -> None:
+        self._skipped[prefix] = what
+
+    def report(self) -> None:
+        unread = [name for name in self._where if _any_expert(name) not in self._read]
+        for prefix, what in self._skipped.items():
+            left = [name for name in unread if name.startswith(prefix)]
+            if left:
+                log.info("%s: skipped %d tensors %s*: %s", self.folder, len(left), prefix, what)
+            unread = [name for name in unread if not name.startswith(prefix)]
+        if unread:
+            some = ", ".join(sorted(unread)[:5]) + (", ..." if len(unread) > 5 else "")
+            log.warning("%s: %d tensors belong to nothing this model computes: %s", self.folder, len(unread), some)
+
+    def _find(self, name: str, shape: tuple[int, ...], shard: Shard | None) -> tuple[Any, tuple[slice, ...]]:
+        """The tensor in its file, and the index of the wanted part."""
         if name not in self._where:
             raise ValueError(
                 f"model.path={self.folder} lacks the tensor {name} {list(shape)}: the checkpoint is incomplete "
@@ -97,15 +162,27 @@ class SafetensorsWeights:
             raise ValueError(
                 f"{name} in {self.folder} has shape {part.get_shape()}, but config.json says {list(shape)}"
             )
+        self._read.add(_any_expert(name))
         index: list[slice] = [slice(None)] * len(shape)
         if shard is not None:
             index[shard.dim] = shard.of(shape[shard.dim])
-        tensor: Tensor = part[tuple(index)]
-        # a copy: a slice of a mapped file would keep the file mapped
-        made = tensor.to(self.device, dtype or self.dtype, copy=True).contiguous()
-        self.bytes_read += made.nbytes
-        self.progress(self.bytes_read)
-        return made
+        return part, tuple(index)
+
+    def _block_size(self) -> tuple[int, int]:
+        file = self.folder / "config.json"
+        config = json.loads(file.read_text()) if file.is_file() else {}
+        block = config.get("quantization_config", {}).get("weight_block_size")
+        if block is None:
+            raise ValueError(
+                f"{file} lacks quantization_config.weight_block_size, but the checkpoint has FP8 tensors: "
+                "give the config.json that was released with it"
+            )
+        return block[0], block[1]
+
+
+def _any_expert(name: str) -> str:
+    """A rank reads its own experts of each layer; the others' tensors are read elsewhere."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
 
 
 class DummyWeights:
@@ -137,6 +214,15 @@ class DummyWeights:
         self.bytes_read += made.nbytes
         self.progress(self.bytes_read)
         return made
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def skip(self, prefix: str, what: str) -> None:
+        """There is nothing to skip."""
+
+    def report(self) -> None:
+        """There is nothing that is not asked for."""
 
 
 def open_weights(model: ModelConfig, device: str, progress: Callable[[int], None] = lambda done: None) -> Weights:

@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -25,13 +24,14 @@ import torch
 import torch.distributed as dist
 import zmq
 
+from toolkit.engine.agree import Agreement, AttentionDpBalance, Proposal, agree
 from toolkit.engine.arch import check, context_length, memory_by_kind, read_arch
 from toolkit.engine.args import WorkerArgs, read_worker_args, run_token
 from toolkit.engine.control import Controller, process_bytes
 from toolkit.engine.core import Batch, SamplingParams, StepContext
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.eplb.recorder import Recorder
-from toolkit.engine.kv.pool import BlockPool
+from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import (
     Abort,
     Control,
@@ -47,6 +47,7 @@ from toolkit.engine.messages import (
     decode_to_rank,
     encode,
 )
+from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.scheduler import Scheduler
@@ -104,16 +105,6 @@ class Link:
         self._context.destroy(linger=2000)
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """What one round of ``agree`` gave: the step's context, or what else all ranks must do alike."""
-
-    ctx: StepContext
-    asleep: bool  # nothing to do anywhere
-    controls: int  # control operations that have reached every rank: all do them now
-    shutdown: bool
-
-
 class Worker:
     """One rank, from its arguments to its end."""
 
@@ -125,6 +116,7 @@ class Worker:
         self._progress_sent = 0.0
         self._steps, self._step_s, self._stats_sent = 0, 0.0, 0.0
         self._shutdown: Control | None = None
+        self._balance = AttentionDpBalance(args.engine.attention_dp_config)
         self._load()
 
     # --- start ------------------------------------------------------------------------------------
@@ -151,7 +143,7 @@ class Worker:
             path = Path(args.experts_path) if self.rank == 0 and args.experts_path else None
             self.recorder = Recorder(
                 arch.moe_layers, self.runner.moe.placement, engine.expert_distribution_recorder_window,
-                self.groups.world_cpu.all_reduce, path, args.device,
+                self.groups.tp_cpu.all_reduce, path, args.device,
             )  # fmt: skip
             self.runner.moe.recorder = self.recorder
         self.control = Controller(self.rank, self.scheduler, self.recorder, args.profile_dir, args.device)
@@ -166,15 +158,16 @@ class Worker:
 
     def _new_scheduler(self) -> Scheduler:
         engine = self.args.engine
-        pool = BlockPool(self.runner.cache.num_blocks, not engine.disable_radix_cache)
+        tables = BlockTables(self.runner.cache.kinds, engine.page_size, not engine.disable_radix_cache)
         budget, running = engine.chunked_prefill_size, engine.max_running_requests
-        return Scheduler(pool, engine.page_size, budget, running, self.max_len)
+        return Scheduler(tables, budget, running, self.max_len)
 
     def _warm_up(self) -> None:
         """One token on every rank, through every layer and collective, before the first request."""
         scheduler = self._new_scheduler()
         scheduler.add("warm-up", [0], SamplingParams(max_tokens=1))
-        self.runner.step(scheduler.schedule(), StepContext(0, (1,) * self.dims.dp_size, is_extend=True))
+        ones = (1,) * self.dims.dp_size
+        self.runner.step(scheduler.schedule(), StepContext(0, ones, ones, is_extend=True))
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -186,12 +179,12 @@ class Worker:
 
     def run(self) -> None:
         """Serves until every rank has been told to shut down."""
-        asleep = True
+        asleep, hold = True, False
         while True:
             self._take(self.link.receive(wait=asleep))
-            batch = self.scheduler.schedule()
-            agreed = self.agree(batch)
-            asleep = agreed.asleep
+            batch = self.scheduler.schedule(hold)
+            agreed = self._agree(batch)
+            asleep, hold = agreed.asleep, self._balance.hold(agreed.by_dp)
             if any(agreed.ctx.dp_tokens):
                 self._step(batch, agreed.ctx)
             for reply in self.control.apply(agreed.controls):
@@ -202,28 +195,22 @@ class Worker:
                 self._reply(self._shutdown)
                 return
 
-    def agree(self, batch: Batch) -> Agreement:
-        """All ranks learn each DP rank's tokens, whether anybody prefills, sleeps, or must be told something.
-
-        The design is SGLang's: one small all-gather on the host before every step; a rank without work runs an
-        empty batch when any other has some.
-        """
-        mine = torch.tensor(
-            [
-                batch.num_tokens,
-                bool(batch.prefill),
-                not self.scheduler.idle,
-                self.link.messages_seen,
-                self.control.num_pending,
-                self._shutdown is not None,
-            ]
+    def _agree(self, batch: Batch) -> Agreement:
+        scheduler = self.scheduler
+        mine = Proposal(
+            tokens=batch.num_tokens,
+            samples=batch.num_samples,
+            prefill=bool(batch.prefill),
+            first_half=split(batch)[0].num_tokens if self.args.engine.enable_two_batch_overlap else -1,
+            busy=not scheduler.idle,
+            messages=self.link.messages_seen,
+            controls=self.control.num_pending,
+            shutdown=self._shutdown is not None,
+            prompts=scheduler.num_waiting,
+            generating=len(batch.decode),
+            slots=scheduler.max_running - scheduler.num_running,
         )
-        rows = self.groups.world_cpu.all_gather(mine[None])
-        tokens, prefill, busy, seen, controls, shutdown = rows.T.tolist()
-        dp_tokens = tuple(tokens[self.dims.leader(dp)] for dp in range(self.dims.dp_size))
-        ctx = StepContext(self._steps, dp_tokens, any(prefill))
-        quiet = not any(busy) and not any(controls) and not any(shutdown)
-        return Agreement(ctx, quiet and min(seen) == max(seen), min(controls), all(shutdown) and not any(busy))
+        return agree(self.groups.tp_cpu, self.dims, self._steps, mine)
 
     def _step(self, batch: Batch, ctx: StepContext) -> None:
         self.link.nap(self.control.forward_sleep_s)
@@ -271,7 +258,7 @@ class Worker:
         if not self.leads:
             return
         scheduler, page = self.scheduler, self.args.engine.page_size
-        pool, stats = scheduler.pool, scheduler.stats
+        pool, stats = scheduler.tables, scheduler.stats
         self.link.send(
             Stats(
                 dp_rank=self.dp_rank,

@@ -152,9 +152,8 @@ def close_status(run_dir: Path, error: BaseException | None) -> None:
         status = records.RunStatus()
     status.state, status.reason = state_after(error), reason(error)
     for point in status.points:
-        if point.state in ("pending", "running") and error is not None:
-            point.state = status.state if point.state == "running" else "cancelled"
-            point.reason = status.reason
+        if error is not None and point.state in ("pending", "running", "cancelled"):
+            point.state, point.reason = "cancelled", status.reason
     records.write_status(run_dir, status)
 
 

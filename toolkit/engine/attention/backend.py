@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from toolkit.engine.core import Batch
+from toolkit.engine.kv.kinds import first_token
 from toolkit.engine.kv.pool import KVCache
 from toolkit.registry import Registry
 
@@ -25,8 +26,8 @@ class Segment:
     Attributes:
         first: index of the segment's first token in the step.
         q_lens: tokens of each request in this step.
-        kv_lens: tokens of each request in the cache after this step's are written.
-        kv_rows: cache rows of each request, [kv_len].
+        kv_lens: tokens of each request that its queries see, this step's included.
+        kv_rows: their cache rows, [kv_len] of each request.
     """
 
     first: int
@@ -44,17 +45,26 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """Made once a step: where this step's tokens go in the cache, and what each request reads.
+class KindPlan:
+    """The plan of one kind of layer: where this step's tokens go in its cache, and what each request reads.
 
     Attributes:
+        window: tokens that a query sees, its own included; 0: all.
         rows_T: cache row of each token.
         decode: one token a request. prefill: chunks of any length.
     """
 
+    window: int
     rows_T: Tensor
     decode: Segment
     prefill: Segment
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Made once a step: the plan of each layer, which layers of one kind share."""
+
+    layers: tuple[KindPlan, ...]
 
 
 class AttentionBackend(Protocol):
@@ -64,13 +74,8 @@ class AttentionBackend(Protocol):
         """Reads block tables of the scheduled requests; called once a step, before any layer."""
         ...
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor | None, layer: int, window: int, plan: AttentionPlan, scale: float
-    ) -> Tensor:
-        """Writes k, v [T, kv heads, dim] to the cache and attends q [T, H, k_dim] over it -> [T, H, v_dim].
-
-        ``window``: tokens visible including the own one; 0: all. ``v`` None: values are the keys' leading part.
-        """
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: int, plan: AttentionPlan, scale: float) -> Tensor:
+        """Writes k, v [T, kv heads, dim] to the cache and attends q [T, H, k_dim] over it -> [T, H, v_dim]."""
         ...
 
     def write(self, k: Tensor, layer: int, plan: AttentionPlan) -> None:
@@ -104,8 +109,16 @@ def make_attention(name: str, cache: KVCache, device: str) -> AttentionBackend:
     return BACKENDS["sdpa" if name == "auto" else name](cache, device)
 
 
-def plan_segments(batch: Batch, page_size: int, device: str) -> AttentionPlan:
+def plan_segments(batch: Batch, cache: KVCache, device: str) -> AttentionPlan:
     """The plan of a batch, in the form every backend starts from."""
+    by_layer: dict[int, KindPlan] = {}
+    for index, kind in enumerate(cache.kinds):
+        plan = _plan_kind(batch, index, kind.window, cache.page_size, device)
+        by_layer |= dict.fromkeys(kind.layers, plan)
+    return AttentionPlan(tuple(by_layer[layer] for layer in range(len(by_layer))))
+
+
+def _plan_kind(batch: Batch, kind: int, window: int, page_size: int, device: str) -> KindPlan:
     rows: list[Tensor] = []
     segments: list[Segment] = []
     first = 0
@@ -113,14 +126,21 @@ def plan_segments(batch: Batch, page_size: int, device: str) -> AttentionPlan:
         kv_rows: list[Tensor] = []
         for scheduled in part:
             request = scheduled.request
-            end = request.num_computed + scheduled.num_tokens
-            blocks = torch.tensor(request.blocks[: -(-end // page_size)], dtype=torch.long)
-            all_rows = (blocks[:, None] * page_size + torch.arange(page_size)).flatten()[:end]
-            kv_rows.append(all_rows.to(device))
-            rows.append(all_rows[request.num_computed :])
+            begin = first_token(window, scheduled.begin)
+            seen = _rows(request.blocks[kind], begin, scheduled.end, page_size)
+            kv_rows.append(seen.to(device))
+            rows.append(seen[len(seen) - scheduled.num_tokens :])
         q_lens = tuple(s.num_tokens for s in part)
         kv_lens = tuple(len(r) for r in kv_rows)
         segments.append(Segment(first, q_lens, kv_lens, tuple(kv_rows)))
         first += sum(q_lens)
     rows_T = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
-    return AttentionPlan(rows_T.to(device), segments[0], segments[1])
+    return KindPlan(window, rows_T.to(device), segments[0], segments[1])
+
+
+def _rows(table: list[int], begin: int, end: int, page_size: int) -> Tensor:
+    """Cache rows of tokens begin..end-1."""
+    skipped = begin // page_size
+    blocks = torch.tensor(table[skipped : -(-end // page_size)], dtype=torch.long)
+    rows = (blocks[:, None] * page_size + torch.arange(page_size)).flatten()
+    return rows[begin - skipped * page_size : end - skipped * page_size]

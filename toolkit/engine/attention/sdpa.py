@@ -17,27 +17,26 @@ class SdpaAttention:
         self.cache, self.device = cache, device
 
     def plan(self, batch: Batch) -> AttentionPlan:
-        return plan_segments(batch, self.cache.page_size, self.device)
+        return plan_segments(batch, self.cache, self.device)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor | None, layer: int, window: int, plan: AttentionPlan, scale: float
-    ) -> Tensor:
-        self.cache.write(layer, plan.rows_T, k, v)
-        keys, values = self.cache.k[layer], self.cache.k[layer] if v is None else self.cache.v[layer]
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: int, plan: AttentionPlan, scale: float) -> Tensor:
+        kind = plan.layers[layer]
+        self.cache.write(layer, kind.rows_T, k, v)
+        keys, values = self.cache.k[layer], self.cache.v[layer]
         parts = [
-            _attend(q_r, keys[rows], values[rows], scale, window)
-            for segment in (plan.decode, plan.prefill)
+            _attend(q_r, keys[rows], values[rows], scale, kind.window)
+            for segment in (kind.decode, kind.prefill)
             for q_r, rows in zip(q[segment.tokens].split(segment.q_lens), segment.kv_rows)
         ]
         return torch.cat(parts) if parts else q.new_empty(0, q.shape[1], values.shape[-1])
 
     def write(self, k: Tensor, layer: int, plan: AttentionPlan) -> None:
-        self.cache.write(layer, plan.rows_T, k, None)
+        self.cache.write(layer, plan.layers[layer].rows_T, k, None)
 
     def decode(self, q: Tensor, layer: int, plan: AttentionPlan, scale: float, v_dim: int) -> Tensor:
         keys = self.cache.k[layer]
         parts = []
-        for q_r, rows in zip(q.split(1), plan.decode.kv_rows):
+        for q_r, rows in zip(q.split(1), plan.layers[layer].decode.kv_rows):
             k_r = keys[rows]
             parts.append(_attend(q_r, k_r, k_r[..., :v_dim], scale))
         return torch.cat(parts) if parts else q.new_empty(0, q.shape[1], v_dim)

@@ -1,9 +1,9 @@
-"""The KV cache of one rank: the tensors, and the books on who uses which block.
+"""The KV cache of one rank: the tensors, and the books on the blocks of one kind of layer.
 
 ``KVCache`` owns the memory. ``BlockPool`` owns the books: reference counts, the prefix cache (blocks found again by
 the hash of everything up to their end), and which unused block is given away first. It knows neither requests nor
 tensors, every operation is O(1) a block, and ranks of one attention TP group keep equal books by doing the same.
-Read next: ``scheduler.py``.
+Read next: ``tables.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from toolkit.engine.kv.kinds import LayerKind
+
 
 @dataclass(frozen=True)
 class KVSpec:
@@ -24,7 +26,6 @@ class KVSpec:
     ``v_dim`` = 0 means that values are the leading part of the keys (MLA's latent).
     """
 
-    layers: int
     heads: int
     k_dim: int
     v_dim: int
@@ -33,15 +34,31 @@ class KVSpec:
 class KVCache:
     """Paged keys and values: ``k[layer]`` is [blocks * page_size, heads, k_dim]; block b owns rows from b * page_size.
 
+    Layers of one kind have equally many blocks, in one allocation.
+
     Raises:
         MemoryError: the device cannot hold it.
     """
 
-    def __init__(self, spec: KVSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: str) -> None:
-        rows = num_blocks * page_size
-        self.spec, self.page_size, self.num_blocks = spec, page_size, num_blocks
-        self.k = torch.zeros(spec.layers, rows, spec.heads, spec.k_dim, dtype=dtype, device=device)
-        self.v = torch.zeros(spec.layers, rows, spec.heads, spec.v_dim, dtype=dtype, device=device)
+    def __init__(
+        self, spec: KVSpec, kinds: Sequence[LayerKind], page_size: int, dtype: torch.dtype, device: str
+    ) -> None:
+        self.spec, self.kinds, self.page_size = spec, tuple(kinds), page_size
+
+        def allocate(dim: int) -> list[Tensor]:
+            by_layer: dict[int, Tensor] = {}
+            for kind in kinds:
+                rows = kind.num_blocks * page_size
+                whole = torch.zeros(len(kind.layers), rows, spec.heads, dim, dtype=dtype, device=device)
+                by_layer |= zip(kind.layers, whole)
+            return [by_layer[layer] for layer in range(len(by_layer))]
+
+        self.k, self.v = allocate(spec.k_dim), allocate(spec.v_dim)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the kind that sees furthest: what limits the length of contexts."""
+        return self.kinds[0].num_blocks
 
     def write(self, layer: int, rows_T: Tensor, k: Tensor, v: Tensor | None) -> None:
         """Stores k [T, heads, k_dim] (and v) at the cache rows ``rows_T``."""
@@ -51,7 +68,7 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return sum(layer.nbytes for layer in (*self.k, *self.v))
 
 
 class BlockPool:
@@ -73,15 +90,9 @@ class BlockPool:
         """Blocks nobody uses, cached content or not."""
         return len(self._free)
 
-    def match(self, hashes: Sequence[int]) -> list[int]:
-        """The longest run of cached blocks for ``hashes``, from the start. Takes no reference."""
-        blocks: list[int] = []
-        for block_hash in hashes:
-            block = self._by_hash.get(block_hash)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+    def find(self, block_hash: int) -> int | None:
+        """The cached block of that content. Takes no reference."""
+        return self._by_hash.get(block_hash)
 
     def num_idle(self, blocks: Sequence[int]) -> int:
         """How many of ``blocks`` would leave the free ones if they were acquired."""

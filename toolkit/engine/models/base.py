@@ -25,12 +25,14 @@ class Forward:
         layout: how the tokens lie over the ranks.
         plan: what attention reads and writes.
         attention: the backend, bound to this rank's KV cache.
+        halves: the same tokens as two batches that take turns (two-batch overlap), or None.
     """
 
     positions_T: Tensor
     layout: TokenLayout
     plan: AttentionPlan
     attention: AttentionBackend
+    halves: tuple[Forward, Forward] | None = None
 
 
 class Model(Protocol):
@@ -42,8 +44,11 @@ class Model(Protocol):
         """Token ids of the DP group -> final hidden states [S, D] of this rank's slice."""
         ...
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Hidden states, the same on all ranks of the attention TP group -> logits [N, V], float32."""
+    def logits(self, hidden_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
+        """Hidden states, the same on all ranks of the DP group -> logits [N, V], float32.
+
+        ``dp_rows``: N of each DP rank. Every rank calls when any of them is not zero.
+        """
         ...
 
 
@@ -55,7 +60,10 @@ MODELS: Registry[ModelFactory] = Registry("model_type")
 
 
 def make_model(arch: Arch, weights: Weights, groups: Groups, moe: MoEContext, device: str) -> Model:
-    """Builds the family of ``arch``, reading its weights."""
-    from toolkit.engine.models import deepseek_v3, mixtral  # noqa: F401  (register themselves)
+    """Builds the family of ``arch``, reading its weights; rank 0 reports what of the checkpoint it did not need."""
+    from toolkit.engine.models import deepseek_v3, gemma3, mixtral, qwen3_moe  # noqa: F401  (register themselves)
 
-    return MODELS[arch.family](arch, weights, groups, moe, device)
+    model = MODELS[arch.family](arch, weights, groups, moe, device)
+    if groups.rank == 0:
+        weights.report()
+    return model

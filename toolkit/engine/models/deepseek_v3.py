@@ -5,7 +5,8 @@ N, R, V: per-head sizes of the unrotated part, the rotated part and the values.
 The cache holds one vector a token: the normed latent and the rotated key, C + R values, shared by all heads.
 Decode is absorbed: queries move into the latent space, so the cache is read as it is. Prefill expands keys and
 values from the latent, which costs less arithmetic when a chunk has many tokens.
-Checkpoint names and maths are those of Hugging Face's ``DeepseekV3ForCausalLM``.
+Checkpoint names and maths are those of Hugging Face's ``DeepseekV3ForCausalLM``; its layers after the last, for
+multi-token prediction, are not read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from toolkit.engine.arch import Arch
 from toolkit.engine.kv.pool import KVSpec
 from toolkit.engine.layers import DenseFFN, Embedding, LMHead, RMSNorm, Rotary, rope_settings, yarn_mscale
 from toolkit.engine.models.base import MODELS, Forward
+from toolkit.engine.models.decoder import Decoder, DecoderLayer
 from toolkit.engine.moe.gate import GroupedSigmoidGate
 from toolkit.engine.moe.layer import MoEContext, MoELayer, load_experts
 from toolkit.engine.parallel import Comm, Groups
@@ -50,14 +52,20 @@ class LatentAttention:
         self.k_up, self.v_up = torch.split(kv_up.view(self.heads, -1, self.latent), [self.nope, self.v_dim], dim=1)
         self.o = weights.get(f"{name}.o_proj.weight", (d, arch.num_heads * self.v_dim), Shard(1, comm.rank, comm.size))
 
-    def __call__(self, x_SD: Tensor, step: Forward) -> Tensor:
+    def prepare(self, x_SD: Tensor, step: Forward) -> tuple[Tensor, Tensor]:
+        """Queries [T, H, N + R] and what is cached of each token, [T, 1, C + R]."""
         x = step.layout.gather(x_SD)
         q = self._queries(x, step.positions_T)
         c, k_rope = F.linear(x, self.kv_down).split([self.latent, self.rope], dim=-1)
         k_rope = self.rotary(k_rope[:, None], step.positions_T)
-        cached = torch.cat([self.kv_norm(c)[:, None], k_rope], dim=-1)
+        return q, torch.cat([self.kv_norm(c)[:, None], k_rope], dim=-1)
+
+    def attend(self, prepared: tuple[Tensor, Tensor], step: Forward) -> Tensor:
+        """Attention over the cache and the output projection, [S, D]."""
+        q, cached = prepared
         step.attention.write(cached, self.layer, step.plan)
-        out = torch.cat([self._decode(q[step.plan.decode.tokens], step), self._prefill(q, step)])
+        plan = step.plan.layers[self.layer]
+        out = torch.cat([self._decode(q[plan.decode.tokens], step), self._prefill(q, step)])
         return step.layout.reduce_scatter(F.linear(out.flatten(1), self.o))
 
     def _queries(self, x: Tensor, positions_T: Tensor) -> Tensor:
@@ -77,7 +85,7 @@ class LatentAttention:
 
     def _prefill(self, q: Tensor, step: Forward) -> Tensor:
         """Expanded: keys and values of every head from the cached latents of the prefilling requests."""
-        segment = step.plan.prefill
+        segment = step.plan.layers[self.layer].prefill
         c, k_rope = step.attention.gather(self.layer, segment)[:, 0].split([self.latent, self.rope], dim=-1)
         k_nope = torch.einsum("mc,hnc->mhn", c, self.k_up)
         k = torch.cat([k_nope, k_rope[:, None].expand(-1, self.heads, -1)], dim=-1)
@@ -92,7 +100,7 @@ class DeepseekV3:
         eps = hf["rms_norm_eps"]
         self.embed = Embedding(weights, "model.embed_tokens", arch.vocab_size, d)
         rotary = Rotary(hf["qk_rope_head_dim"], rope_settings(hf), arch.max_len, device, interleaved=True)
-        self.layers: list[tuple[RMSNorm, LatentAttention, RMSNorm, DenseFFN | MoELayer]] = []
+        layers: list[DecoderLayer] = []
         for i in range(arch.num_layers):
             name = f"model.layers.{i}"
             ffn: DenseFFN | MoELayer
@@ -100,28 +108,28 @@ class DeepseekV3:
                 ffn = _moe_layer(weights, f"{name}.mlp", arch, moe, arch.moe_layers.index(i))
             else:
                 ffn = DenseFFN(weights, f"{name}.mlp", d, arch.dense_intermediate, groups.dense)
-            self.layers.append(
-                (
+            layers.append(
+                DecoderLayer(
                     RMSNorm(weights, f"{name}.input_layernorm", d, eps),
                     LatentAttention(weights, f"{name}.self_attn", arch, groups, rotary, i),
                     RMSNorm(weights, f"{name}.post_attention_layernorm", d, eps),
                     ffn,
                 )
             )
+        for i in range(arch.num_layers, arch.num_layers + (hf.get("num_nextn_predict_layers") or 0)):
+            weights.skip(f"model.layers.{i}.", "multi-token prediction, which is not served")
+        self.layers = Decoder(layers)
         self.norm = RMSNorm(weights, "model.norm", d, eps)
         tied = self.embed if arch.tied else None
-        self.head = LMHead.load(weights, "lm_head", arch.vocab_size, d, groups.attn_tp, tied)
-        self.kv_spec = KVSpec(arch.num_layers, 1, arch.kv_values, 0)
+        self.head = LMHead.load(weights, "lm_head", arch.vocab_size, d, groups, tied)
+        self.kv_spec = KVSpec(1, arch.kv_values, 0)
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
         x = step.layout.scatter(self.embed(tokens_T))
-        for attention_norm, attention, ffn_norm, ffn in self.layers:
-            x = x + attention(attention_norm(x), step)
-            x = x + ffn(ffn_norm(x), step.layout)
-        return self.norm(x)
+        return self.norm(self.layers(x, step))
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        return self.head(hidden_ND)
+    def logits(self, hidden_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
+        return self.head(hidden_ND, dp_rows)
 
 
 def _moe_layer(weights: Weights, name: str, arch: Arch, moe: MoEContext, index: int) -> MoELayer:

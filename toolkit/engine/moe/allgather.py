@@ -1,7 +1,7 @@
 """Dispatch by all-gather, combine by reduce-scatter (SGLang's moe_a2a_backend "none").
 
-Every rank sees every token, keeps what its slots need, and the partial sums meet in the reduce-scatter. Also the way
-for experts split over several ranks (moe_tp > 1): their partial results are summed by the same reduce-scatter.
+Every rank sees every token, keeps what its slots need, and the partial sums meet in the reduction. Also the way for
+experts split over several ranks (moe_tp > 1): their partial results are summed by the same reduction.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, StepRows, expert_major, pack_rows, unpack_rows
-from toolkit.engine.parallel import Comm
+from toolkit.engine.parallel import Comm, gather_rows, reduce_rows
 
 
 @dataclass
 class _Handle:
     step: StepRows
-    gathered: Tensor  # packed rows of all ranks, each padded to the largest
+    gathered: Tensor  # packed rows of all ranks
     dtype: torch.dtype
     hidden: int
     top_k: int
@@ -36,8 +36,7 @@ class AllGatherDispatcher:
 
     def dispatch_start(self, x_SD: Tensor, slot_ids_SK: Tensor, weights_SK: Tensor, step: StepRows) -> _Handle:
         packed = pack_rows(x_SD, slot_ids_SK, weights_SK)
-        pad = packed.new_full((max(step.rows) - len(packed), packed.shape[1]), 0xFF)  # slot ids of padding are -1
-        gathered = self.comm.all_gather(torch.cat([packed, pad]))
+        gathered = gather_rows(self.comm, packed, step.rows, step.padding, fill=0xFF)  # slot ids of padding are -1
         return _Handle(step, gathered, x_SD.dtype, x_SD.shape[1], slot_ids_SK.shape[1])
 
     def dispatch_finish(self, handle: _Handle) -> tuple[Dispatched, _Handle]:
@@ -56,8 +55,8 @@ class AllGatherDispatcher:
         assert h.rows is not None and h.tokens is not None and h.weights is not None, "combine before dispatch_finish"
         partial = torch.zeros(len(h.gathered), h.hidden, device=y.device)
         partial.index_add_(0, h.tokens, y[h.rows].float() * h.weights[:, None])
-        return self.comm.reduce_scatter(partial), h
+        return reduce_rows(self.comm, partial, h.step.rows, h.step.padding), h
 
     def combine_finish(self, handle: tuple[Tensor, _Handle]) -> Tensor:
         summed, h = handle
-        return summed[: h.step.rows[self.comm.rank]].to(h.dtype)
+        return summed.to(h.dtype)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from toolkit.engine.parallel import Comm
+from toolkit.engine.parallel import Comm, PaddingMode
 from toolkit.registry import Registry
 
 
@@ -24,10 +24,12 @@ class StepRows:
     Attributes:
         rows: rows of each rank's slice, [ranks].
         is_extend: True when any rank prefills.
+        padding: how rows are laid side by side where they are gathered.
     """
 
     rows: tuple[int, ...]
     is_extend: bool
+    padding: PaddingMode = "max_len"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from toolkit.engine.eplb.recorder import Recorder
 from toolkit.engine.moe.dispatch import StepRows, TokenDispatcher, make_dispatcher
 from toolkit.engine.moe.gate import Gate
 from toolkit.engine.moe.gemm import ExpertGemm, ExpertWeights, make_gemm
+from toolkit.engine.overlap import Stages
 from toolkit.engine.parallel import Groups, TokenLayout
 from toolkit.engine.weights import Shard, Weights
 
@@ -43,15 +44,14 @@ class MoEContext:
         layers, rank = len(arch.moe_layers), groups.ep_rank
         placement = Placement.trivial(layers, arch.num_experts, slots, rank, dims.ep_size, device)
         alignment = make_gemm(engine.moe_runner_backend).alignment
-        name = engine.moe_a2a_backend
+        name = engine.moe_a2a_backend if arch.moe_layers else "allgather"  # which has no buffers that nobody would use
         dispatcher = make_dispatcher(name, groups.moe, slots, alignment, rank, dims.ep_size)
         return cls(engine, groups, placement, dispatcher)
 
     def step_rows(self, layout: TokenLayout) -> StepRows:
         """Rows of each rank of the expert group in this step."""
-        dims = self.groups.dims
-        rows = tuple(layout.rows_by_dp[dims.dp_rank(rank)] for rank in self.groups.moe.ranks)
-        return StepRows(rows, layout.is_extend)
+        rows = tuple(layout.rows_by_rank[rank] for rank in self.groups.moe.ranks)
+        return StepRows(rows, layout.is_extend, layout.padding)
 
 
 class MoELayer:
@@ -75,18 +75,29 @@ class MoELayer:
         self.gemm: ExpertGemm = make_gemm(context.engine.moe_runner_backend)
         self.gemm.pack(experts)
 
-    def __call__(self, x_SD: Tensor, layout: TokenLayout) -> Tensor:
+    def stages(self, x_SD: Tensor, layout: TokenLayout) -> Stages:
+        """The layer's stages; returns [S, D]."""
         context, dispatcher = self.context, self.context.dispatcher
         ids_SK, weights_SK = self.gate(x_SD)
         ids_SK[layout.valid :] = -1  # padding is neither sent nor counted
         if context.recorder is not None:
             context.recorder.record(self.index, ids_SK)
         slots_SK = context.placement.to_slots(self.index, ids_SK)
+        yield "selected"
         sent = dispatcher.dispatch_start(x_SD, slots_SK, weights_SK, context.step_rows(layout))
-        shared = self.shared(x_SD) if self.shared is not None else None
+        # the shared expert fills the time in which rows travel: to the experts in decode, back from them in prefill
+        shared = self._shared(x_SD) if not layout.is_extend else None
+        yield "dispatched"
         rows, handle = dispatcher.dispatch_finish(sent)
-        out = dispatcher.combine_finish(dispatcher.combine_start(self.gemm(rows), handle))
+        returned = dispatcher.combine_start(self.gemm(rows), handle)
+        yield "combining"
+        shared = self._shared(x_SD) if layout.is_extend else shared
+        out = dispatcher.combine_finish(returned)
+        yield "combined"
         return out if shared is None else out + shared
+
+    def _shared(self, x_SD: Tensor) -> Tensor | None:
+        return self.shared(x_SD) if self.shared is not None else None
 
 
 def load_experts(
