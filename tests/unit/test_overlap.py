@@ -37,7 +37,7 @@ def test_halves_are_the_batch_in_order(decode: int, prefill: list[int]) -> None:
     whole = batch(decode, prefill)
     first, second = split(whole)
     assert tokens(first) + tokens(second) == tokens(whole)
-    assert sum(len(s.logit_positions) for s in first.scheduled + second.scheduled) == whole.num_logit_rows
+    assert sum(s.samples for s in first.scheduled + second.scheduled) == whole.num_logit_rows
     if prefill and whole.num_tokens > 1:
         share = first.num_tokens / whole.num_tokens
         assert THRESHOLD <= share <= 1 - THRESHOLD or first.num_tokens == whole.num_tokens // 2

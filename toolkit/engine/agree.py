@@ -26,7 +26,8 @@ class Proposal:
         first_half: tokens in the first half of its batch, -1 when it must not be cut in two.
         busy: 1 when it has any request.
         messages: frontend messages it has seen since start.
-        controls: control operations that wait there. shutdown: 1 when it was asked to.
+        controls: control operations that have reached it and are not carried out.
+        shutdown: 1 when it was asked to.
         prompts: waiting requests. generating: requests that decode. slots: requests it could still admit.
     """
 
@@ -49,7 +50,7 @@ class Agreement:
 
     Attributes:
         asleep: nothing to do anywhere, and all have seen the same number of messages.
-        controls: control operations that have reached every rank: all do them now. shutdown: all end now.
+        controls: so many control operations have reached all; all carry them out now. shutdown: all end now.
         by_dp: the proposals of the DP ranks' leaders.
     """
 
@@ -73,8 +74,8 @@ def agree(comm: Comm, dims: ParallelDims, step: int, mine: Proposal) -> Agreemen
         first_half=_first_halves(by_dp),
     )
     busy = any(p.busy for p in everyone)
-    asked = any(p.controls or p.shutdown for p in everyone)
-    quiet = not busy and not asked and len({p.messages for p in everyone}) == 1
+    seen = {p.messages for p in everyone}
+    quiet = not busy and not any(p.controls or p.shutdown for p in everyone) and len(seen) == 1
     controls = min(p.controls for p in everyone)
     return Agreement(ctx, quiet, controls, all(p.shutdown for p in everyone) and not busy, by_dp)
 

@@ -105,13 +105,13 @@ class ScheduledRequest:
         return self.end == len(self.request.tokens)
 
     @property
-    def logit_positions(self) -> list[int]:
-        """Positions of this step whose logits are needed: those that score the prompt's next token, and the last."""
+    def scored(self) -> range:
+        """Positions whose logits give a logprob of the prompt's next token, where the request asks for those."""
         request = self.request
-        positions: list[int] = []
-        if request.sampling.prompt_logprobs is not None:  # a preempted request computes some again, scored already
-            positions += range(max(len(request.prompt_logprobs), self.begin), min(self.end, request.prompt_len - 1))
-        return [*positions, self.end - 1] if self.samples else positions
+        if request.sampling.prompt_logprobs is None:
+            return range(0)
+        known = len(request.prompt_logprobs)  # a preempted request computes some of them again
+        return range(max(self.begin, known), max(self.begin, known, min(self.end, request.prompt_len - 1)))
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ class Batch:
 
     @property
     def num_logit_rows(self) -> int:
-        return sum(len(s.logit_positions) for s in self.scheduled)
+        """Rows of logits that the step must give."""
+        return sum(s.samples + len(s.scored) for s in self.scheduled)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class StepContext:
     Attributes:
         step: forward passes since start, equal on every rank.
         dp_tokens: tokens of each DP rank in this step; zeros are ranks that only take part.
-        dp_logit_rows: tokens of each DP rank whose logits are needed.
+        dp_logit_rows: rows of logits that each DP rank needs from this step, for tokens and for logprobs of prompts.
         first_half: tokens of each DP rank in the first half of a step with two-batch overlap; None: no overlap.
         is_extend: True when any rank prefills (SGLang's ``is_extend_in_batch``).
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine.arch import Arch
 from toolkit.engine.attention.backend import make_attention
-from toolkit.engine.core import Batch, StepContext
+from toolkit.engine.core import Batch, Request, StepContext
 from toolkit.engine.kv.kinds import layer_kinds
 from toolkit.engine.kv.pool import KVCache
 from toolkit.engine.models.base import Forward, make_model
@@ -25,6 +25,8 @@ from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups, TokenLayout
 from toolkit.engine.sampler import Sampled, Sampler, token_logprobs
 from toolkit.engine.weights import DTYPES, open_weights
+
+LOGIT_ROWS = 256  # rows of the vocabulary's size that are held at a time; only logprobs of prompts need more
 
 
 class ModelRunner:
@@ -63,33 +65,24 @@ class ModelRunner:
             One token for each request of the batch that ``samples``, in batch order.
         """
         hidden_TD = self.hidden(batch, ctx)
-        requests = [s.request for s in batch.scheduled if s.samples]
-        if not any(ctx.dp_logit_rows):
-            return self.sampler(hidden_TD.new_empty(0, self.arch.vocab_size), requests)
-        rows: list[int] = []
-        first = 0
+        scored: list[tuple[Request, int]] = []  # and the position before the token to be scored
+        scored_rows, due_rows, first = [], [], 0
         for s in batch.scheduled:
-            rows += [first + position - s.begin for position in s.logit_positions]
+            scored += [(s.request, position) for position in s.scored]
+            scored_rows += [first + position - s.begin for position in s.scored]
             first += s.num_tokens
-        logits = self.model.logits(
-            hidden_TD[torch.tensor(rows, dtype=torch.long, device=self.device)], ctx.dp_logit_rows
-        )
-        return self.sampler(logits[self._score_prompts(batch, logits)], requests)
-
-    def _score_prompts(self, batch: Batch, logits: Tensor) -> list[int]:
-        """Adds the prompt logprobs that this step gives; returns the rows of ``logits`` that tokens are drawn from."""
-        due, row = [], 0
-        for s in batch.scheduled:
-            scored = len(s.logit_positions) - s.samples
-            if scored:
-                following = s.request.tokens[s.logit_positions[0] + 1 :][:scored]
-                top = s.request.sampling.prompt_logprobs or 0
-                s.request.prompt_logprobs += token_logprobs(logits[row : row + scored], following, [top] * scored)
-            row += scored
-            if s.samples:
-                due.append(row)
-                row += 1
-        return due
+            due_rows += [first - 1] if s.samples else []
+        hidden_ND = hidden_TD[torch.tensor(scored_rows + due_rows, dtype=torch.long, device=self.device)]
+        due: list[Tensor] = []
+        for begin in range(0, max(ctx.dp_logit_rows), LOGIT_ROWS):
+            dp_rows = tuple(max(0, min(rows - begin, LOGIT_ROWS)) for rows in ctx.dp_logit_rows)
+            logits = self.model.logits(hidden_ND[begin : begin + LOGIT_ROWS], dp_rows)
+            part = scored[begin : begin + LOGIT_ROWS]
+            _score(part, logits[: len(part)])
+            if len(logits) > len(part):
+                due.append(logits[len(part) :])
+        requests = [s.request for s in batch.scheduled if s.samples]
+        return self.sampler(torch.cat(due), requests) if requests else Sampled([], {})
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, ctx: StepContext) -> Tensor:
@@ -110,3 +103,13 @@ class ModelRunner:
         positions = [position for s in batch.scheduled for position in range(s.begin, s.end)]
         positions_T = torch.tensor(positions, dtype=torch.long, device=self.device)
         return Forward(positions_T, layout, self.attention.plan(batch), self.attention)
+
+
+def _score(scored: list[tuple[Request, int]], logits_NV: Tensor) -> None:
+    """Adds to each request the logprob of its token after each position."""
+    if not scored:
+        return
+    following = [request.tokens[position + 1] for request, position in scored]
+    tops = [request.sampling.prompt_logprobs or 0 for request, _ in scored]
+    for (request, _), entry in zip(scored, token_logprobs(logits_NV, following, tops)):
+        request.prompt_logprobs.append(entry)

@@ -37,8 +37,6 @@ class Sampler:
         self._histories: WeakKeyDictionary[Request, _History] = WeakKeyDictionary()
 
     def __call__(self, logits_NV: Tensor, requests: Sequence[Request]) -> Sampled:
-        if not requests:
-            return Sampled([], {})
         scores = self.scores(logits_NV, requests)
         tokens = scores.argmax(-1)
         drawing = [i for i, r in enumerate(requests) if r.sampling.temperature >= GREEDY_BELOW]

@@ -169,9 +169,9 @@ class Scheduler:
 
         A block for each running request stays free, so that it is not preempted in the very next steps.
         """
-        # for logprobs of the prompt, each of its tokens must be computed, once
-        reuse = request.sampling.prompt_logprobs is None or request.num_output > 0
-        if not self.tables.admit(request, self.token_budget, reserve=len(self._running), reuse=reuse):
+        # For logprobs of the prompt each of its tokens must be computed, once.
+        scored = request.sampling.prompt_logprobs is not None and not request.num_output
+        if not self.tables.admit(request, self.token_budget, reserve=len(self._running), reuse=not scored):
             return False
         if request.preemptions == 0:
             request.num_cached = request.num_computed

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server in front of one worker's ranks. Reading order: server, generate, ranks."""
+"""The OpenAI-compatible server in front of one worker's ranks. Reading order: server, generate, choices, ranks."""

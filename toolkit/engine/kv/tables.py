@@ -51,13 +51,13 @@ class BlockTables:
 
         Args:
             step_tokens: the most tokens of the request that are computed in one step.
-            reuse: False when every token must be computed.
             reserve: blocks of each kind that must stay free after the whole request was computed; 0: no matter.
+            reuse: False: all its tokens will be computed, whatever is cached.
 
         Returns:
             False, with nothing taken, when there are too few free blocks.
         """
-        cached = self._match(request) if reuse else [[] for _ in self.kinds]
+        cached = self._match(request) if reuse else [[] for _ in self.pools]
         total = self._blocks(len(request.tokens))
         taken = [[block for block in table if block != NO_BLOCK] for table in cached]
         for kind, pool, blocks in zip(self.kinds, self.pools, taken):
