@@ -35,6 +35,8 @@ MANIFEST = "manifest.json"
 STATUS = "status.json"
 REQUESTS = "requests.parquet"
 SWEEP = "sweep.csv"
+SERVER_METRICS = "server_metrics.parquet"
+RAW = "raw.parquet"
 EXPERTS = "experts.npz"
 REPORT = "report.html"
 LOGS = "logs"
@@ -53,10 +55,38 @@ def log_name(role: str, index: int) -> str:
 
 
 @dataclass
+class ClientProof:
+    """The load generator's own part in a load point's figures (``loadgen/proof.py``)."""
+
+    verdict: Literal["ok", "degraded", "client_limited"]
+    reasons: list[str]
+    transport: str  # socket: stamped by the kernel; aiohttp: when the process had the bytes
+    workers: int
+    lag_p50_ms: float  # process had the bytes minus kernel received them
+    lag_p99_ms: float
+    lag_max_ms: float
+    coalesced: float  # share of chunks that shared a read with the one before
+    held: float  # requests in flight / asked for, over the time in which all slots were in use
+    schedule_lag_p50_ms: float  # sent minus due
+    schedule_lag_p99_ms: float
+    schedule_lag_max_ms: float
+    cpu_share: float  # of its time the busiest process computed
+    cpu_ms_per_1000_tokens: float  # all processes, reading the answers afterwards included
+    peak_rss_mb: float  # of the largest process
+    connections_opened: int  # while requests were measured
+    resent: int
+    clock_steps: int
+    token_count_mismatches: int  # ok requests in which chunks and usage count differently
+    length_mismatches: int  # ok requests that are not as long as asked
+
+
+@dataclass
 class PointStatus:
     concurrency: int
     state: PointState = "pending"
     reason: str = ""
+    request_rate: float = 0.0  # requests a second; 0: as fast as ``concurrency`` allows
+    client: ClientProof | None = None
 
 
 @dataclass
@@ -110,6 +140,13 @@ class RequestRecord:
     chunk_s: list[float]
     chunk_tokens: list[int]
     output_text: str
+    first_visible_s: float = math.nan  # first chunk with content or a tool call, not reasoning
+    reasoning_tokens: int = 0  # of output_tokens, as the server counts them
+    token_source: str = ""  # of output_tokens: usage (the server's count), chunks (events with text)
+    coalesced: int = 0  # chunks that came in one read with the one before: their time is an upper bound
+    resent: int = 0  # sent again because an idle connection had been closed; nothing had come then
+    session: str = ""  # conversation it is a turn of; empty: none
+    turn: int = 0
 
 
 def requests_schema() -> pa.Schema:
@@ -124,14 +161,20 @@ def requests_schema() -> pa.Schema:
     return pa.schema(columns, metadata={"schema_version": str(SCHEMA_VERSION)})
 
 
-def write_requests(folder: Path, records: Sequence[RequestRecord]) -> None:
+def requests_table(records: Sequence[RequestRecord]) -> pa.Table:
+    import pyarrow as pa
+
+    schema = requests_schema()
+    return pa.table({name: [getattr(record, name) for record in records] for name in schema.names}, schema=schema)
+
+
+def write_requests(folder: Path, records: Sequence[RequestRecord] | pa.Table) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = requests_schema()
-    columns = {name: [getattr(record, name) for record in records] for name in schema.names}
+    table = records if isinstance(records, pa.Table) else requests_table(records)
     with replacing(folder / REQUESTS, "wb") as out:
-        pq.write_table(pa.table(columns, schema=schema), out, compression="zstd")
+        pq.write_table(table, out, compression="zstd")
 
 
 def read_requests(folder: Path, columns: list[str] | None = None) -> pd.DataFrame:
@@ -147,6 +190,8 @@ SWEEP_COLUMNS: tuple[str, ...] = (
     *(f"{name}_{stat}_ms" for name in ("ttft", "itl", "tpot", "e2e") for stat in ("mean", "p50", "p90", "p99")),
     "output_tok_s", "output_tok_s_per_gpu", "output_tok_s_per_user", "total_tok_s",
     "balancedness_mean", "imbalance_max",
+    "request_rate",
+    *(f"{name}_sched_{stat}_ms" for name in ("ttft", "e2e") for stat in ("mean", "p50", "p90", "p99")),
 )  # fmt: skip
 
 
@@ -169,6 +214,42 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else float(f"{value:.6g}")
     return value
+
+
+# --- server_metrics.parquet -------------------------------------------------------------------------
+
+
+@dataclass
+class MetricSample:
+    """One value that a server showed in its Prometheus text; a row of ``server_metrics.parquet``."""
+
+    time: float  # Unix seconds, when it was asked
+    url: str
+    name: str
+    labels: str  # JSON object, keys sorted
+    value: float
+
+
+def write_server_metrics(folder: Path, samples: Sequence[MetricSample]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {
+        "time": pa.float64(),
+        "url": pa.string(),
+        "name": pa.string(),
+        "labels": pa.string(),
+        "value": pa.float64(),
+    }
+    columns = {name: pa.array([getattr(one, name) for one in samples], kind) for name, kind in kinds.items()}
+    with replacing(folder / SERVER_METRICS, "wb") as out:
+        pq.write_table(pa.table(columns), out, compression="zstd")
+
+
+def read_server_metrics(folder: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.read_parquet(folder / SERVER_METRICS)
 
 
 # --- experts.npz ------------------------------------------------------------------------------------

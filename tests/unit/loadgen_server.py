@@ -7,12 +7,14 @@ import contextlib
 import json
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
-from toolkit.loadgen.arrival import ClosedLoop
-from toolkit.loadgen.client import Call, HttpClient, open_session
+from toolkit.loadgen.exchange import Call
+from toolkit.loadgen.proof import Evidence
+from toolkit.loadgen.worker import Point, Setup, Worker
 from toolkit.records import RequestRecord
 
 Behaviour = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
@@ -144,19 +146,46 @@ class ScriptedServer:
             thread.join(10)
 
 
-def call(number: int, warmup: bool = False, expected: int = 0) -> Call:
-    body = json.dumps({"model": "demo", "max_tokens": 3}).encode()
-    return Call(f"r{number}", f"p{number}", body, 0, 1, warmup, expected)
+def call(number: int, warmup: bool = False, expected: int = 0, **more: Any) -> Call:
+    return Call(f"r{number}", f"p{number}", warmup, expected, 0, len(BODY), **more)
 
 
-def fetch(url: str, count: int = 1, concurrency: int = 1, timeout_s: float = 20.0) -> Sequence[RequestRecord]:
-    """Sends ``count`` calls with the real client and gives their rows, in the order they ended."""
-    records: list[RequestRecord] = []
+BODY = json.dumps({"model": "demo", "max_tokens": 3, "messages": [{"role": "user", "content": "hello"}]}).encode()
 
-    async def run() -> None:
-        async with open_session() as session:
-            client = HttpClient(session, f"{url}/v1/chat/completions", timeout_s, records.append)
-            await ClosedLoop(concurrency).run([call(n) for n in range(count)], client.send)
 
-    asyncio.run(run())
-    return records
+def setup(url: str, transport: str = "socket", timeout_s: float = 20.0, **more: Any) -> Setup:
+    assert transport in ("socket", "aiohttp")
+    return Setup(f"{url}/v1/chat/completions", transport, timeout_s, **more)  # type: ignore[arg-type]
+
+
+@dataclass
+class Result:
+    """What a worker made of its calls."""
+
+    records: list[RequestRecord]
+    evidence: Evidence
+
+
+async def measure(settings: Setup, calls: Sequence[Call], point: Point, bodies: bytes = BODY) -> Result:
+    """Runs the calls as a worker process does; when cancelled, gives what there is."""
+    async with Worker(settings) as worker:
+        try:
+            evidence = await worker.measure(point, list(calls), bodies)
+        except asyncio.CancelledError:
+            evidence = Evidence()
+        return Result(list(worker.rows(point, evidence)), evidence)
+
+
+def closed_loop(concurrency: int) -> Point:
+    return Point(0, concurrency, concurrency, False, "", "", "")
+
+
+def fetch(
+    url: str, count: int = 1, concurrency: int = 1, timeout_s: float = 20.0, transport: str = "socket"
+) -> list[RequestRecord]:
+    """Sends ``count`` calls with a real client and gives their rows, in the order they ended."""
+    import uvloop
+
+    calls = [call(number) for number in range(count)]
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(measure(setup(url, transport, timeout_s), calls, closed_loop(concurrency))).records

@@ -7,6 +7,11 @@ import asyncio
 import pytest
 
 from toolkit.loadgen.arrival import ClosedLoop
+from toolkit.loadgen.exchange import Call, Exchange
+
+
+def calls_of(*names: str) -> list[list[Call]]:
+    return [[Call(name, name, False, 0, 0, 0)] for name in names]
 
 
 class Calls:
@@ -17,12 +22,14 @@ class Calls:
         self.begun: list[str] = []
         self.most = 0
 
-    async def send(self, call: str, due: float) -> None:
-        self.begun.append(call)
-        self.open[call] = asyncio.Event()
+    async def send(self, call: Call, due_ns: int) -> Exchange:
+        name = call.request_id
+        self.begun.append(name)
+        self.open[name] = asyncio.Event()
         self.most = max(self.most, len(self.open))
-        await self.open[call].wait()
-        del self.open[call]
+        await self.open[name].wait()
+        del self.open[name]
+        return Exchange(call, due_ns)
 
     async def end(self, call: str) -> None:
         self.open[call].set()
@@ -33,7 +40,7 @@ class Calls:
 def test_warm_up_is_handed_over_without_a_pause() -> None:
     async def run() -> None:
         calls = Calls()
-        loop = asyncio.create_task(ClosedLoop(2).run(["warm-0", "warm-1", "a", "b", "c"], calls.send))
+        loop = asyncio.create_task(ClosedLoop(2).run(calls_of("warm-0", "warm-1", "a", "b", "c"), calls.send))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert list(calls.open) == ["warm-0", "warm-1"]
@@ -55,22 +62,24 @@ def test_warm_up_is_handed_over_without_a_pause() -> None:
 def test_concurrency_is_held_and_not_exceeded(concurrency: int) -> None:
     open_now, seen = 0, []
 
-    async def send(call: int, due: float) -> None:
+    async def send(call: Call, due_ns: int) -> Exchange:
         nonlocal open_now
         open_now += 1
         seen.append(open_now)
-        await asyncio.sleep(0.001 * (call % 3))
+        await asyncio.sleep(0.001 * (int(call.request_id) % 3))
         open_now -= 1
+        return Exchange(call, due_ns)
 
-    asyncio.run(ClosedLoop(concurrency).run(range(40), send))
+    asyncio.run(ClosedLoop(concurrency).run(calls_of(*map(str, range(40))), send))
     assert seen == [*range(1, concurrency), *[concurrency] * (41 - concurrency)]
 
 
 def test_more_slots_than_calls() -> None:
     done = []
 
-    async def send(call: int, due: float) -> None:
-        done.append(call)
+    async def send(call: Call, due_ns: int) -> Exchange:
+        done.append(call.request_id)
+        return Exchange(call, due_ns)
 
-    asyncio.run(ClosedLoop(8).run([1, 2], send))
-    assert done == [1, 2]
+    asyncio.run(ClosedLoop(8).run(calls_of("1", "2"), send))
+    assert done == ["1", "2"]

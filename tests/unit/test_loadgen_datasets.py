@@ -10,7 +10,8 @@ import pytest
 from toolkit.config import LoadConfig
 from toolkit.loadgen.datasets import DATASETS
 from toolkit.loadgen.datasets.prompts import BUNDLED, Prompts, read_prompts
-from toolkit.loadgen.datasets.random import WORDS, RandomWords
+from toolkit.loadgen.datasets.random import RandomText
+from toolkit.loadgen.datasets.text import WORDS
 
 
 def ids(dataset: Prompts, count: int) -> list[str]:
@@ -71,9 +72,9 @@ def test_a_missing_file_is_explained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("isl", [1, 7, 300])
 def test_random_text_has_the_length_asked_for(isl: int) -> None:
-    for sample in islice(RandomWords(isl, seed=0, tokenizer=""), 5):
+    for sample in islice(RandomText(LoadConfig(isl=isl), ""), 5):
         assert len(sample.prompt.split()) == isl
-    for sample in islice(RandomWords(isl, seed=0, tokenizer="bytes"), 5):
+    for sample in islice(RandomText(LoadConfig(isl=isl), "bytes"), 5):
         assert len(sample.prompt.encode()) == isl
 
 
@@ -84,20 +85,20 @@ def test_random_text_in_tokens_of_a_tokenizer(tmp_path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([WORDS], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     dataset = DATASETS["random"](LoadConfig(isl=50), str(tmp_path))
     for sample in islice(dataset, 5):
-        assert abs(len(tokenizer.encode(sample.prompt).ids) - 50) <= 1
+        assert len(tokenizer.encode(sample.prompt).ids) == 50
 
 
 def test_random_samples_differ_and_repeat_with_the_seed() -> None:
-    first = list(islice(RandomWords(20, seed=5, tokenizer=""), 30))
-    assert first == list(islice(RandomWords(20, seed=5, tokenizer=""), 30))
+    first = list(islice(RandomText(LoadConfig(isl=20, seed=5), ""), 30))
+    assert first == list(islice(RandomText(LoadConfig(isl=20, seed=5), ""), 30))
     assert len({sample.prompt for sample in first}) == 30
-    assert first != list(islice(RandomWords(20, seed=6, tokenizer=""), 30))
+    assert first != list(islice(RandomText(LoadConfig(isl=20, seed=6), ""), 30))
 
 
 def test_a_missing_tokenizer_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer.json does not exist"):
-        RandomWords(8, seed=0, tokenizer=str(tmp_path))
+        RandomText(LoadConfig(isl=8), str(tmp_path))

@@ -105,7 +105,8 @@ def test_progress_goes_to_the_file(server: ScriptedServer, tmp_path: Path) -> No
     assert state.pop("output_tok_s") > 0
     assert state.pop("elapsed_s") > 0
     assert state == {
-        "points": 2, "point": 1, "concurrency": 2, "phase": "done", "done": 6, "total": 6, "failed": 0,
+        "points": 2, "point": 1, "concurrency": 2, "request_rate": 0.0, "phase": "done", "done": 6, "total": 6,
+        "failed": 0,
     }  # fmt: skip
 
 

@@ -1,0 +1,215 @@
+"""What passes between the parts of a load generator process: a call to be sent, and what was seen of it.
+
+An exchange is raw: bytes and when each read brought them. Nothing in it is interpreted before the load point has
+ended (``answers.py`` does that), so that taking a stamp costs as little as possible.
+Read next: ``sockets.py``, which fills it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from array import array
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from time import time_ns
+from typing import Literal, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+STAMP = np.dtype([("s", "<i8"), ("ns", "<i8")])  # struct timespec, as SO_TIMESTAMPNS gives it
+SPILL_BYTES = 1 << 14  # of one answer kept in memory: bounds a process's size by its streams, not by their length
+
+Outcome = Literal["ended", "error", "timeout", "cancelled"]
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One request to be sent; ``offset`` and ``length`` say where its JSON body is in the point's file of bodies.
+
+    Attributes:
+        at_s: when it is due, seconds after the point's begin; -1: as soon as a slot is free.
+        session: names the conversation it is a turn of; empty: none. Turns of one are sent in order, on one connection.
+        think_s: pause before this turn, after the answer to the one before.
+        cancel_s: the client gives it up so long after sending; 0: it does not.
+    """
+
+    request_id: str
+    prompt_id: str
+    warmup: bool
+    expected_output_tokens: int
+    offset: int
+    length: int
+    at_s: float = -1.0
+    session: str = ""
+    turn: int = 0
+    think_s: float = 0.0
+    cancel_s: float = 0.0
+
+
+class Exchange:
+    """One call and everything that was seen of it. Times are CLOCK_REALTIME nanoseconds, 0: did not happen.
+
+    Attributes:
+        due_ns: when the call should have been sent.
+        sent_ns: just before the request's last byte was written.
+        stamps: a ``STAMP`` a read: when the kernel received the last of its bytes (the user's clock where it does not
+            say: ``kernel_stamped`` is False then).
+        read_ns, sizes: when the process had the bytes of a read, and how many.
+        resent: times it was sent again because an idle connection turned out to be closed; nothing had come then.
+    """
+
+    __slots__ = (
+        "call", "data", "due_ns", "ended_ns", "fault", "kernel_stamped", "outcome", "read_ns", "resent", "segments",
+        "sent_ns", "sizes", "stamps", "unreachable",
+    )  # fmt: skip
+
+    def __init__(self, call: Call, due_ns: int) -> None:
+        self.call = call
+        self.due_ns = due_ns
+        self.sent_ns = 0
+        self.ended_ns = 0
+        self.outcome: Outcome = "ended"
+        self.fault = ""
+        self.resent = 0
+        self.unreachable = False  # no connection could be opened
+        self.kernel_stamped = True
+        self.data = bytearray()
+        self.stamps = bytearray()
+        self.read_ns = array("q")
+        self.sizes = array("I")
+        self.segments: list[tuple[int, int, int]] = []  # in the spool: (offset, bytes, reads)
+
+    def fail(self, outcome: Outcome, fault: str) -> None:
+        self.outcome, self.fault = outcome, fault
+
+    @property
+    def empty(self) -> bool:
+        """Nothing of an answer has come."""
+        return not self.sizes and not self.segments
+
+
+class Raw:
+    """The bytes of an exchange and, for each read, when the kernel and the process had it and where it ended."""
+
+    def __init__(self, data: bytes, kernel_ns: NDArray[np.int64], read_ns: NDArray[np.int64], ends: NDArray[np.int64]):
+        self.data = data
+        self.kernel_ns = kernel_ns
+        self.read_ns = read_ns
+        self.ends = ends
+
+
+class Spool:
+    """A file that takes answers out of memory while a point runs, and gives them back afterwards."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        path.unlink()  # it lives as long as this process has it open, however that ends
+        self._end = 0
+
+    def put(self, exchange: Exchange) -> None:
+        """Moves what the exchange holds into the file."""
+        x = exchange
+        if not x.sizes:
+            return
+        parts = (x.data, x.stamps, x.read_ns, x.sizes)
+        size = sum(memoryview(part).nbytes for part in parts)
+        written = os.writev(self._fd, parts)
+        if written != size:  # a full disk
+            raise OSError(f"{written} of {size} bytes of answers could be written to the temporary folder")
+        x.segments.append((self._end, len(x.data), len(x.sizes)))
+        self._end += size
+        x.data, x.stamps, x.read_ns, x.sizes = bytearray(), bytearray(), array("q"), array("I")
+
+    def get(self, exchange: Exchange) -> Raw:
+        """Everything that came for the exchange, in order."""
+        data, stamps, reads, sizes = [], [], [], []
+        for offset, count, number in exchange.segments:
+            block = os.pread(self._fd, count + number * 28, offset)
+            data.append(block[:count])
+            stamps.append(np.frombuffer(block, STAMP, number, count))
+            reads.append(np.frombuffer(block, "<i8", number, count + number * 16))
+            sizes.append(np.frombuffer(block, "<u4", number, count + number * 24))
+        if exchange.sizes:
+            data.append(bytes(exchange.data))
+            stamps.append(np.frombuffer(bytes(exchange.stamps), STAMP))
+            reads.append(np.array(exchange.read_ns, np.int64))
+            sizes.append(np.array(exchange.sizes, "<u4"))
+        if not data:
+            none = np.empty(0, np.int64)
+            return Raw(b"", none, none, none)
+        stamp = np.concatenate(stamps)
+        ends = np.cumsum(np.concatenate(sizes), dtype=np.int64)
+        return Raw(b"".join(data), stamp["s"] * 1_000_000_000 + stamp["ns"], np.concatenate(reads), ends)
+
+    def clear(self) -> None:
+        os.ftruncate(self._fd, 0)
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        self._end = 0
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Client(Protocol):
+    """Sends calls; the seam between arrivals and transports (``sockets.py``, ``http_client.py``).
+
+    Attributes:
+        reads: reads that brought bytes so far: what a progress display can know before anything is parsed.
+        opened: connections opened so far.
+    """
+
+    reads: int
+    opened: int
+
+    async def connect(self, count: int) -> None:
+        """Opens connections until ``count`` are idle, so that none is opened while latencies are taken."""
+        ...
+
+    async def send(self, call: Call, body: bytes, due_ns: int) -> Exchange:
+        """Sends ``call``, due at ``due_ns``, and returns when it has ended, well or not; raises only when cancelled.
+
+        Every call ends in exactly one exchange, which ``on_done`` gets too, that of a cancelled one included.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+async def attempt(
+    exchange: Exchange, talk: Callable[[], Awaitable[None]], timeout_s: float, failures: tuple[type[Exception], ...]
+) -> None:
+    """Runs ``talk``, which fills the exchange; however it ends, the exchange says so. Raises only when cancelled.
+
+    Args:
+        failures: what ``talk`` raises when the server or the connection fails; the text becomes the exchange's fault.
+    """
+    call = exchange.call
+    exchange.sent_ns = time_ns()
+    limit = min(timeout_s, call.cancel_s or timeout_s)
+    try:
+        async with asyncio.timeout(limit):
+            await talk()
+    except TimeoutError:
+        if limit == call.cancel_s:
+            exchange.fail("cancelled", f"given up after {limit:g} s, as cancel_fraction asks")
+        else:
+            exchange.fail("timeout", f"no complete answer after timeout_s={limit:g}")
+    except asyncio.CancelledError:
+        exchange.fail("cancelled", "the run was interrupted")
+        raise
+    except failures as error:
+        exchange.fail("error", str(error) or type(error).__name__)
+        exchange.unreachable = isinstance(error, UnreachableError)
+    finally:
+        exchange.ended_ns = time_ns()
+
+
+class UnreachableError(OSError):
+    """No connection could be opened."""
+
+
+OnDone = Callable[[Exchange], None]
+Send = Callable[[Call, int], Awaitable[Exchange]]
+"""(call, when it was due, CLOCK_REALTIME ns) -> what was seen of it, when it has ended."""
