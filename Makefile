@@ -14,10 +14,10 @@ STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check fmt hooks
+.PHONY: help demo test unit check bench-loadgen fmt hooks
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the charts (minutes)
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
@@ -33,6 +33,9 @@ check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m 'not e2e' $(ARGS)
+
+bench-loadgen: $(STAMP)  ## the load generator against a server with known send times (a minute)
+	$(BIN)/python -m tests.bench.loadgen $(ARGS)
 
 fmt: $(STAMP)  ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix-only .

@@ -86,6 +86,7 @@ class PointStatus:
     state: PointState = "pending"
     reason: str = ""
     request_rate: float = 0.0  # requests a second; 0: as fast as ``concurrency`` allows
+    good_share: float | None = None  # of the measured requests that met the objectives; null: none were given
     client: ClientProof | None = None
 
 

@@ -100,6 +100,21 @@ def itl_s(requests: pd.DataFrame) -> Floats:
     return np.repeat(per_token, tokens)
 
 
+def good(requests: pd.DataFrame, ttft_ms: float = 0.0, tpot_ms: float = 0.0, e2e_ms: float = 0.0) -> NDArray[np.bool_]:
+    """Which rows are ok and meet every objective that is not 0; goodput counts these. A failed one meets none.
+
+    TTFT and E2E count from when the request was due (``wait_s``). A row without TPOT (one chunk) has met its objective.
+    """
+    waited = wait_s(requests)
+    meets = (requests["status"] == "ok").to_numpy(np.bool_)
+    for limit, seconds in ((ttft_ms, ttft_s(requests) + waited), (e2e_ms, e2e_s(requests) + waited)):
+        if limit:
+            meets = meets & (seconds * 1e3 <= limit)
+    if tpot_ms:
+        meets = meets & ~(tpot_s(requests) * 1e3 > tpot_ms)
+    return meets
+
+
 def interval(requests: pd.DataFrame) -> tuple[float, float]:
     """Unix seconds of the first send and of the last token of the measured requests; NaN where there is none.
 

@@ -40,6 +40,10 @@ def main(words: Sequence[str]) -> int:
     if not words or {"-h", "--help", "help"} & set(words):
         sys.stdout.write(help_text() + "\n")
         return 0
+    if words[0] == "selfcheck":
+        from toolkit.loadgen import selfcheck
+
+        return selfcheck.main(words[1:])
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", handlers=[_Stderr()]
     )

@@ -16,7 +16,7 @@ from toolkit.loadgen.sse import SSEParser
 from toolkit.records import RequestRecord
 
 FAILED_FINISHES = ("abort", "error")
-BLUR_NS = 500_000  # a read that came later than this after the kernel had its bytes may be why they came together
+BLUR_NS = 2_000_000  # a read that came later than this after the kernel had its bytes may be why they came together
 
 
 def to_record(exchange: Exchange, raw: Raw, point: int, concurrency: int) -> tuple[RequestRecord, Coalesced]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import struct
 from array import array
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 STAMP = np.dtype([("s", "<i8"), ("ns", "<i8")])  # struct timespec, as SO_TIMESTAMPNS gives it
+TIMESPEC = struct.Struct("=qq")
+READ_BYTES = 28  # of the spool that a read takes beside its data: stamp, time, size
 SPILL_BYTES = 1 << 14  # of one answer kept in memory: bounds a process's size by its streams, not by their length
 
 Outcome = Literal["ended", "error", "timeout", "cancelled"]
@@ -54,15 +57,18 @@ class Exchange:
     Attributes:
         due_ns: when the call should have been sent.
         sent_ns: just before the request's last byte was written.
-        stamps: a ``STAMP`` a read: when the kernel received the last of its bytes (the user's clock where it does not
-            say: ``kernel_stamped`` is False then).
-        read_ns, sizes: when the process had the bytes of a read, and how many.
+        reads: what is in memory, one entry a read: when the process had it, its ``STAMP`` as bytes (when the kernel
+            received the last of its bytes; the process's own time where it does not say), the bytes.
+        held: bytes in ``reads``.
+        segments: what is in the spool: (offset, bytes, reads).
         resent: times it was sent again because an idle connection turned out to be closed; nothing had come then.
+        refused: the answer is not a 200, as far as its first bytes show.
+        unreachable: no connection could be opened.
     """
 
     __slots__ = (
-        "call", "data", "due_ns", "ended_ns", "fault", "kernel_stamped", "outcome", "read_ns", "resent", "segments",
-        "sent_ns", "sizes", "stamps", "unreachable",
+        "call", "due_ns", "ended_ns", "fault", "held", "kernel_stamped", "outcome", "reads", "refused", "resent",
+        "segments", "sent_ns", "unreachable",
     )  # fmt: skip
 
     def __init__(self, call: Call, due_ns: int) -> None:
@@ -73,21 +79,28 @@ class Exchange:
         self.outcome: Outcome = "ended"
         self.fault = ""
         self.resent = 0
-        self.unreachable = False  # no connection could be opened
+        self.unreachable = False
+        self.refused = True
         self.kernel_stamped = True
-        self.data = bytearray()
-        self.stamps = bytearray()
-        self.read_ns = array("q")
-        self.sizes = array("I")
-        self.segments: list[tuple[int, int, int]] = []  # in the spool: (offset, bytes, reads)
+        self.reads: list[tuple[int, bytes, bytes]] = []
+        self.held = 0
+        self.segments: list[tuple[int, int, int]] = []
 
     def fail(self, outcome: Outcome, fault: str) -> None:
         self.outcome, self.fault = outcome, fault
 
     @property
+    def last_ns(self) -> int:
+        """When the answer had ended, by the kernel's clock: a loop that notices it late moves nothing."""
+        if self.outcome == "ended" and self.reads:
+            seconds, rest = TIMESPEC.unpack(self.reads[-1][1])
+            return int(seconds) * 1_000_000_000 + int(rest)
+        return self.ended_ns
+
+    @property
     def empty(self) -> bool:
         """Nothing of an answer has come."""
-        return not self.sizes and not self.segments
+        return not self.reads and not self.segments
 
 
 class Raw:
@@ -110,38 +123,32 @@ class Spool:
 
     def put(self, exchange: Exchange) -> None:
         """Moves what the exchange holds into the file."""
-        x = exchange
-        if not x.sizes:
+        reads = exchange.reads
+        if not reads:
             return
-        parts = (x.data, x.stamps, x.read_ns, x.sizes)
+        parts = _columns(reads)
         size = sum(memoryview(part).nbytes for part in parts)
         written = os.writev(self._fd, parts)
         if written != size:  # a full disk
             raise OSError(f"{written} of {size} bytes of answers could be written to the temporary folder")
-        x.segments.append((self._end, len(x.data), len(x.sizes)))
+        exchange.segments.append((self._end, len(parts[0]), len(reads)))
         self._end += size
-        x.data, x.stamps, x.read_ns, x.sizes = bytearray(), bytearray(), array("q"), array("I")
+        exchange.reads, exchange.held = [], 0
 
     def get(self, exchange: Exchange) -> Raw:
         """Everything that came for the exchange, in order."""
-        data, stamps, reads, sizes = [], [], [], []
-        for offset, count, number in exchange.segments:
-            block = os.pread(self._fd, count + number * 28, offset)
-            data.append(block[:count])
-            stamps.append(np.frombuffer(block, STAMP, number, count))
-            reads.append(np.frombuffer(block, "<i8", number, count + number * 16))
-            sizes.append(np.frombuffer(block, "<u4", number, count + number * 24))
-        if exchange.sizes:
-            data.append(bytes(exchange.data))
-            stamps.append(np.frombuffer(bytes(exchange.stamps), STAMP))
-            reads.append(np.array(exchange.read_ns, np.int64))
-            sizes.append(np.array(exchange.sizes, "<u4"))
-        if not data:
+        blocks = [(os.pread(self._fd, size + n * READ_BYTES, at), size, n) for at, size, n in exchange.segments]
+        if exchange.reads:
+            parts = _columns(exchange.reads)
+            blocks.append((b"".join(parts), len(parts[0]), len(exchange.reads)))
+        if not blocks:
             none = np.empty(0, np.int64)
             return Raw(b"", none, none, none)
-        stamp = np.concatenate(stamps)
-        ends = np.cumsum(np.concatenate(sizes), dtype=np.int64)
-        return Raw(b"".join(data), stamp["s"] * 1_000_000_000 + stamp["ns"], np.concatenate(reads), ends)
+        stamps = np.concatenate([np.frombuffer(block, STAMP, n, size) for block, size, n in blocks])
+        reads = np.concatenate([np.frombuffer(block, "<i8", n, size + n * 16) for block, size, n in blocks])
+        sizes = np.concatenate([np.frombuffer(block, "<u4", n, size + n * 24) for block, size, n in blocks])
+        data = b"".join([block[:size] for block, size, _ in blocks])
+        return Raw(data, stamps["s"] * 1_000_000_000 + stamps["ns"], reads, np.cumsum(sizes, dtype=np.int64))
 
     def clear(self) -> None:
         os.ftruncate(self._fd, 0)
@@ -150,6 +157,12 @@ class Spool:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _columns(reads: list[tuple[int, bytes, bytes]]) -> tuple[bytes, bytes, array[int], array[int]]:
+    """Reads -> all bytes, all stamps, all times, all sizes: a segment of the spool."""
+    times, stamps, data = zip(*reads, strict=True)
+    return b"".join(data), b"".join(stamps), array("q", times), array("I", map(len, data))
 
 
 class Client(Protocol):

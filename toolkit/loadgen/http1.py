@@ -133,7 +133,7 @@ def chunk_size(line: bytes | bytearray) -> int:
 class Framing:
     """Tells when an answer is complete, reading as little of it as possible.
 
-    ``feed`` gets every read. A chunked body is only looked at when what came ends in an empty line, as the end must,
+    ``feed`` gets every read. A chunked body is only looked at when a read ends in an empty line, as the last one must,
     or when ``settle`` says that the bytes so far are about to leave memory.
     """
 
@@ -143,7 +143,7 @@ class Framing:
         self._start = b""
         self._left: int | None = None  # body bytes to come, where the head says how many
         self._walk: ChunkWalk | None = None
-        self._unwalked = bytearray()
+        self._unwalked: list[bytes] = []
 
     def feed(self, data: bytes) -> bool:
         """True when the answer is complete. Raises ``FramingError``."""
@@ -152,8 +152,8 @@ class Framing:
             if self.head is None:
                 return False
         if self._walk is not None:
-            self._unwalked += data
-            if self._unwalked.endswith(HEAD_END):
+            self._unwalked.append(data)
+            if data[-4:] == HEAD_END or len(data) < 4:
                 self.settle()
         elif self._left is not None:
             self._left -= len(data)
@@ -163,7 +163,7 @@ class Framing:
     def settle(self) -> None:
         """Looks at everything that has come."""
         if self._walk is not None and self._unwalked:
-            self._walk.feed(self._unwalked)
+            self._walk.feed(b"".join(self._unwalked))
             self._unwalked.clear()
             self.complete = self._walk.ended
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import aiohttp
 
-from toolkit.loadgen.exchange import SPILL_BYTES, Call, Exchange, OnDone, Spool, UnreachableError, attempt
-from toolkit.loadgen.sockets import DONE_LINE, DRAIN_S, IDLE_S, REFUSED_PAUSE_S, TIMESPEC
+from toolkit.loadgen.exchange import SPILL_BYTES, TIMESPEC, Call, Exchange, OnDone, Spool, UnreachableError, attempt
+from toolkit.loadgen.sockets import DONE_LINE, DRAIN_S, IDLE_S, REFUSED_PAUSE_S
 
 READ_BUFFER = 1 << 20  # aiohttp stops reading a socket at twice this; its 64 KiB would pause fast streams
 FRAMING_HEADERS = ("transfer-encoding", "content-length", "content-encoding")  # aiohttp has dealt with them
@@ -85,6 +85,7 @@ class AiohttpClient:
         async with self._session.post(
             self._url, data=body, headers=headers, allow_redirects=False, trace_request_ctx=exchange
         ) as response:
+            exchange.refused = response.status != 200
             self._take(exchange, _head(response))
             await self._read(response.content, exchange)
 
@@ -101,12 +102,10 @@ class AiohttpClient:
 
     def _take(self, exchange: Exchange, data: bytes) -> None:
         now = time.time_ns()
-        exchange.data += data
-        exchange.stamps += TIMESPEC.pack(now // 1_000_000_000, now % 1_000_000_000)
-        exchange.read_ns.append(now)
-        exchange.sizes.append(len(data))
+        exchange.reads.append((now, TIMESPEC.pack(now // 1_000_000_000, now % 1_000_000_000), data))
+        exchange.held += len(data)
         self.reads += 1
-        if len(exchange.data) > SPILL_BYTES:
+        if exchange.held > SPILL_BYTES:
             self.spool.put(exchange)
 
     async def _opened_one(self, session: aiohttp.ClientSession, context: Any, params: Any) -> None:

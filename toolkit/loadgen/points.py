@@ -48,7 +48,9 @@ class LoadPoint:
 
 
 def points_of(load: LoadConfig) -> list[LoadPoint]:
-    """The sweep's points, in order."""
+    """The sweep's points, in order; none where a search decides (``Search``)."""
+    if load.search:
+        return []
     if load.arrival == "trace":
         return [LoadPoint(0, load.max_concurrency, 0, load.num_requests, -1.0)]
     if load.request_rate:
@@ -76,6 +78,57 @@ def rate_point(load: LoadConfig, index: int, rate: float) -> LoadPoint:
     measured = load.num_requests or max(load.min_requests, round(rate * load.duration_s))
     warmup = -(-measured // 10) if load.warmup_requests < 0 else load.warmup_requests
     return LoadPoint(index, load.max_concurrency, warmup, measured, rate)
+
+
+class Search:
+    """Looks for the largest load that meets the objectives, between the smallest and the largest point asked for.
+
+    Both ends are tried first; then what lies between the largest load that is known to be good and the smallest that
+    is known not to be is halved (geometrically) until they are ``CLOSE`` to each other. Takes it for granted that more
+    load is never better.
+    """
+
+    CLOSE = 1.1
+
+    def __init__(self, load: LoadConfig) -> None:
+        self._load = load
+        self._rates = bool(load.request_rate)
+        ends = load.request_rate if self._rates else load.concurrency
+        self._low, self._high = float(min(ends)), float(max(ends))
+        self.best = 0.0  # largest load that met the objectives; 0: none did
+        self._worst = 0.0  # smallest that did not; 0: not known
+        self._tried = 0
+        self._asked = 0.0
+
+    def next(self) -> LoadPoint | None:
+        """The point to try now; None when the search is over."""
+        value = self._value()
+        if value is None:
+            return None
+        self._asked = value
+        index, self._tried = self._tried, self._tried + 1
+        if self._rates:
+            return rate_point(self._load, index, value)
+        return closed_point(self._load, index, round(value))
+
+    def tell(self, good: bool) -> None:
+        """Whether the point given last met the objectives."""
+        if good:
+            self.best = max(self.best, self._asked)
+        else:
+            self._worst = min(self._worst or self._asked, self._asked)
+
+    def _value(self) -> float | None:
+        if self._tried == 0:
+            return self._low
+        if not self.best or self.best >= self._high:
+            return None
+        if not self._worst:
+            return self._high
+        if self._worst / self.best <= self.CLOSE or (not self._rates and self._worst - self.best <= 1):
+            return None
+        middle = (self.best * self._worst) ** 0.5
+        return float(f"{middle:.3g}") if self._rates else float(min(max(round(middle), self.best + 1), self._worst - 1))
 
 
 def due_times(load: LoadConfig, rate: float, seed: int) -> Iterator[float]:

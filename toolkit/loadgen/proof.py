@@ -49,7 +49,6 @@ class Histogram(msgspec.Struct):
 class Evidence(msgspec.Struct):
     """What one process counted in one load point; sums, but for ``cpu_share`` (the busiest process counts)."""
 
-    reads: int = 0
     token_chunks: int = 0
     output_tokens: int = 0
     coalesced_chunks: int = 0  # chunks that shared a read with the one before

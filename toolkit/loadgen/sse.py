@@ -35,7 +35,13 @@ class SSEParser:
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that ``chunk`` completed."""
-        if self._is_one_event(chunk):  # as nearly all are: the regular way takes three times as long
+        if (
+            chunk.startswith(b"data: ")
+            and chunk.endswith(b"\n\n")
+            and chunk.find(b"\n") == len(chunk) - 2
+            and not (self._rest or self._data or self._type)
+            and b"\r" not in chunk
+        ):  # one event, as nearly all reads are: the regular way takes three times as long
             self._first_line = False
             return [Event(chunk[6:-2])]
         text = self._rest + chunk
@@ -52,15 +58,6 @@ class SSEParser:
         events = [self._take(line) for line in (self._rest.rstrip(b"\r"), b"")]
         self._rest = b""
         return [event for event in events if event is not None]
-
-    def _is_one_event(self, chunk: bytes) -> bool:
-        return (
-            chunk[:6] == b"data: "
-            and chunk.find(b"\n") == len(chunk) - 2
-            and chunk[-1:] == b"\n"
-            and not (self._rest or self._data or self._type)
-            and b"\r" not in chunk
-        )
 
     def _take(self, line: bytes) -> Event | None:
         if self._first_line:

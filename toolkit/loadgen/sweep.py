@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.loadgen.around import Around
 from toolkit.loadgen.options import Options
-from toolkit.loadgen.points import CallMaker, LoadPoint, points_of
+from toolkit.loadgen.points import CallMaker, LoadPoint, Search, points_of
 from toolkit.loadgen.pool import Pool, WorkerError, owner
 from toolkit.loadgen.progress import Reporter
 from toolkit.loadgen.proof import Evidence, judge
@@ -65,7 +66,7 @@ class Sweep:
         self._pool, self._maker, self._transport, self._around = pool, maker, transport, around
         self._write()
         try:
-            for point in points_of(self.options):
+            for point in self._points():
                 await self._run_point(point, reporter)
         except asyncio.CancelledError:
             self.end("cancelled", "interrupted")
@@ -81,6 +82,23 @@ class Sweep:
             reason = f"{len(failed)} of {len(points)} load points failed: {failed[0].reason}" if failed else ""
             self.end("failed" if failed else "done", reason)
 
+    def _points(self) -> Iterator[LoadPoint]:
+        """The points, one at a time: where a search decides, the next one depends on how the last one went."""
+        yield from points_of(self.options)
+        if not self.options.search:
+            return
+        search = Search(self.options)
+        while (point := search.next()) is not None:
+            self.status.points.append(_pending(point))
+            yield point
+            share = self.status.points[-1].good_share
+            search.tell(share is not None and share >= self.options.slo_share)
+        kind = "requests/s" if self.options.request_rate else "concurrency"
+        if search.best:
+            log.info("the largest load that meets the objectives: %s %g", kind, search.best)
+        else:
+            log.warning("no load meets the objectives, the smallest one included")
+
     def end(self, state: Literal["done", "failed", "cancelled"], reason: str) -> None:
         """Closes the run's status, and that of a point that was running, and writes everything."""
         self.status.state, self.status.reason = state, reason
@@ -89,8 +107,8 @@ class Sweep:
                 point.state, point.reason = state, reason
         self._write()
 
-    async def _run_point(self, point: LoadPoint, reporter: Reporter) -> dict[str, Any] | None:
-        """Returns the point's row of sweep.csv. Raises ``CancelledError`` when it was interrupted."""
+    async def _run_point(self, point: LoadPoint, reporter: Reporter) -> None:
+        """Raises ``CancelledError`` when it was interrupted."""
         status = self.status.points[point.index]
         status.state = "running"
         self._write()
@@ -116,7 +134,6 @@ class Sweep:
             raise asyncio.CancelledError
         self._finish_point(point, status, table, evidence)
         reporter.update(self._state(point, live, ended=True))
-        return self.rows[-1]
 
     def _finish_point(self, point: LoadPoint, status: PointStatus, table: pa.Table, evidence: list[Evidence]) -> None:
         frame: pd.DataFrame = table.to_pandas()
@@ -126,6 +143,7 @@ class Sweep:
         if len(errors):
             status.reason = f"{len(errors)} of {len(measured)} requests failed, the first with: {errors.iloc[0]}"
             log.warning("%s: %s", point.name, status.reason)
+        status.good_share = self._good_share(measured)
         proof = status.client = judge(evidence, self._transport, len(evidence))
         if proof.verdict != "ok":
             log.warning("%s: the client's own part is %s: %s", point.name, proof.verdict, "; ".join(proof.reasons))
@@ -141,6 +159,14 @@ class Sweep:
             self.tables[-1], status.concurrency = _with_concurrency(table, frame)
         self.rows.append(_sweep_row(frame, status.concurrency, self.options.num_gpus, max(0.0, point.request_rate)))
         self._write()
+
+    def _good_share(self, measured: pd.DataFrame) -> float | None:
+        options = self.options
+        if not (options.slo_ttft_ms or options.slo_tpot_ms or options.slo_e2e_ms) or not len(measured):
+            return None
+        from toolkit.analysis.metrics import good
+
+        return float(good(measured, options.slo_ttft_ms, options.slo_tpot_ms, options.slo_e2e_ms).mean())
 
     def _write(self) -> None:
         if not self.options.out:

@@ -26,6 +26,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from toolkit.loadgen.answers import to_record
 from toolkit.loadgen.arrival import Arrival, ClosedLoop, OpenLoop, conversations_of
@@ -144,8 +145,7 @@ class Worker:
     def _take(self, exchange: Exchange) -> None:
         """Files one ended exchange; called while latencies are taken."""
         self.exchanges.append(exchange)
-        refused = not exchange.segments and not exchange.data.startswith(b"HTTP/1.1 200")
-        self.failed += exchange.outcome != "ended" or refused
+        self.failed += exchange.outcome != "ended" or exchange.refused
 
     async def measure(self, point: Point, calls: list[Call], bodies: bytes | mmap.mmap) -> Evidence:
         """Sends every call; the exchanges are in ``exchanges`` then. When cancelled, so are the calls in flight."""
@@ -189,26 +189,33 @@ class Worker:
     def rows(self, point: Point, evidence: Evidence) -> Iterator[RequestRecord]:
         """The row of every exchange, in the order in which they ended; adds to ``evidence`` what the answers show."""
         before = time.process_time()
+        lags: list[NDArray[np.int64]] = []
         for exchange in self.exchanges:
             raw = self.spool.get(exchange)
             record, coalesced = to_record(exchange, raw, point.index, point.concurrency)
-            late = raw.read_ns - raw.kernel_ns
-            evidence.lag.add(late)
-            evidence.reads += len(late)
-            evidence.resent += exchange.resent
-            evidence.unstamped += not exchange.kernel_stamped
-            evidence.token_chunks += len(record.chunk_s) + record.coalesced
-            evidence.output_tokens += record.output_tokens
-            evidence.coalesced_chunks += record.coalesced
-            evidence.blurred_chunks += coalesced.late
-            if record.status == "ok" and not record.warmup:
-                evidence.count_mismatches += sum(record.chunk_tokens) != record.output_tokens
-                evidence.length_mismatches += record.expected_output_tokens not in (0, record.output_tokens)
+            lags.append(raw.read_ns - raw.kernel_ns)
+            if len(lags) == BATCH:
+                evidence.lag.add(np.concatenate(lags))
+                lags.clear()
+            self._count(evidence, exchange, record, coalesced.late)
             if not self.setup.record_text:
                 record.output_text = ""
             yield record
+        if lags:
+            evidence.lag.add(np.concatenate(lags))
         evidence.parse_cpu_s = time.process_time() - before
         evidence.peak_rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def _count(self, evidence: Evidence, exchange: Exchange, record: RequestRecord, late: int) -> None:
+        evidence.resent += exchange.resent
+        evidence.unstamped += not exchange.kernel_stamped
+        evidence.token_chunks += len(record.chunk_s) + record.coalesced
+        evidence.output_tokens += record.output_tokens
+        evidence.coalesced_chunks += record.coalesced
+        evidence.blurred_chunks += late
+        if record.status == "ok" and not record.warmup:
+            evidence.count_mismatches += sum(record.chunk_tokens) != record.output_tokens
+            evidence.length_mismatches += record.expected_output_tokens not in (0, record.output_tokens)
 
     def _with_answer(self, body: bytes, exchange: Exchange) -> bytes:
         record, _ = to_record(exchange, self.spool.get(exchange), 0, 0)
@@ -216,7 +223,7 @@ class Worker:
 
     def _count_held(self, arrival: ClosedLoop, evidence: Evidence) -> None:
         sent = [x.sent_ns for x in self.exchanges]
-        ended = [_last_ns(x) for x in self.exchanges]
+        ended = [x.last_ns for x in self.exchanges]
         evidence.in_flight_s, evidence.asked_s = in_flight(
             sent, ended, arrival.full_ns, arrival.drained_ns, arrival.concurrency
         )
@@ -224,14 +231,6 @@ class Worker:
 
 def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
-
-
-def _last_ns(exchange: Exchange) -> int:
-    """When the answer had ended, by the kernel's clock: the loop noticing it late is not concurrency held."""
-    if exchange.stamps and exchange.outcome == "ended":
-        last = memoryview(exchange.stamps)[-16:].cast("q")
-        return int(last[0]) * 1_000_000_000 + int(last[1])
-    return exchange.ended_ns
 
 
 @contextlib.contextmanager
