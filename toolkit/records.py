@@ -217,6 +217,20 @@ def _cell(value: Any) -> Any:
     return value
 
 
+def raw_schema() -> pa.Schema:
+    """``raw.parquet``: a row a request: the bytes of its answer, read by read, and the Unix nanoseconds of each."""
+    import pyarrow as pa
+
+    return pa.schema([("request_id", pa.string()), ("read_ns", pa.list_(pa.int64())), ("data", pa.list_(pa.binary()))])
+
+
+def write_raw(folder: Path, table: pa.Table) -> None:
+    import pyarrow.parquet as pq
+
+    with replacing(folder / RAW, "wb") as out:
+        pq.write_table(table, out, compression="zstd")
+
+
 # --- server_metrics.parquet -------------------------------------------------------------------------
 
 

@@ -92,6 +92,9 @@ class ScriptedServer:
         self.paths: list[str] = []
         self.open_at_arrival: list[int] = []  # requests open when each one arrived, itself included
         self.connections: set[tuple[str, int]] = set()
+        self.ports: list[int] = []  # of the client, one a request
+        self.metrics = ""
+        self.hooks: list[str] = []
         self.url = ""
         self._open = 0
 
@@ -102,7 +105,9 @@ class ScriptedServer:
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.paths.append(request.path)
         assert request.transport is not None
-        self.connections.add(request.transport.get_extra_info("peername"))
+        peer = request.transport.get_extra_info("peername")
+        self.connections.add(peer)
+        self.ports.append(peer[1])
         self._open += 1
         self.open_at_arrival.append(self._open)
         try:
@@ -110,13 +115,24 @@ class ScriptedServer:
         finally:
             self._open -= 1
 
+    @property
+    def open_now(self) -> int:
+        return self._open
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics) if self.metrics else web.Response(status=404)
+
+    async def _hook(self, request: web.Request) -> web.Response:
+        self.hooks.append(request.path)
+        return web.Response()
+
     async def _health(self, request: web.Request) -> web.Response:
         raise self.health(text='{"state": "loading"}')
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": name} for name in self.models]})
 
-    async def _serve(self, started: threading.Event) -> None:
+    async def _serve(self, started: threading.Event, port: int) -> None:
         self._stop = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         app = web.Application()
@@ -124,9 +140,12 @@ class ScriptedServer:
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_post("/flush_cache", self._hook)
+        app.router.add_post("/start_profile", self._hook)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
         await site.start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         started.set()
@@ -134,9 +153,9 @@ class ScriptedServer:
         await runner.cleanup()
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[ScriptedServer]:
+    def running(self, port: int = 0) -> Iterator[ScriptedServer]:
         started = threading.Event()
-        thread = threading.Thread(target=lambda: asyncio.run(self._serve(started)), daemon=True)
+        thread = threading.Thread(target=lambda: asyncio.run(self._serve(started, port)), daemon=True)
         thread.start()
         assert started.wait(10), "the test's server did not start"
         try:
@@ -173,7 +192,7 @@ async def measure(settings: Setup, calls: Sequence[Call], point: Point, bodies: 
             evidence = await worker.measure(point, list(calls), bodies)
         except asyncio.CancelledError:
             evidence = Evidence()
-        return Result(list(worker.rows(point, evidence)), evidence)
+        return Result([record for record, _ in worker.rows(point, evidence)], evidence)
 
 
 def closed_loop(concurrency: int) -> Point:

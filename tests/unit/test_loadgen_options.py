@@ -55,8 +55,8 @@ def test_every_key_of_the_experiments_load_is_an_option() -> None:
         ("dataset=azure", "dataset=azure needs a file; give dataset_path"),
         (
             "arrival=trace",
-            "arrival=trace needs a dataset that says when; dataset=prompts does not, use mooncake, azure, "
-            "burstgpt, trace",
+            "arrival=trace needs a dataset that says when; dataset=prompts does not, "  # noqa: ISC004
+            "use mooncake, azure, burstgpt, trace",
         ),
         ("search=true", "search=true needs an objective: give slo_ttft_ms, slo_tpot_ms or slo_e2e_ms"),
         ("num_requests=-1", "num_requests=-1 is negative; use 0 to derive it from concurrency, or a number"),

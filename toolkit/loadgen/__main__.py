@@ -114,6 +114,7 @@ async def _sweep(sweep: Sweep, options: Options, dataset: Dataset, reporter: Rep
         timeout_s=options.timeout_s,
         api_key_env=options.api_key_env,
         record_text=options.record_text,
+        record_raw=options.record_raw,
     )
     async with open_session(os.environ.get(options.api_key_env, "")) as session:
         model = await find_model(session, url, options.model)

@@ -34,6 +34,7 @@ class Call(msgspec.Struct, frozen=True):
     Attributes:
         at_s: when it is due, seconds after the point's begin; -1: as soon as a slot is free.
         session: names the conversation it is a turn of; empty: none. Turns of one are sent in order, on one connection.
+        more_turns: another turn of it follows.
         think_s: pause before this turn, after the answer to the one before.
         cancel_s: the client gives it up so long after sending; 0: it does not.
     """
@@ -47,6 +48,7 @@ class Call(msgspec.Struct, frozen=True):
     at_s: float = -1.0
     session: str = ""
     turn: int = 0
+    more_turns: bool = False
     think_s: float = 0.0
     cancel_s: float = 0.0
 
@@ -111,6 +113,11 @@ class Raw:
         self.kernel_ns = kernel_ns
         self.read_ns = read_ns
         self.ends = ends
+
+    def parts(self) -> list[bytes]:
+        """The bytes of each read."""
+        ends = self.ends.tolist()
+        return [self.data[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 class Spool:

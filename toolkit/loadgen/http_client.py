@@ -64,9 +64,6 @@ class AiohttpClient:
     async def close(self) -> None:
         await self._session.close()
 
-    def end_session(self, name: str) -> None:
-        """aiohttp picks connections itself; the header alone names the conversation."""
-
     async def _exchange(self, exchange: Exchange, body: bytes) -> None:
         try:
             await self._talk(exchange, body)

@@ -197,6 +197,7 @@ class CallMaker:
             at_s=at_s / options.speedup if point.request_rate < 0 else at_s,
             session=sample.session and f"{self._run_id}-{sample.session}",
             turn=turn,
+            more_turns=sample.more_turns,
             think_s=sample.think_s,
             cancel_s=options.cancel_after_s if rng.random() < options.cancel_fraction else 0.0,
         )

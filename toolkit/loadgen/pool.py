@@ -20,7 +20,8 @@ import msgspec
 
 from toolkit.loadgen.exchange import Call
 from toolkit.loadgen.proof import Evidence
-from toolkit.loadgen.worker import Broken, Done, Go, Point, Progress, Ready, Report, Setup, Stop
+from toolkit.loadgen.worker import RAW_SUFFIX, Broken, Done, Go, Point, Progress, Ready, Report, Setup, Stop
+from toolkit.records import requests_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,6 +48,16 @@ class Load:
     ramp_s: float
 
 
+@dataclass(frozen=True)
+class Result:
+    """A load point's rows, its raw answers where they are kept, what each process saw of itself."""
+
+    table: pa.Table
+    raw: pa.Table | None
+    evidence: list[Evidence]
+    interrupted: bool
+
+
 def auto_workers(most_in_flight: int) -> int:
     """One process for each allowed core but one, where there is work for so many."""
     return max(1, min(len(_cores()) - 1, -(-most_in_flight // SLOTS_A_WORKER)))
@@ -70,6 +81,7 @@ class CallsFile:
     def __init__(self, folder: Path, name: str) -> None:
         self.calls_path, self.bodies_path = folder / f"{name}.calls", folder / f"{name}.bodies"
         self.rows_path = folder / f"{name}.rows"
+        self.raw_path = folder / f"{name}.rows{RAW_SUFFIX}"
         self._calls: list[Call] = []
         self._bodies: BinaryIO = self.bodies_path.open("wb")
         self._end = 0
@@ -78,6 +90,10 @@ class CallsFile:
         self._bodies.write(body)
         self._calls.append(msgspec.structs.replace(call, offset=self._end, length=len(body)))
         self._end += len(body)
+
+    def remove(self) -> None:
+        for path in (self.calls_path, self.bodies_path, self.rows_path, self.raw_path):
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         self._bodies.close()
@@ -150,11 +166,11 @@ class Pool:
 
     async def run(
         self, load: Load, files: Sequence[CallsFile], progress: Callable[[Progress], None], interval_s: float
-    ) -> tuple[pa.Table, list[Evidence], bool]:
-        """Runs the point; returns its rows, what each process saw of itself, and whether it was interrupted.
+    ) -> Result:
+        """Runs the point.
 
-        Cancelling it stops the point early: calls in flight end as cancelled, and the rows so far are returned with
-        True. Raises ``WorkerError``.
+        Cancelling it stops the point early: calls in flight end as cancelled, and the rows so far are returned as an
+        interrupted result. Raises ``WorkerError``.
         """
         processes = self._processes[: len(files)]
         for number, (one, file) in enumerate(zip(processes, files, strict=True)):
@@ -178,7 +194,11 @@ class Pool:
                     one.tell(Stop())
             progress(_total([one.progress for one in processes]))
         done = [report for report in waiting.result() if isinstance(report, Done)]
-        return _rows(files), [report.evidence for report in done], interrupted
+        evidence = [report.evidence for report in done]
+        rows, raw = _tables([f.rows_path for f in files]), _tables([f.raw_path for f in files])
+        for file in files:
+            file.remove()
+        return Result(rows or requests_schema().empty_table(), raw, evidence, interrupted)
 
 
 def owner(conversation: int, load: Load, workers: int) -> int:
@@ -210,17 +230,13 @@ def _total(parts: Sequence[Progress]) -> Progress:
     )
 
 
-def _rows(files: Sequence[CallsFile]) -> pa.Table:
-    """The processes' rows in one table; their files are gone then."""
+def _tables(paths: Sequence[Path]) -> pa.Table | None:
+    """The processes' Arrow files as one table; None where there is none."""
     import pyarrow as pa
 
-    from toolkit.records import requests_schema
-
     tables = []
-    for file in files:
-        if file.rows_path.exists():
-            with pa.OSFile(str(file.rows_path)) as source, pa.ipc.open_file(source) as reader:
+    for path in paths:
+        if path.exists():
+            with pa.OSFile(str(path)) as source, pa.ipc.open_file(source) as reader:
                 tables.append(reader.read_all())
-        for path in (file.calls_path, file.bodies_path, file.rows_path):
-            path.unlink(missing_ok=True)
-    return pa.concat_tables(tables) if tables else requests_schema().empty_table()
+    return pa.concat_tables(tables) if tables else None

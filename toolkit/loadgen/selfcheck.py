@@ -96,8 +96,8 @@ async def _load(pool: Pool, case: Case, transport: str) -> tuple[pa.Table, Clien
     for number in range(case.streams * (case.rounds + 1)):
         call = Call(f"check-{number}", "check", number < case.streams, case.tokens, 0, 0)
         files[owner(number, load, len(files))].add(call, body)
-    table, evidence, _ = await pool.run(load, files, _quiet, 0.25)
-    return table, judge(evidence, transport, len(files))
+    result = await pool.run(load, files, _quiet, 0.25)
+    return result.table, judge(result.evidence, transport, len(files))
 
 
 def _quiet(progress: Progress) -> None:

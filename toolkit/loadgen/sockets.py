@@ -118,11 +118,6 @@ class SocketClient:
             self._poller = _Poller()
         return self._poller
 
-    def end_session(self, name: str) -> None:
-        """The conversation is over; its connection serves others again."""
-        if (connection := self._sticky.pop(name, None)) is not None:
-            self._idle.append(connection)
-
     def _request(self, call: Call, body: bytes) -> bytes:
         session = f"x-session-id: {call.session}\r\n" if call.session else ""
         own = f"x-request-id: {call.request_id}\r\n{session}Content-Length: {len(body)}\r\n\r\n"
@@ -144,7 +139,7 @@ class SocketClient:
             except BaseException:
                 connection.close()
                 raise
-            self._put_back(connection, exchange.call.session)
+            self._put_back(connection, exchange.call)
             return
 
     def _take(self, session: str) -> _Connection | None:
@@ -158,11 +153,12 @@ class SocketClient:
             connection.close()
         return None
 
-    def _put_back(self, connection: _Connection, session: str) -> None:
+    def _put_back(self, connection: _Connection, call: Call) -> None:
+        """A conversation that goes on keeps its connection."""
         if connection.closed:
             return
-        if session:
-            self._sticky[session] = connection
+        if call.more_turns:
+            self._sticky[call.session] = connection
         else:
             self._idle.append(connection)
 

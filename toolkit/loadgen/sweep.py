@@ -23,7 +23,7 @@ from toolkit.loadgen.pool import Pool, WorkerError, owner
 from toolkit.loadgen.progress import Reporter
 from toolkit.loadgen.proof import Evidence, judge
 from toolkit.loadgen.worker import Progress
-from toolkit.records import PointStatus, RunStatus, write_requests, write_status, write_sweep
+from toolkit.records import PointStatus, RunStatus, write_raw, write_requests, write_status, write_sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,6 +54,7 @@ class Sweep:
         self.options = options
         self.rows: list[dict[str, Any]] = []
         self.tables: list[pa.Table] = []
+        self.raw: list[pa.Table] = []
         self.status = RunStatus(points=[_pending(point) for point in points_of(options)])
 
     @property
@@ -127,12 +128,14 @@ class Sweep:
             reporter.update(self._state(point, live))
 
         progress(live.last)
-        table, evidence, interrupted = await self._pool.run(load, files, progress, REPORT_S)
+        result = await self._pool.run(load, files, progress, REPORT_S)
         await self._around.after_point()
-        self.tables.append(table)
-        if interrupted:
+        self.tables.append(result.table)
+        if result.raw is not None:
+            self.raw.append(result.raw)
+        if result.interrupted:
             raise asyncio.CancelledError
-        self._finish_point(point, status, table, evidence)
+        self._finish_point(point, status, result.table, result.evidence)
         reporter.update(self._state(point, live, ended=True))
 
     def _finish_point(self, point: LoadPoint, status: PointStatus, table: pa.Table, evidence: list[Evidence]) -> None:
@@ -177,6 +180,8 @@ class Sweep:
 
             write_requests(folder, pa.concat_tables(self.tables))
             write_sweep(folder, self.rows)
+            if self.raw:
+                write_raw(folder, pa.concat_tables(self.raw))
         write_status(folder, self.status)
 
     def _state(self, point: LoadPoint, live: _Live, ended: bool = False) -> dict[str, Any]:

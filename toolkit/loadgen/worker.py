@@ -20,9 +20,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
@@ -30,10 +30,13 @@ from numpy.typing import NDArray
 
 from toolkit.loadgen.answers import to_record
 from toolkit.loadgen.arrival import Arrival, ClosedLoop, OpenLoop, conversations_of
-from toolkit.loadgen.exchange import Call, Client, Exchange, Spool
+from toolkit.loadgen.exchange import Call, Client, Exchange, Raw, Spool
 from toolkit.loadgen.openai_api import continue_body
 from toolkit.loadgen.proof import Evidence, in_flight
-from toolkit.records import RequestRecord, requests_schema, requests_table
+from toolkit.records import RequestRecord, raw_schema, requests_schema, requests_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ REPORT_S = 0.25
 CLOCK_S = 0.5
 STEP_NS = 2_000_000  # more than NTP slews in CLOCK_S (0.05 %)
 BATCH = 1000  # rows parsed before they are written
+RAW_SUFFIX = ".raw"  # of the file beside the rows, where bytes are kept
 
 
 class Point(msgspec.Struct, tag="point", frozen=True):
@@ -103,6 +107,7 @@ class Setup(msgspec.Struct, frozen=True):
     api_key_env: str = ""
     headers: dict[str, str] = {}
     record_text: bool = True
+    record_raw: bool = False
     cpu: int = -1  # core to stay on; -1: any
 
 
@@ -186,8 +191,8 @@ class Worker:
                     evidence.schedule_lag.add(np.array(due, np.int64))
         return evidence
 
-    def rows(self, point: Point, evidence: Evidence) -> Iterator[RequestRecord]:
-        """The row of every exchange, in the order in which they ended; adds to ``evidence`` what the answers show."""
+    def rows(self, point: Point, evidence: Evidence) -> Iterator[tuple[RequestRecord, Raw]]:
+        """Every exchange's row and bytes, in the order in which they ended; adds what they show to ``evidence``."""
         before = time.process_time()
         lags: list[NDArray[np.int64]] = []
         for exchange in self.exchanges:
@@ -200,7 +205,7 @@ class Worker:
             self._count(evidence, exchange, record, coalesced.late)
             if not self.setup.record_text:
                 record.output_text = ""
-            yield record
+            yield record, raw
         if lags:
             evidence.lag.add(np.concatenate(lags))
         evidence.parse_cpu_s = time.process_time() - before
@@ -319,16 +324,40 @@ class _Process:
     def _write_rows(self, point: Point, evidence: Evidence) -> None:
         import pyarrow as pa
 
-        batch: list[RequestRecord] = []
-        worker = self.worker
-        with pa.OSFile(point.rows, "wb") as out, pa.ipc.new_file(out, requests_schema()) as writer:
-            for record in worker.rows(point, evidence):
+        worker, batch, raws = self.worker, list[RequestRecord](), list[Raw]()
+        keep_raw = worker.setup.record_raw
+        with contextlib.ExitStack() as files:
+            rows_file = files.enter_context(pa.OSFile(point.rows, "wb"))
+            rows = files.enter_context(pa.ipc.new_file(rows_file, requests_schema()))
+            raw_file = files.enter_context(pa.OSFile(point.rows + RAW_SUFFIX, "wb")) if keep_raw else None
+            raw_rows = files.enter_context(pa.ipc.new_file(raw_file, raw_schema())) if keep_raw else None
+
+            def write() -> None:
+                rows.write_table(requests_table(batch))
+                if raw_rows is not None:
+                    raw_rows.write_table(_raw_table(batch, raws))
+                batch.clear()
+                raws.clear()
+
+            for record, raw in worker.rows(point, evidence):
                 batch.append(record)
+                raws.append(raw)
                 if len(batch) == BATCH:
-                    writer.write_table(requests_table(batch))
-                    batch.clear()
+                    write()
                     _report(Progress(len(worker.exchanges), worker.failed, worker.client.reads, parsing=True))
-            writer.write_table(requests_table(batch))
+            write()
+
+
+def _raw_table(records: Sequence[RequestRecord], raws: Sequence[Raw]) -> pa.Table:
+    """The bytes of answers, read by read, with the kernel's time of each in Unix nanoseconds."""
+    import pyarrow as pa
+
+    columns = {
+        "request_id": [record.request_id for record in records],
+        "read_ns": [raw.kernel_ns for raw in raws],
+        "data": [raw.parts() for raw in raws],
+    }
+    return pa.table(columns, schema=raw_schema())
 
 
 def _read_calls(path: Path) -> list[Call]:
