@@ -120,6 +120,8 @@ class Sweep:
             for call, body in conversation:
                 files[owner(number, load, len(files))].add(call, body)
             made += len(conversation)
+            if number % 100 == 0:
+                await asyncio.sleep(0)  # a large point takes seconds to make: signals and /metrics go on meanwhile
         live = _Live(made)
         await self._around.before_point()
 

@@ -148,8 +148,10 @@ class Worker:
         self.spool.close()
 
     def _take(self, exchange: Exchange) -> None:
-        """Files one ended exchange; called while latencies are taken."""
+        """Files one ended exchange; called while latencies are taken. Its bytes leave memory: a run may be long."""
         self.exchanges.append(exchange)
+        exchange.ended_ns = exchange.last_ns
+        self.spool.put(exchange)
         self.failed += exchange.outcome != "ended" or exchange.refused
 
     async def measure(self, point: Point, calls: list[Call], bodies: bytes | mmap.mmap) -> Evidence:
@@ -228,7 +230,7 @@ class Worker:
 
     def _count_held(self, arrival: ClosedLoop, evidence: Evidence) -> None:
         sent = [x.sent_ns for x in self.exchanges]
-        ended = [x.last_ns for x in self.exchanges]
+        ended = [x.ended_ns for x in self.exchanges]
         evidence.in_flight_s, evidence.asked_s = in_flight(
             sent, ended, arrival.full_ns, arrival.drained_ns, arrival.concurrency
         )
