@@ -97,6 +97,8 @@ class SocketClient:
     async def send(self, call: Call, body: bytes, due_ns: int) -> Exchange:
         exchange = Exchange(call, due_ns)
         request = self._request(call, body)
+        if self._poller is not None:
+            self._poller.breathe()
         try:
             await attempt(exchange, lambda: self._exchange(exchange, request), self._timeout_s, (OSError, FramingError))
         finally:
@@ -203,6 +205,7 @@ class _Poller:
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._paused = False
         self._since, self._recent = time.monotonic(), 0
+        self._last = self._since
         self._loop.add_reader(self._epoll.fileno(), self._drain)
 
     def add(self, fd: int, callback: Callable[[], None]) -> None:
@@ -217,22 +220,33 @@ class _Poller:
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
 
-    def _drain(self) -> None:
-        if self._epoll.closed:
-            return
+    def breathe(self) -> None:
+        """Reads if it is time to: called between requests, of which many may end and begin at once."""
+        if self._paused and time.monotonic() - self._last >= self.PAUSE_S:
+            self._read()
+
+    def _read(self) -> int:
+        """Returns how many connections had something."""
+        self._last = time.monotonic()
         events = self._epoll.poll(0)
         for fd, _ in events:
             callback = self._callbacks.get(fd)
             if callback is not None:  # else one before it in the list has closed it
                 callback()
+        return len(events)
+
+    def _drain(self) -> None:
+        if self._epoll.closed:
+            return
+        count = self._read()
         if self._paused:
-            if len(events) >= self.BUSY:
+            if count >= self.BUSY:
                 self._loop.call_later(self.PAUSE_S, self._drain)
                 return
             self._paused = False
             self._loop.add_reader(self._epoll.fileno(), self._drain)
-        self._recent += len(events)
-        now = time.monotonic()
+        self._recent += count
+        now = self._last
         if now - self._since >= self.PAUSE_S:
             if self._recent >= self.BUSY * (now - self._since) / self.PAUSE_S:
                 self._paused = True
