@@ -178,3 +178,56 @@ def test_the_key_is_sent_and_nowhere_else(
     (record,) = asyncio.run(measure(settings, [call(0)], closed_loop(1))).records
     assert server.headers[0]["authorization"] == "Bearer sesame"
     assert "sesame" not in repr(record) + repr(settings)
+
+
+def test_a_connection_closed_while_idle_costs_no_request() -> None:
+    """The server closes each connection when a second request comes on it, before it says a word."""
+    answer = stream_bytes(delta("a", usage=1, finish="length"), DONE)
+    served: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for attempt in range(2):
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(re.findall(rb"Content-Length: (\d+)", head)[0]))
+            if attempt == 0:
+                served.append(1)
+                writer.write(answer)
+        writer.close()
+
+    async def run() -> list[RequestRecord]:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+            url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+            return (await measure(setup(url), [call(n) for n in range(4)], closed_loop(1))).records
+
+    records = asyncio.run(run())
+    assert [(record.status, record.resent) for record in records] == [("ok", 0), ("ok", 1), ("ok", 1), ("ok", 1)]
+    assert len(served) == 4, "each request was answered once"
+
+
+def stream_bytes(*events: bytes) -> bytes:
+    body = b"".join(b"%x\r\n%s\r\n" % (len(one), one) for one in events)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + body + b"0\r\n\r\n"
+
+
+def test_reasoning_and_tool_calls_are_output(server: ScriptedServer, transport: str) -> None:
+    parts = [
+        ROLE,
+        delta(None, usage=1, reasoning_content="hm"),
+        delta("yes", usage=2),
+        delta(None, usage=3, tool_calls=[{"index": 0}], finish="tool_calls"),
+        event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3,
+                                        "completion_tokens_details": {"reasoning_tokens": 1}}}),
+        DONE,
+    ]  # fmt: skip
+    record = one(server, stream(*parts, gap_s=0.05), transport)
+    assert (record.status, record.chunk_tokens, record.output_text) == ("ok", [1, 1, 1], "hmyes")
+    assert (record.reasoning_tokens, record.token_source) == (1, "usage")
+    assert record.first_visible_s - record.first_token_s >= 0.04
+    assert record.first_visible_s == record.chunk_s[1]
+
+
+def test_events_of_one_read_are_counted_as_such(server: ScriptedServer, transport: str) -> None:
+    together = delta("a", usage=1) + delta("b", usage=2) + delta("c", usage=3, finish="stop")
+    record = one(server, stream(ROLE, together, DONE), transport)
+    assert (record.chunk_tokens, record.coalesced) == ([3], 2)

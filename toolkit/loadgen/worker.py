@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REPORT_S = 0.25
-CLOCK_S = 0.5
-STEP_NS = 2_000_000  # more than NTP slews in CLOCK_S (0.05 %)
+CLOCK_NS = 20_000_000
+STEP_NS = 1_000_000  # NTP slews by 0.05 %: far less between two looks at the clock
 BATCH = 1000  # rows parsed before they are written
 RAW_SUFFIX = ".raw"  # of the file beside the rows, where bytes are kept
 
@@ -176,7 +176,7 @@ class Worker:
             return exchange
 
         before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-        async with _watch_clock(evidence):
+        async with _watch_clock(evidence) as late_ns:
             try:
                 with quiet_heap():
                     await arrival.run(conversations_of(calls), send)
@@ -186,6 +186,8 @@ class Worker:
                 evidence.cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
                 evidence.cpu_share = evidence.cpu_s / max(evidence.window_s, 1e-9)
                 evidence.opened = self.client.opened - opened
+                if self.setup.transport == "aiohttp":
+                    evidence.lag.add(np.array(late_ns, np.int64))
                 if isinstance(arrival, ClosedLoop):
                     self._count_held(arrival, evidence)
                 else:
@@ -200,7 +202,8 @@ class Worker:
         for exchange in self.exchanges:
             raw = self.spool.get(exchange)
             record, coalesced = to_record(exchange, raw, point.index, point.concurrency)
-            lags.append(raw.read_ns - raw.kernel_ns)
+            if exchange.kernel_stamped:
+                lags.append(raw.read_ns - raw.kernel_ns)
             if len(lags) == BATCH:
                 evidence.lag.add(np.concatenate(lags))
                 lags.clear()
@@ -254,20 +257,26 @@ def quiet_heap() -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _watch_clock(evidence: Evidence) -> AsyncIterator[None]:
-    """Counts how often the wall clock, which the kernel's stamps are on, is set meanwhile."""
+async def _watch_clock(evidence: Evidence) -> AsyncIterator[list[int]]:
+    """Counts how often the wall clock, which the kernel's stamps are on, is set meanwhile.
+
+    Gives how late each look at the clock was, ns: what stands in for the lag of reads where the kernel stamps none.
+    """
+    late: list[int] = []
 
     async def watch() -> None:
         offset = time.time_ns() - time.monotonic_ns()
         while True:
-            await asyncio.sleep(CLOCK_S)
+            due = time.monotonic_ns() + CLOCK_NS
+            await asyncio.sleep(CLOCK_NS * 1e-9)
+            late.append(max(0, time.monotonic_ns() - due))
             now = time.time_ns() - time.monotonic_ns()
             evidence.clock_steps += abs(now - offset) > STEP_NS
             offset = now
 
     task = asyncio.create_task(watch())
     try:
-        yield
+        yield late
     finally:
         task.cancel()
 
