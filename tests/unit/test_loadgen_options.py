@@ -102,7 +102,8 @@ def test_help_names_every_option_and_imports_nothing_heavy() -> None:
 
 def state(**change: Any) -> dict[str, Any]:
     return {
-        "points": 2, "point": 0, "concurrency": 4, "phase": "measure", "done": 3, "total": 12, "failed": 1,
+        "points": 2, "point": 0, "concurrency": 4, "request_rate": 0.0, "phase": "measure", "done": 3, "total": 12,
+        "failed": 1,
         "output_tok_s": 12.34, "elapsed_s": 5.0, **change,
     }  # fmt: skip
 
@@ -135,6 +136,15 @@ def test_lines_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
         bars.update(state(done=12, phase="done"))
     assert len(caplog.messages) == 2, "not a line for every update"
     assert caplog.messages[1] == "point 1/2, concurrency 4, done: 12/12 requests, 1 failed, 12.3 tok/s, 5 s"
+
+
+def test_a_rate_is_shown_as_one(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with ProgressBars(io.StringIO()) as bars:
+        bars.update(state(request_rate=2.5))
+        bars.update(state(point=1, request_rate=-1.0))
+    assert "point 1/2, 2.5 requests/s, measure" in caplog.messages[0]
+    assert "point 2/2, trace, measure" in caplog.messages[1]
 
 
 def test_the_file_is_whole_and_ends_with_the_last_state(tmp_path: Path) -> None:
