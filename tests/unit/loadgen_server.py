@@ -14,7 +14,8 @@ from aiohttp import web
 
 from toolkit.loadgen.exchange import Call
 from toolkit.loadgen.proof import Evidence
-from toolkit.loadgen.worker import Point, Setup, Worker
+from toolkit.loadgen.wire import Point, Setup
+from toolkit.loadgen.worker import Worker
 from toolkit.records import RequestRecord
 
 Behaviour = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]

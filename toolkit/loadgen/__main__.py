@@ -102,7 +102,7 @@ async def _sweep(sweep: Sweep, options: Options, dataset: Dataset, reporter: Rep
     from toolkit.loadgen.points import CallMaker, most_in_flight
     from toolkit.loadgen.pool import Pool, auto_workers, pinned
     from toolkit.loadgen.probe import find_model, open_session
-    from toolkit.loadgen.worker import Setup
+    from toolkit.loadgen.wire import Setup
 
     url = options.url.rstrip("/").removesuffix("/v1")
     transport, reason = choose_transport(options.transport, url)

@@ -20,7 +20,7 @@ import msgspec
 
 from toolkit.loadgen.exchange import Call
 from toolkit.loadgen.proof import Evidence
-from toolkit.loadgen.worker import RAW_SUFFIX, Broken, Done, Go, Point, Progress, Ready, Report, Setup, Stop
+from toolkit.loadgen.wire import RAW_SUFFIX, Broken, Done, Go, Point, Progress, Ready, Report, Setup, Stop
 from toolkit.records import requests_schema
 
 if TYPE_CHECKING:

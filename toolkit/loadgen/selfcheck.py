@@ -24,7 +24,7 @@ from toolkit.loadgen import exact
 from toolkit.loadgen.exchange import Call
 from toolkit.loadgen.pool import Load, Pool, owner, pinned
 from toolkit.loadgen.proof import judge
-from toolkit.loadgen.worker import Progress, Setup
+from toolkit.loadgen.wire import Progress, Setup
 from toolkit.records import ClientProof
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 While latencies are taken, a read stores the kernel's receive time (SO_TIMESTAMPNS), the bytes, and nothing else; the
 loop being late or busy does not move a stamp. What is in the bytes is found out afterwards (``answers.py``). A read
 that returns several packets has one stamp, that of its last: such reads are counted (``proof.py``). Because a late
-read costs no accuracy, reads are taken in batches under load (``_Poller``), which halves their price.
+read costs no accuracy, reads are taken in batches under load (``Poller``), which halves their price.
 
 Plain HTTP/1.1 to one server. TLS, proxies and systems without kernel stamps: ``http_client.py``.
 """
@@ -13,17 +13,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
 import socket
 import sys
 import time
-from collections.abc import Callable
 from time import time_ns
 from typing import Any
 from urllib.parse import urlsplit
 
 from toolkit.loadgen.exchange import SPILL_BYTES, TIMESPEC, Call, Exchange, OnDone, Spool, UnreachableError, attempt
 from toolkit.loadgen.http1 import Framing, FramingError
+from toolkit.loadgen.poller import Poller
 
 IDLE_S = 4.0  # below the 5 s after which uvicorn closes an idle connection: no race between the two
 DRAIN_S = 1.0  # how long after [DONE] the end of the HTTP answer may take before the connection is given up
@@ -77,7 +76,7 @@ class SocketClient:
         self._address: tuple[int, Any] | None = None
         self._idle: list[_Connection] = []
         self._sticky: dict[str, _Connection] = {}
-        self._poller: _Poller | None = None
+        self._poller: Poller | None = None
 
     async def connect(self, count: int) -> None:
         """Fails silently: what cannot be opened now is opened, or reported, with the call that needs it."""
@@ -114,10 +113,10 @@ class SocketClient:
         if self._poller is not None:
             self._poller.close()
 
-    def poller(self) -> _Poller:
+    def poller(self) -> Poller:
         """Made with the first connection: it belongs to the event loop."""
         if self._poller is None:
-            self._poller = _Poller()
+            self._poller = Poller()
         return self._poller
 
     def _request(self, call: Call, body: bytes) -> bytes:
@@ -186,73 +185,6 @@ class SocketClient:
             raise
         self.opened += 1
         return _Connection(self, sock)
-
-
-class _Poller:
-    """Calls back for every connection that has something to read.
-
-    Waking up for one packet costs more than reading it. From ``BUSY`` packets a millisecond on, the sockets are looked
-    at once every ``PAUSE_S`` instead: far less than the gap between two tokens of one stream, so that reads do not
-    coalesce, and the stamps are the kernel's anyway.
-    """
-
-    BUSY = 8
-    PAUSE_S = 0.001
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._epoll = select.epoll()
-        self._callbacks: dict[int, Callable[[], None]] = {}
-        self._paused = False
-        self._since, self._recent = time.monotonic(), 0
-        self._last = self._since
-        self._loop.add_reader(self._epoll.fileno(), self._drain)
-
-    def add(self, fd: int, callback: Callable[[], None]) -> None:
-        self._epoll.register(fd, select.EPOLLIN)
-        self._callbacks[fd] = callback
-
-    def remove(self, fd: int) -> None:
-        self._epoll.unregister(fd)
-        del self._callbacks[fd]
-
-    def close(self) -> None:
-        self._loop.remove_reader(self._epoll.fileno())
-        self._epoll.close()
-
-    def breathe(self) -> None:
-        """Reads if it is time to: called between requests, of which many may end and begin at once."""
-        if self._paused and time.monotonic() - self._last >= self.PAUSE_S:
-            self._read()
-
-    def _read(self) -> int:
-        """Returns how many connections had something."""
-        self._last = time.monotonic()
-        events = self._epoll.poll(0)
-        for fd, _ in events:
-            callback = self._callbacks.get(fd)
-            if callback is not None:  # else one before it in the list has closed it
-                callback()
-        return len(events)
-
-    def _drain(self) -> None:
-        if self._epoll.closed:
-            return
-        count = self._read()
-        if self._paused:
-            if count >= self.BUSY:
-                self._loop.call_later(self.PAUSE_S, self._drain)
-                return
-            self._paused = False
-            self._loop.add_reader(self._epoll.fileno(), self._drain)
-        self._recent += count
-        now = self._last
-        if now - self._since >= self.PAUSE_S:
-            if self._recent >= self.BUSY * (now - self._since) / self.PAUSE_S:
-                self._paused = True
-                self._loop.remove_reader(self._epoll.fileno())
-                self._loop.call_later(self.PAUSE_S, self._drain)
-            self._since, self._recent = now, 0
 
 
 class _ClosedError(OSError):

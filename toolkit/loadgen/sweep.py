@@ -22,7 +22,7 @@ from toolkit.loadgen.points import CallMaker, LoadPoint, Search, points_of
 from toolkit.loadgen.pool import Pool, WorkerError, owner
 from toolkit.loadgen.progress import Reporter
 from toolkit.loadgen.proof import Evidence, judge
-from toolkit.loadgen.worker import Progress
+from toolkit.loadgen.wire import Progress
 from toolkit.records import PointStatus, RunStatus, write_raw, write_requests, write_status, write_sweep
 
 if TYPE_CHECKING:

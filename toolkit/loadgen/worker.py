@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -33,6 +33,7 @@ from toolkit.loadgen.arrival import Arrival, ClosedLoop, OpenLoop, conversations
 from toolkit.loadgen.exchange import Call, Client, Exchange, Raw, Spool
 from toolkit.loadgen.openai_api import continue_body
 from toolkit.loadgen.proof import Evidence, in_flight
+from toolkit.loadgen.wire import RAW_SUFFIX, Broken, Command, Done, Go, Point, Progress, Ready, Report, Setup
 from toolkit.records import RequestRecord, raw_schema, requests_schema, requests_table
 
 if TYPE_CHECKING:
@@ -44,75 +45,6 @@ REPORT_S = 0.25
 CLOCK_NS = 20_000_000
 STEP_NS = 1_000_000  # NTP slews by 0.05 %: far less between two looks at the clock
 BATCH = 1000  # rows parsed before they are written
-RAW_SUFFIX = ".raw"  # of the file beside the rows, where bytes are kept
-
-
-class Point(msgspec.Struct, tag="point", frozen=True):
-    """This process's share of a load point; ``calls`` and ``bodies`` are files.
-
-    Attributes:
-        slots: closed loop: its slots; open loop: most conversations open at a time, 0: any number.
-        offset, stride: its place among all processes' slots.
-        open_loop: calls are sent at their ``at_s``.
-    """
-
-    index: int
-    concurrency: int
-    slots: int
-    open_loop: bool
-    calls: str
-    bodies: str
-    rows: str
-    offset: int = 0
-    stride: int = 1
-    ramp_s: float = 0.0
-
-
-class Go(msgspec.Struct, tag="go", frozen=True):
-    """All processes are ready: begin."""
-
-
-class Stop(msgspec.Struct, tag="stop", frozen=True):
-    """Give up what is in flight, and write down what there is."""
-
-
-class Ready(msgspec.Struct, tag="ready", frozen=True):
-    pass
-
-
-class Progress(msgspec.Struct, tag="progress", frozen=True):
-    done: int
-    failed: int
-    reads: int
-    parsing: bool = False
-
-
-class Done(msgspec.Struct, tag="done", frozen=True):
-    evidence: Evidence
-    interrupted: bool
-
-
-class Broken(msgspec.Struct, tag="broken", frozen=True):
-    """The process itself failed."""
-
-    reason: str
-
-
-class Setup(msgspec.Struct, frozen=True):
-    """What holds for all points of a run."""
-
-    url: str
-    transport: Literal["socket", "aiohttp"]
-    timeout_s: float
-    api_key_env: str = ""
-    headers: dict[str, str] = {}
-    record_text: bool = True
-    record_raw: bool = False
-    cpu: int = -1  # core to stay on; -1: any
-
-
-Command = Point | Go | Stop
-Report = Ready | Progress | Done | Broken
 
 
 def make_client(setup: Setup, spool: Spool, on_done: Callable[[Exchange], None]) -> Client:
