@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check fmt hooks bench-scheduler bench-analysis
+.PHONY: help demo test unit check fmt hooks bench-scheduler bench-analysis bench-loadgen
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,9 @@ check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the 
 
 bench-analysis: $(STAMP)  ## time and memory of reading runs of up to a million requests
 	$(BIN)/python -m tests.bench.analysis_scale $(ARGS)
+
+bench-loadgen: $(STAMP)  ## the load generator against a server with known send times (a minute)
+	$(BIN)/python -m tests.bench.loadgen $(ARGS)
 
 fmt: $(STAMP)  ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix-only .

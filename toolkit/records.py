@@ -35,13 +35,14 @@ MANIFEST = "manifest.json"
 STATUS = "status.json"
 REQUESTS = "requests.parquet"
 SWEEP = "sweep.csv"
+SERVER_METRICS = "server_metrics.parquet"
+RAW = "raw.parquet"
 EXPERTS = "experts.npz"
 PROFILES = "profiles"
 REPORT = "report.html"
 LOGS = "logs"
 CHARTS = "charts"
 STEPS = "steps"
-SERVER_METRICS = "server_metrics.parquet"
 NODES = "nodes.parquet"
 
 RunState = Literal["running", "done", "failed", "cancelled"]
@@ -57,10 +58,39 @@ def log_name(role: str, index: int) -> str:
 
 
 @dataclass
+class ClientProof:
+    """The load generator's own part in a load point's figures (``loadgen/proof.py``)."""
+
+    verdict: Literal["ok", "degraded", "client_limited"]
+    reasons: list[str]
+    transport: str  # socket: stamped by the kernel; aiohttp: when the process had the bytes
+    workers: int
+    lag_p50_ms: float  # process had the bytes minus kernel received them
+    lag_p99_ms: float
+    lag_max_ms: float
+    coalesced: float  # share of chunks that shared a read with the one before
+    held: float  # requests in flight / asked for, over the time in which all slots were in use
+    schedule_lag_p50_ms: float  # sent minus due
+    schedule_lag_p99_ms: float
+    schedule_lag_max_ms: float
+    cpu_share: float  # of its time the busiest process computed
+    cpu_ms_per_1000_tokens: float  # all processes, reading the answers afterwards included
+    peak_rss_mb: float  # of the largest process
+    connections_opened: int  # while requests were measured
+    resent: int
+    clock_steps: int
+    token_count_mismatches: int  # ok requests in which chunks and usage count differently
+    length_mismatches: int  # ok requests that are not as long as asked
+
+
+@dataclass
 class PointStatus:
     concurrency: int
     state: PointState = "pending"
     reason: str = ""
+    request_rate: float = 0.0  # requests a second; 0: as fast as ``concurrency`` allows
+    good_share: float | None = None  # of the measured requests that met the objectives; null: none were given
+    client: ClientProof | None = None
 
 
 @dataclass
@@ -114,14 +144,25 @@ class RequestRecord:
     chunk_s: list[float]
     chunk_tokens: list[int]
     output_text: str
+    first_visible_s: float = math.nan  # first chunk with content or a tool call, not reasoning
+    reasoning_tokens: int = 0  # of output_tokens, as the server counts them
+    token_source: str = ""  # of output_tokens: usage (the server's count), chunks (events with text)
+    coalesced: int = 0  # chunks that came in one read with the one before: their time is an upper bound
+    resent: int = 0  # sent again because an idle connection had been closed; nothing had come then
+    session: str = ""  # conversation it is a turn of; empty: none
+    turn: int = 0
 
 
 def requests_schema() -> pa.Schema:
     return schema_of(RequestRecord)
 
 
-def write_requests(folder: Path, records: Sequence[RequestRecord]) -> None:
-    write_table(folder / REQUESTS, RequestRecord, records)
+def requests_table(records: Sequence[RequestRecord]) -> pa.Table:
+    return to_table(RequestRecord, records)
+
+
+def write_requests(folder: Path, records: Sequence[RequestRecord] | pa.Table) -> None:
+    write_table(folder / REQUESTS, requests_table(records) if isinstance(records, Sequence) else records)
 
 
 def read_requests(folder: Path, columns: list[str] | None = None) -> pd.DataFrame:
@@ -240,15 +281,19 @@ def schema_of(record: type) -> pa.Schema:
     return pa.schema(columns, metadata={"schema_version": str(SCHEMA_VERSION)})
 
 
-def write_table(path: Path, record: type, rows: Sequence[Any]) -> None:
-    """``rows``, instances of ``record``, as a parquet file."""
+def to_table(record: type, rows: Sequence[Any]) -> pa.Table:
+    """``rows``, instances of ``record``, as an Arrow table."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     schema = schema_of(record)
-    columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
+    return pa.table({name: [getattr(row, name) for row in rows] for name in schema.names}, schema=schema)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    import pyarrow.parquet as pq
+
     with replacing(path, "wb") as out:
-        pq.write_table(pa.table(columns, schema=schema), out, compression="zstd")
+        pq.write_table(table, out, compression="zstd")
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
@@ -273,6 +318,8 @@ SWEEP_COLUMNS: tuple[str, ...] = (
     *(f"{name}_{stat}_ms" for name in ("ttft", "itl", "tpot", "e2e") for stat in ("mean", "p50", "p90", "p99")),
     "output_tok_s", "output_tok_s_per_gpu", "output_tok_s_per_user", "total_tok_s",
     "balancedness_mean", "imbalance_max", "steady_s", "steady_output_tok_s",
+    "request_rate",
+    *(f"{name}_sched_{stat}_ms" for name in ("ttft", "e2e") for stat in ("mean", "p50", "p90", "p99")),
 )  # fmt: skip
 
 
@@ -295,6 +342,25 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else float(f"{value:.6g}")
     return value
+
+
+def raw_schema() -> pa.Schema:
+    """``raw.parquet``: a row a request: the bytes of its answer, read by read, and the Unix nanoseconds of each."""
+    import pyarrow as pa
+
+    return pa.schema([("request_id", pa.string()), ("read_ns", pa.list_(pa.int64())), ("data", pa.list_(pa.binary()))])
+
+
+def write_raw(folder: Path, table: pa.Table) -> None:
+    write_table(folder / RAW, table)
+
+
+def write_server_metrics(folder: Path, samples: Sequence[MetricSample]) -> None:
+    write_table(folder / SERVER_METRICS, to_table(MetricSample, samples))
+
+
+def read_server_metrics(folder: Path) -> pd.DataFrame:
+    return read_table(folder / SERVER_METRICS)
 
 
 # --- experts.npz ------------------------------------------------------------------------------------

@@ -7,12 +7,15 @@ import contextlib
 import json
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
-from toolkit.loadgen.arrival import ClosedLoop
-from toolkit.loadgen.client import Call, HttpClient, open_session
+from toolkit.loadgen.exchange import Call
+from toolkit.loadgen.proof import Evidence
+from toolkit.loadgen.wire import Point, Setup
+from toolkit.loadgen.worker import Worker
 from toolkit.records import RequestRecord
 
 Behaviour = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
@@ -90,6 +93,9 @@ class ScriptedServer:
         self.paths: list[str] = []
         self.open_at_arrival: list[int] = []  # requests open when each one arrived, itself included
         self.connections: set[tuple[str, int]] = set()
+        self.ports: list[int] = []  # of the client, one a request
+        self.metrics = ""
+        self.hooks: list[str] = []
         self.url = ""
         self._open = 0
 
@@ -100,7 +106,9 @@ class ScriptedServer:
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.paths.append(request.path)
         assert request.transport is not None
-        self.connections.add(request.transport.get_extra_info("peername"))
+        peer = request.transport.get_extra_info("peername")
+        self.connections.add(peer)
+        self.ports.append(peer[1])
         self._open += 1
         self.open_at_arrival.append(self._open)
         try:
@@ -108,13 +116,24 @@ class ScriptedServer:
         finally:
             self._open -= 1
 
+    @property
+    def open_now(self) -> int:
+        return self._open
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics) if self.metrics else web.Response(status=404)
+
+    async def _hook(self, request: web.Request) -> web.Response:
+        self.hooks.append(request.path)
+        return web.Response()
+
     async def _health(self, request: web.Request) -> web.Response:
         raise self.health(text='{"state": "loading"}')
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": name} for name in self.models]})
 
-    async def _serve(self, started: threading.Event) -> None:
+    async def _serve(self, started: threading.Event, port: int) -> None:
         self._stop = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         app = web.Application()
@@ -122,9 +141,12 @@ class ScriptedServer:
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_post("/flush_cache", self._hook)
+        app.router.add_post("/start_profile", self._hook)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
         await site.start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         started.set()
@@ -132,9 +154,9 @@ class ScriptedServer:
         await runner.cleanup()
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[ScriptedServer]:
+    def running(self, port: int = 0) -> Iterator[ScriptedServer]:
         started = threading.Event()
-        thread = threading.Thread(target=lambda: asyncio.run(self._serve(started)), daemon=True)
+        thread = threading.Thread(target=lambda: asyncio.run(self._serve(started, port)), daemon=True)
         thread.start()
         assert started.wait(10), "the test's server did not start"
         try:
@@ -144,19 +166,46 @@ class ScriptedServer:
             thread.join(10)
 
 
-def call(number: int, warmup: bool = False, expected: int = 0) -> Call:
-    body = json.dumps({"model": "demo", "max_tokens": 3}).encode()
-    return Call(f"r{number}", f"p{number}", body, 0, 1, warmup, expected)
+def call(number: int, warmup: bool = False, expected: int = 0, **more: Any) -> Call:
+    return Call(f"r{number}", f"p{number}", warmup, expected, 0, len(BODY), **more)
 
 
-def fetch(url: str, count: int = 1, concurrency: int = 1, timeout_s: float = 20.0) -> Sequence[RequestRecord]:
-    """Sends ``count`` calls with the real client and gives their rows, in the order they ended."""
-    records: list[RequestRecord] = []
+BODY = json.dumps({"model": "demo", "max_tokens": 3, "messages": [{"role": "user", "content": "hello"}]}).encode()
 
-    async def run() -> None:
-        async with open_session() as session:
-            client = HttpClient(session, f"{url}/v1/chat/completions", timeout_s, records.append)
-            await ClosedLoop(concurrency).run([call(n) for n in range(count)], client.send)
 
-    asyncio.run(run())
-    return records
+def setup(url: str, transport: str = "socket", timeout_s: float = 20.0, **more: Any) -> Setup:
+    assert transport in ("socket", "aiohttp")
+    return Setup(f"{url}/v1/chat/completions", transport, timeout_s, **more)  # type: ignore[arg-type]
+
+
+@dataclass
+class Result:
+    """What a worker made of its calls."""
+
+    records: list[RequestRecord]
+    evidence: Evidence
+
+
+async def measure(settings: Setup, calls: Sequence[Call], point: Point, bodies: bytes = BODY) -> Result:
+    """Runs the calls as a worker process does; when cancelled, gives what there is."""
+    async with Worker(settings) as worker:
+        try:
+            evidence = await worker.measure(point, list(calls), bodies)
+        except asyncio.CancelledError:
+            evidence = Evidence()
+        return Result([record for record, _ in worker.rows(point, evidence)], evidence)
+
+
+def closed_loop(concurrency: int) -> Point:
+    return Point(0, concurrency, concurrency, False, "", "", "")
+
+
+def fetch(
+    url: str, count: int = 1, concurrency: int = 1, timeout_s: float = 20.0, transport: str = "socket"
+) -> list[RequestRecord]:
+    """Sends ``count`` calls with a real client and gives their rows, in the order they ended."""
+    import uvloop
+
+    calls = [call(number) for number in range(count)]
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(measure(setup(url, transport, timeout_s), calls, closed_loop(concurrency))).records

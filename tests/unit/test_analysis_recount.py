@@ -72,7 +72,7 @@ def plain_row(rows: list[Row], concurrency: int) -> dict[str, float]:
         if begin <= r["t_send"] + t < end
     )
     found = {
-        "concurrency": concurrency, "requests": len(counted), "failed": len(counted) - len(ok),
+        "request_rate": 0.0, "concurrency": concurrency, "requests": len(counted), "failed": len(counted) - len(ok),
         "duration_s": duration, "isl_mean": prompt / len(ok), "osl_mean": output / len(ok),
         "output_tok_s": output / duration, "output_tok_s_per_gpu": output / duration / 4,
         "output_tok_s_per_user": statistics.fmean(1 / t for t in tpot), "total_tok_s": (output + prompt) / duration,
@@ -81,6 +81,8 @@ def plain_row(rows: list[Row], concurrency: int) -> dict[str, float]:
     latencies = {
         "ttft": [r["first_token_s"] for r in ok], "itl": [g for r in ok for g in gaps_of(r)],
         "tpot": tpot, "e2e": [r["last_token_s"] for r in ok],
+        "ttft_sched": [r["first_token_s"] - min(r["scheduled_s"], 0.0) for r in ok],
+        "e2e_sched": [r["last_token_s"] - min(r["scheduled_s"], 0.0) for r in ok],
     }  # fmt: skip
     for name, values in latencies.items():
         found[f"{name}_mean_ms"] = statistics.fmean(values) * 1e3

@@ -47,10 +47,25 @@ def test_every_key_of_the_experiments_load_is_an_option() -> None:
         ("concurrency=1,2", "concurrency='1,2': Expected `array`, got `str`; use a list such as [1,2,4]"),
         ("concurrency=[]", "concurrency=[] names no load point; use a list such as [1,2,4]"),
         ("concurrency=[2,0]", "concurrency=[2, 0] has a value below 1; use values of at least 1"),
+        (
+            "request_rate=0.0",
+            "request_rate=[0.0] has a value that is not above 0; use requests a second such as [0.5,2,8]",
+        ),
+        ("request_rate=x", "request_rate='x': Expected `array`, got `str`; use a list such as [0.5,2]"),
+        ("dataset=azure", "dataset=azure needs a file; give dataset_path"),
+        (
+            "arrival=trace",
+            "arrival=trace needs a dataset that says when; dataset=prompts does not, "  # noqa: ISC004
+            "use mooncake, azure, burstgpt, trace",
+        ),
+        ("search=true", "search=true needs an objective: give slo_ttft_ms, slo_tpot_ms or slo_e2e_ms"),
         ("num_requests=-1", "num_requests=-1 is negative; use 0 to derive it from concurrency, or a number"),
         ("timeout_s=NaN", "timeout_s=nan must be more than 0 seconds"),
-        ("dataset=promts", "dataset=promts is not known; use one of: prompts, random"),
-        ("dataset_path=nofile", "dataset_path=nofile is not a file; give a JSON Lines file, or leave it empty"),
+        (
+            "dataset=promts",
+            "dataset=promts is not known; use one of: azure, burstgpt, mooncake, prompts, random, sharegpt, trace",
+        ),
+        ("dataset_path=nofile", "dataset_path=nofile is not a file; give one, or leave it empty"),
         ("url=localhost:80", "url=localhost:80 is not an HTTP address; use for example http://127.0.0.1:8000"),
         ("num_gpus=0", "num_gpus=0 must be at least 1"),
         ("progress=no/such/file", "progress=no/such/file: its folder does not exist; make it first"),
@@ -87,7 +102,8 @@ def test_help_names_every_option_and_imports_nothing_heavy() -> None:
 
 def state(**change: Any) -> dict[str, Any]:
     return {
-        "points": 2, "point": 0, "concurrency": 4, "phase": "measure", "done": 3, "total": 12, "failed": 1,
+        "points": 2, "point": 0, "concurrency": 4, "request_rate": 0.0, "phase": "measure", "done": 3, "total": 12,
+        "failed": 1,
         "output_tok_s": 12.34, "elapsed_s": 5.0, **change,
     }  # fmt: skip
 
@@ -120,6 +136,15 @@ def test_lines_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
         bars.update(state(done=12, phase="done"))
     assert len(caplog.messages) == 2, "not a line for every update"
     assert caplog.messages[1] == "point 1/2, concurrency 4, done: 12/12 requests, 1 failed, 12.3 tok/s, 5 s"
+
+
+def test_a_rate_is_shown_as_one(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with ProgressBars(io.StringIO()) as bars:
+        bars.update(state(request_rate=2.5))
+        bars.update(state(point=1, request_rate=-1.0))
+    assert "point 1/2, 2.5 requests/s, measure" in caplog.messages[0]
+    assert "point 2/2, trace, measure" in caplog.messages[1]
 
 
 def test_the_file_is_whole_and_ends_with_the_last_state(tmp_path: Path) -> None:

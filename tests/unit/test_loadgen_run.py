@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -105,7 +106,8 @@ def test_progress_goes_to_the_file(server: ScriptedServer, tmp_path: Path) -> No
     assert state.pop("output_tok_s") > 0
     assert state.pop("elapsed_s") > 0
     assert state == {
-        "points": 2, "point": 1, "concurrency": 2, "phase": "done", "done": 6, "total": 6, "failed": 0,
+        "points": 2, "point": 1, "concurrency": 2, "request_rate": 0.0, "phase": "done", "done": 6, "total": 6,
+        "failed": 0,
     }  # fmt: skip
 
 
@@ -169,6 +171,155 @@ def test_results_are_never_overwritten(
     assert main(words(server, tmp_path, "concurrency=1")) == 2
     assert "holds the results of a sweep already" in capsys.readouterr().err
     assert (tmp_path / records.REQUESTS).read_bytes() == before
+
+
+def test_request_rates(server: ScriptedServer, tmp_path: Path) -> None:
+    more = ["request_rate=[40,80]", "arrival=constant", "num_requests=8", "warmup_requests=2"]
+    assert main(words(server, tmp_path, *more)) == 0
+    requests, sweep, status = (
+        records.read_requests(tmp_path),
+        records.read_sweep(tmp_path),
+        records.read_status(tmp_path),
+    )
+    assert sweep["request_rate"].tolist() == [40, 80] == [p.request_rate for p in status.points]
+    assert sweep["requests"].tolist() == [8, 8]
+    assert (sweep["concurrency"] >= 1).all(), "the mean number in flight, so that charts have an axis"
+    first = requests[requests["point"] == 0]
+    due = (first["t_send"] + first["scheduled_s"]).sort_values().diff().dropna()
+    assert due.tolist() == pytest.approx([1 / 40] * 9, abs=1e-3), "due by an absolute schedule, whenever it was sent"
+    assert (sweep["ttft_sched_p50_ms"] >= sweep["ttft_p50_ms"]).all()
+
+
+def test_a_cap_shows_in_the_figures_from_the_schedule(server: ScriptedServer, tmp_path: Path) -> None:
+    server.behaviours = [tokens(gap_s=0.05)]
+    more = ["request_rate=100", "arrival=constant", "num_requests=6", "warmup_requests=0", "max_concurrency=1"]
+    assert main(words(server, tmp_path, *more)) == 0
+    sweep = records.read_sweep(tmp_path)
+    assert max(server.open_at_arrival) == 1
+    assert sweep["e2e_sched_p99_ms"][0] > sweep["e2e_p99_ms"][0] + 300, "five answers of 0.1 s and more came before"
+    (point,) = records.read_status(tmp_path).points
+    assert point.client is not None
+    assert point.client.verdict == "client_limited"
+
+
+def test_a_trace_is_replayed(server: ScriptedServer, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(f'{{"at_s": {at}, "isl": 5, "osl": {osl}}}\n' for at, osl in ((3, 2), (3.4, 4), (3.8, 3))))
+    out = tmp_path / "out"
+    more = ["dataset=trace", f"dataset_path={trace}", "arrival=trace", "speedup=4"]
+    assert main(words(server, out, *more)) == 0
+    requests = records.read_requests(out)
+    assert sorted(body["max_tokens"] for body in server.bodies) == [2, 3, 4]
+    assert sorted(requests["output_tokens"]) == sorted(requests["expected_output_tokens"]) == [2, 3, 4]
+    due = (requests["t_send"] + requests["scheduled_s"]).sort_values().diff().dropna()
+    assert due.tolist() == pytest.approx([0.1, 0.1], abs=1e-3)
+    assert records.read_sweep(out)["requests"].tolist() == [3]
+
+
+def test_conversations_carry_the_answers(server: ScriptedServer, tmp_path: Path) -> None:
+    more = ["dataset=random", "isl=4", "turns=3", "concurrency=2", "num_requests=6", "warmup_requests=0", "seed=3"]
+    assert main(words(server, tmp_path, *more)) == 0
+    requests = records.read_requests(tmp_path)
+    assert requests.groupby("session")["turn"].apply(list).tolist() == [[0, 1, 2], [0, 1, 2]]
+    longest = [body["messages"] for body in server.bodies if len(body["messages"]) == 5]
+    assert len(longest) == 2
+    for messages in longest:
+        assert [m["role"] for m in messages] == ["user", "assistant"] * 2 + ["user"]
+        assert {m["content"] for m in messages[1::2]} == {"w0 w1 w2 "}
+    sticky = {(h["x-session-id"], n) for h, n in zip(server.headers, server.ports, strict=True)}
+    assert len(sticky) == 2, "a conversation keeps its connection"
+
+
+def test_some_requests_are_given_up(server: ScriptedServer, tmp_path: Path) -> None:
+    server.behaviours = [tokens(50, gap_s=0.02)]
+    more = ["cancel_fraction=1", "cancel_after_s=0.15", "concurrency=2", "num_requests=4"]
+    assert main(words(server, tmp_path, *more)) == 0
+    requests = records.read_requests(tmp_path)
+    assert set(requests["status"]) == {"cancelled"}
+    assert set(requests["error"]) == {"given up after 0.15 s, as cancel_fraction asks"}
+    assert records.read_status(tmp_path).points[0].state == "done"
+
+
+def test_the_search_finds_the_objective(
+    server: ScriptedServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def behave(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        slow = server.open_now > 3
+        return await tokens(2, gap_s=0.3 if slow else 0.001)(request, body)
+
+    server.behaviours = [behave]
+    more = ["concurrency=[1,6]", "search=true", "slo_e2e_ms=250", "slo_share=0.8", "num_requests=12"]
+    caplog.set_level("INFO")
+    assert main(words(server, tmp_path, *more)) == 0
+    status = records.read_status(tmp_path)
+    tried = {p.concurrency: p.good_share for p in status.points}
+    assert list(tried)[:2] == [1, 6]
+    assert tried[1] == 1
+    assert tried[6] is not None
+    assert tried[6] < 0.8
+    assert "the largest load that meets the objectives: concurrency" in caplog.text
+
+
+def test_metrics_and_hooks(server: ScriptedServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server.metrics = 'vllm:num_requests_running{model_name="demo"} 3.0\nsglang:token_usage 0.5\n'
+    more = ["concurrency=[1,2]", "flush_cache=true", "profile=true", "scrape_interval_s=0.05"]
+    assert main(words(server, tmp_path, *more)) == 0
+    samples = records.read_server_metrics(tmp_path)
+    assert set(samples["name"]) == {"vllm:num_requests_running", "sglang:token_usage"}
+    row = samples[samples["name"] == "vllm:num_requests_running"].iloc[0]
+    assert (row["labels"], row["value"], row["url"]) == ('{"model_name": "demo"}', 3.0, f"{server.url}/metrics")
+    assert row["time"] == pytest.approx(records.read_requests(tmp_path)["t_send"].iloc[0], abs=30)
+    assert server.hooks == ["/flush_cache", "/start_profile"] * 2
+    assert caplog.text.count("/stop_profile: HTTP 404; the sweep goes on without it") == 1
+
+
+def test_raw_answers_are_kept_when_asked(server: ScriptedServer, tmp_path: Path) -> None:
+    import pandas as pd
+
+    assert main(words(server, tmp_path, "concurrency=1", "num_requests=2", "record_raw=true")) == 0
+    raw, requests = pd.read_parquet(tmp_path / records.RAW), records.read_requests(tmp_path)
+    assert raw["request_id"].tolist() == requests["request_id"].tolist()
+    assert b"".join(raw["data"][0]).count(b'"content": "w') == 3
+    seconds = (raw["read_ns"][0][0] * 1e-9) - requests["t_send"][0]
+    assert seconds == pytest.approx(requests["first_byte_s"][0], abs=1e-5)
+
+
+def test_strict_turns_the_verdict_into_a_status(server: ScriptedServer, tmp_path: Path) -> None:
+    more = ["request_rate=100", "num_requests=6", "max_concurrency=1", "strict=true"]
+    server.behaviours = [tokens(gap_s=0.05)]
+    assert main(words(server, tmp_path, *more)) == 3
+    assert records.read_status(tmp_path).state == "done"
+
+
+def test_several_processes_share_a_point(server: ScriptedServer, tmp_path: Path) -> None:
+    assert main(words(server, tmp_path, "concurrency=[1,5]", "workers=2", "num_requests=21")) == 0
+    requests, status = records.read_requests(tmp_path), records.read_status(tmp_path)
+    assert requests.groupby("point").size().tolist() == [22, 26]
+    assert requests["request_id"].is_unique
+    assert [p.client.workers for p in status.points if p.client] == [1, 2], "one slot is one process's"
+    assert max(server.open_at_arrival) == 5
+
+
+def test_a_server_that_restarts(tmp_path: Path) -> None:
+    """Requests fail while it is away, each with a row; those after it are fine; nobody waits for ever."""
+    first, second = ScriptedServer(), ScriptedServer()
+    first.behaviours = second.behaviours = [tokens(2, gap_s=0.002)]
+    with first.running():
+        port = int(first.url.rpartition(":")[2])
+        argv = [sys.executable, "-m", "toolkit.loadgen", *words(first, tmp_path, "concurrency=2", "num_requests=60")]
+        process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while len(first.bodies) < 10:
+            signal.sigtimedwait([], 0.01)
+    signal.sigtimedwait([], 0.5)
+    with second.running(port):
+        assert process.wait(60) == 0
+    requests = records.read_requests(tmp_path)
+    assert len(requests) == 62
+    assert requests["request_id"].is_unique
+    assert {"ok", "error"} == set(requests["status"])
+    assert requests["status"].iloc[-1] == "ok"
+    assert requests["error"].str.contains("Cannot connect").any()
+    assert len(first.bodies) + len(second.bodies) >= (requests["status"] == "ok").sum()
 
 
 def test_chunks_that_hide_tokens_are_reported(

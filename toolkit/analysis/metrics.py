@@ -277,6 +277,7 @@ def sweep_row(
     num_gpus: int,
     balancedness_mean: float = np.nan,
     imbalance_max: float = np.nan,
+    request_rate: float = 0.0,
 ) -> dict[str, Any]:
     """One load point -> its row of ``sweep.csv``: every one of ``records.SWEEP_COLUMNS``.
 
@@ -285,6 +286,7 @@ def sweep_row(
       vLLM's and SGLang's also hold the client's work around it.
     - ``isl_mean``, ``osl_mean``: mean prompt and output tokens of the ok requests.
     - ``{ttft,itl,tpot,e2e}_{mean,p50,p90,p99}_ms``: over the ok requests; a failure is in none of them.
+    - ``{ttft,e2e}_sched_*_ms``: the same from when the request was due: what to quote for a request rate.
     - ``output_tok_s``: output tokens of the ok requests / duration_s; ``total_tok_s`` adds their prompt tokens.
       Tokens of warm-up requests still in flight when the window opens are not counted, and the window holds the
       drain at its end: with few requests a slot, both figures are a little below the steady state.
@@ -299,6 +301,7 @@ def sweep_row(
         requests: rows of one load point, ``records.RequestRecord`` columns.
         concurrency: the load point's requests in flight.
         num_gpus: GPUs (or CPU ranks) the deployment occupies.
+        request_rate: requests a second that were asked for; 0: a closed loop.
     """
     assert num_gpus > 0, num_gpus
     every, ok = measured(requests), succeeded(requests)
@@ -310,6 +313,7 @@ def sweep_row(
     steady = steady_interval(requests, concurrency)
     row: dict[str, Any] = {
         "concurrency": concurrency,
+        "request_rate": request_rate,
         "requests": len(every),
         "failed": len(every) - len(ok),
         "duration_s": duration,
@@ -324,6 +328,9 @@ def sweep_row(
         "steady_s": steady[1] - steady[0],
         "steady_output_tok_s": tok_s_between(requests, *steady),
     }
-    for name, seconds in (("ttft", ttft_s(ok)), ("itl", itl_s(ok)), ("tpot", tpot), ("e2e", e2e_s(ok))):
+    ttft, e2e, waited = ttft_s(ok), e2e_s(ok), wait_s(ok)
+    latencies = {"ttft": ttft, "itl": itl_s(ok), "tpot": tpot, "e2e": e2e}
+    latencies |= {"ttft_sched": ttft + waited, "e2e_sched": e2e + waited}
+    for name, seconds in latencies.items():
         row |= {f"{name}_{stat}_ms": value for stat, value in summary_ms(seconds).items()}
     return {name: row[name] for name in SWEEP_COLUMNS}

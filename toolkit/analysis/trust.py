@@ -48,6 +48,12 @@ def warnings(run: Run) -> list[str]:
             f"too few requests for p99 (under {ENOUGH_FOR_P99}: it is close to the slowest one) at concurrency "
             f"{', '.join(few)}; raise load.min_requests or load.requests_per_slot"
         )
+    found += [
+        f"the load generator itself is {point.client.verdict} at concurrency {point.concurrency}: {reason}"
+        for point in (run.status.points if run.status is not None else ())
+        if point.client is not None
+        for reason in point.client.reasons
+    ]
     if run.experts is not None and any(load is None for load in run.point_loads):
         unseen = [str(p.concurrency) for p, load in zip(run.points, run.point_loads, strict=True) if load is None]
         found.append(f"no recorder window overlaps the measured requests of concurrency {', '.join(unseen)}")

@@ -1,5 +1,5 @@
-"""The load generator: an asyncio client that sweeps load points over any OpenAI-compatible server.
+"""The load generator: processes that sweep load points over any OpenAI-compatible server and prove their own accuracy.
 
-Reading order: ``options`` (what can be asked), ``sweep`` (points and files), ``arrival`` (when requests are sent),
-``client`` (one request; every timestamp), ``openai_api`` and ``sse`` (what is said over HTTP).
+Reading order: README.md beside this file, then ``options`` (what can be asked), ``sweep`` (points and files),
+``worker`` (one process), ``sockets`` (where stamps come from), ``answers`` (what was in the bytes).
 """

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +15,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from toolkit.loadgen.datasets import Dataset
     from toolkit.loadgen.options import Options
+    from toolkit.loadgen.progress import Reporter
+    from toolkit.loadgen.sweep import Sweep
 
 BAD_OPTIONS = 2
+NOT_TRUSTWORTHY = 3  # strict=true, and the client's own part in the figures is not ok
 EXIT = {"done": 0, "failed": 1, "cancelled": 130}
 
 log = logging.getLogger("toolkit.loadgen")
@@ -36,6 +40,10 @@ def main(words: Sequence[str]) -> int:
     if not words or {"-h", "--help", "help"} & set(words):
         sys.stdout.write(help_text() + "\n")
         return 0
+    if words[0] == "selfcheck":
+        from toolkit.loadgen import selfcheck
+
+        return selfcheck.main(words[1:])
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", handlers=[_Stderr()]
     )
@@ -61,23 +69,17 @@ async def _run(options: Options, dataset: Dataset) -> int:
 
     import pandas  # noqa: F401  its half second is spent here, not between two load points
 
-    from toolkit.loadgen.client import HttpClient, open_session
-    from toolkit.loadgen.openai_api import PATHS
-    from toolkit.loadgen.probe import ServerError, find_model
+    from toolkit.loadgen.probe import ServerError
     from toolkit.loadgen.progress import ProgressBars, ProgressFile
     from toolkit.loadgen.summary import render
     from toolkit.loadgen.sweep import Sweep
 
-    url = options.url.rstrip("/").removesuffix("/v1")
-    sweep = Sweep(options, dataset)
+    sweep = Sweep(options)
     reporter = ProgressFile(Path(options.progress)) if options.progress else ProgressBars()
     try:
-        async with open_session(os.environ.get(options.api_key_env, "")) as session:
-            model = await find_model(session, url, options.model)
-            client = HttpClient(session, url + PATHS[options.endpoint], options.timeout_s, sweep.take)
-            with reporter:
-                await sweep.run(client, model, reporter)
-    except ServerError as error:
+        with reporter:
+            await _sweep(sweep, options, dataset, reporter)
+    except (ServerError, ValueError) as error:
         sweep.end("failed", str(error))
         log.error("%s", error)
         return EXIT["failed"]
@@ -87,7 +89,41 @@ async def _run(options: Options, dataset: Dataset) -> int:
     sys.stdout.write(render(sweep.rows, sweep.status))
     if options.out:
         log.info("results: %s", options.out)
+    if options.strict and sweep.status.state == "done" and not sweep.trustworthy:
+        return NOT_TRUSTWORTHY
     return EXIT[sweep.status.state]
+
+
+async def _sweep(sweep: Sweep, options: Options, dataset: Dataset, reporter: Reporter) -> None:
+    """Finds the model, starts the processes, runs the sweep."""
+    from toolkit.loadgen.around import Around
+    from toolkit.loadgen.client import choose_transport
+    from toolkit.loadgen.openai_api import PATHS
+    from toolkit.loadgen.points import CallMaker, most_in_flight
+    from toolkit.loadgen.pool import Pool, auto_workers, pinned
+    from toolkit.loadgen.probe import find_model, open_session
+    from toolkit.loadgen.wire import Setup
+
+    url = options.url.rstrip("/").removesuffix("/v1")
+    transport, reason = choose_transport(options.transport, url)
+    workers = options.workers or auto_workers(most_in_flight(options))
+    log.info("%d process(es) send, transport=%s: %s", workers, transport, reason)
+    setup = Setup(
+        url=url + PATHS[options.endpoint],
+        transport=transport,
+        timeout_s=options.timeout_s,
+        api_key_env=options.api_key_env,
+        record_text=options.record_text,
+        record_raw=options.record_raw,
+    )
+    async with open_session(os.environ.get(options.api_key_env, "")) as session:
+        model = await find_model(session, url, options.model)
+        with tempfile.TemporaryDirectory(prefix="loadgen-") as folder:
+            async with (
+                Around(session, url, options) as around,
+                Pool(pinned(setup, workers, options.pin), Path(folder)) as pool,
+            ):
+                await sweep.run(pool, CallMaker(options, dataset, model), transport, around, reporter)
 
 
 def _make_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ is the number of events with text.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -31,7 +32,7 @@ def encode_body(sample: Sample, load: LoadConfig, model: str, seed: int) -> byte
     """The JSON body of one streamed request."""
     body: dict[str, Any] = {
         "model": model,
-        "max_tokens": load.osl,
+        "max_tokens": sample.output_tokens or load.osl,
         "temperature": load.temperature,
         "seed": seed,
         "stream": True,
@@ -42,8 +43,18 @@ def encode_body(sample: Sample, load: LoadConfig, model: str, seed: int) -> byte
     else:
         body["prompt"] = sample.as_prompt()
     if load.ignore_eos:
-        body["ignore_eos"] = True  # not OpenAI's: left out when not wanted, strict servers refuse unknown fields
+        # Not OpenAI's: left out when not wanted, strict servers refuse unknown fields.
+        body["ignore_eos"] = True
+        body["min_tokens"] = body["max_tokens"]
     return msgspec.json.encode(body)
+
+
+def continue_body(before: bytes, body: bytes) -> bytes:
+    """``body`` with the messages of ``before`` in front of its own: the next turn of a conversation."""
+    if not before:
+        return body
+    old, new = msgspec.json.decode(before), msgspec.json.decode(body)
+    return msgspec.json.encode({**old, **new, "messages": [*old["messages"], *new["messages"]]})
 
 
 def error_message(body: bytes) -> str:
@@ -64,10 +75,15 @@ class _PromptDetails(msgspec.Struct):
     cached_tokens: int | None = None
 
 
+class _CompletionDetails(msgspec.Struct):
+    reasoning_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _CompletionDetails | None = None
 
 
 class _Delta(msgspec.Struct):
@@ -82,11 +98,15 @@ class _Choice(msgspec.Struct):
     text: str | None = None
     finish_reason: str | None = None
 
-    def visible(self) -> tuple[str, bool]:
-        """Text of this event, and whether anything in it is output: content, reasoning or a tool call."""
-        delta = self.delta or _Delta()
-        text = (delta.reasoning_content or delta.reasoning or "") + (delta.content or "") + (self.text or "")
-        return text, bool(text or delta.tool_calls)
+    def output(self) -> tuple[str, bool, bool]:
+        """Text of this event; whether anything in it is output (content, reasoning, a tool call); whether a user
+        sees it (all of these but reasoning)."""
+        delta = self.delta
+        if delta is None:
+            return self.text or "", bool(self.text), bool(self.text)
+        thought, said = delta.reasoning_content or delta.reasoning or "", delta.content or self.text or ""
+        visible = bool(said or delta.tool_calls)
+        return thought + said, visible or bool(thought), visible
 
 
 class _Chunk(msgspec.Struct):
@@ -106,6 +126,8 @@ class Answer:
 
     Attributes:
         completion_tokens: the server's count; -1: it gave none.
+        events: how many events carried tokens; ``chunk_at`` has fewer when some came in one read.
+        first_visible_at: of the first event with something a user sees; NaN: none.
         finished: a finish reason or ``[DONE]`` was seen.
     """
 
@@ -117,7 +139,10 @@ class Answer:
         self.done = False
         self.prompt_tokens = 0
         self.cached_tokens = 0
+        self.reasoning_tokens = 0
         self.completion_tokens = -1
+        self.events = 0
+        self.first_visible_at = math.nan
         self.counted_each = False  # the server counts in every event
         self._seen = False  # an event with output has come
         self._attributed = 0
@@ -130,13 +155,18 @@ class Answer:
     def output_tokens(self) -> int:
         return self.completion_tokens if self.completion_tokens >= 0 else sum(self.chunk_tokens)
 
+    @property
+    def token_source(self) -> str:
+        """Where ``output_tokens`` comes from: ``usage`` (the server) or ``chunks`` (events with text)."""
+        return "usage" if self.completion_tokens >= 0 else "chunks"
+
     def add(self, event: Event, at: float) -> int:
         """Takes in one event read at time ``at``; returns how many tokens it brought.
 
         Raises:
             AnswerError: the event is not JSON of the expected form, or reports an error.
         """
-        if event.data.strip() == b"[DONE]":
+        if event.data[:1] != b"{" and event.data.strip() == b"[DONE]":
             self.done = True
             return 0
         if event.type == "error":
@@ -153,16 +183,20 @@ class Answer:
             return 0  # the closing usage event: totals only
         choice = chunk.choices[0]
         self.finish_reason = choice.finish_reason or self.finish_reason
-        text, visible = choice.visible()
+        text, output, visible = choice.output()
         if text:
             self.texts.append(text)
-        return self._count(visible, chunk.usage, at)
+        if visible and math.isnan(self.first_visible_at):
+            self.first_visible_at = at
+        return self._count(output, chunk.usage, at)
 
     def _take_usage(self, usage: _Usage) -> None:
         self.prompt_tokens = usage.prompt_tokens
         self.completion_tokens = usage.completion_tokens
         if usage.prompt_tokens_details is not None:
             self.cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
+        if usage.completion_tokens_details is not None:
+            self.reasoning_tokens = usage.completion_tokens_details.reasoning_tokens or 0
 
     def _count(self, visible: bool, usage: _Usage | None, at: float) -> int:
         if visible and not self._seen:
@@ -186,6 +220,7 @@ class Answer:
             self._seen = True
         if not tokens:
             return
+        self.events += 1
         if self.chunk_at and self.chunk_at[-1] == at:
             self.chunk_tokens[-1] += tokens
         else:

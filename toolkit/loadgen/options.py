@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +20,16 @@ from urllib.parse import urlsplit
 import yaml
 
 from toolkit.config import LoadConfig, from_mapping, opt
-from toolkit.loadgen.datasets import DATASETS
+from toolkit.loadgen.datasets import DATASETS, FILE_DATASETS, TIMED_DATASETS
+
+Need = Callable[[bool, str, str], None]
+"""(what must hold, field, the rule and the way out)"""
 
 USAGE = """\
-Loads an OpenAI-compatible server with a sweep over concurrency and measures every request.
+Loads an OpenAI-compatible server with a sweep over concurrency or request rate and measures every request.
 
   python -m toolkit.loadgen url=http://HOST:PORT model=NAME out=FOLDER concurrency=[1,2,4,8]
+  python -m toolkit.loadgen selfcheck       how much this machine can measure, and how far off it is; needs no server
 
   key=value    values are YAML or JSON: concurrency=[1,8]  temperature=0.7  ignore_eos=false
 
@@ -32,9 +37,14 @@ Examples
   python -m toolkit.loadgen url=http://127.0.0.1:8000 concurrency=[1,4] osl=64        only the table, nothing kept
   python -m toolkit.loadgen url=http://node7:30000 out=results/try dataset=random isl=1024 osl=256 num_gpus=16
   python -m toolkit.loadgen url=http://node7:30000 dataset_path=my.jsonl api_key_env=MY_KEY temperature=0.7
+  python -m toolkit.loadgen url=... request_rate=[1,4,16] arrival=gamma burstiness=0.5 max_concurrency=256
+  python -m toolkit.loadgen url=... dataset=mooncake dataset_path=trace.jsonl arrival=trace speedup=2 num_requests=500
+  python -m toolkit.loadgen url=... concurrency=[1,512] search=true slo_ttft_ms=500 slo_tpot_ms=30
 
-Result in `out`: requests.parquet (a row a request, failed ones too), sweep.csv (a row a load point), status.json.
-Exit status: 0 done, 1 a load point failed, 2 an option is wrong, 130 interrupted (what was measured is kept)."""
+Result in `out`: requests.parquet (a row a request, failed ones too), sweep.csv (a row a load point), status.json (with
+the verdict on the client's own part in the figures: ok, degraded or client_limited), server_metrics.parquet.
+Exit status: 0 done, 1 a load point failed, 2 an option is wrong, 3 strict=true and a verdict is not ok,
+130 interrupted (what was measured is kept)."""
 
 
 @dataclass(frozen=True)
@@ -87,22 +97,67 @@ def check_load(load: LoadConfig) -> list[str]:
         if not holds:
             problems.append(f"{field}={getattr(load, field)} {rule}")
 
+    _check_arrivals(load, need)
+    _check_lengths(load, need)
+    need(load.temperature >= 0, "temperature", "must be 0 (greedy) or more")
+    need(load.timeout_s > 0, "timeout_s", "must be more than 0 seconds")
+    need(load.workers >= 0, "workers", "must be 0 (choose) or more")
+    need(load.scrape_interval_s >= 0.05, "scrape_interval_s", "must be at least 0.05 seconds")
+    need(
+        all(value >= 0 for value in (load.slo_ttft_ms, load.slo_tpot_ms, load.slo_e2e_ms)), "slo_ttft_ms", "is negative"
+    )
+    need(0 < load.slo_share <= 1, "slo_share", "must be above 0 and at most 1")
+    if load.search and not (load.slo_ttft_ms or load.slo_tpot_ms or load.slo_e2e_ms):
+        problems.append("search=true needs an objective: give slo_ttft_ms, slo_tpot_ms or slo_e2e_ms")
+    if load.search and load.arrival == "trace":
+        problems.append("search=true has nothing to vary with arrival=trace; give concurrency or request_rate")
+    if load.dataset not in DATASETS:
+        known = ", ".join(sorted(DATASETS))
+        problems.append(f"dataset={load.dataset} is not known; use one of: {known}")
+    elif load.dataset in FILE_DATASETS and not load.dataset_path:
+        problems.append(f"dataset={load.dataset} needs a file; give dataset_path")
+    if load.arrival == "trace" and load.dataset not in TIMED_DATASETS:
+        timed = ", ".join(TIMED_DATASETS)
+        problems.append(f"arrival=trace needs a dataset that says when; dataset={load.dataset} does not, use {timed}")
+    if load.dataset_path and not Path(load.dataset_path).expanduser().is_file():
+        problems.append(f"dataset_path={load.dataset_path} is not a file; give one, or leave it empty")
+    return problems
+
+
+def _check_arrivals(load: LoadConfig, need: Need) -> None:
     need(bool(load.concurrency), "concurrency", "names no load point; use a list such as [1,2,4]")
     need(all(c >= 1 for c in load.concurrency), "concurrency", "has a value below 1; use values of at least 1")
+    rates_are_fine = all(0 < rate < math.inf for rate in load.request_rate)
+    need(rates_are_fine, "request_rate", "has a value that is not above 0; use requests a second such as [0.5,2,8]")
+    need(load.burstiness > 0, "burstiness", "must be above 0; 1 is poisson")
+    need(load.max_concurrency >= 0, "max_concurrency", "is negative; use 0 for no cap")
+    need(load.ramp_s >= 0, "ramp_s", "is negative; use 0 for none")
+    need(load.speedup > 0, "speedup", "must be above 0; 1 is as recorded")
+    need(load.duration_s > 0, "duration_s", "must be more than 0 seconds")
     need(load.num_requests >= 0, "num_requests", "is negative; use 0 to derive it from concurrency, or a number")
     need(load.min_requests >= 1, "min_requests", "must be at least 1")
     need(load.requests_per_slot >= 0, "requests_per_slot", "is negative; use 0 for min_requests at every point")
     need(load.warmup_requests >= -1, "warmup_requests", "must be 0 or more, or -1 for as many as concurrency")
+    need(0 <= load.cancel_fraction <= 1, "cancel_fraction", "must be from 0 to 1")
+    need(load.cancel_after_s > 0, "cancel_after_s", "must be more than 0 seconds")
+    need(load.think_s >= 0, "think_s", "is negative; use 0 for none")
+
+
+def _check_lengths(load: LoadConfig, need: Need) -> None:
     need(load.isl >= 1, "isl", "must be at least 1 token")
     need(load.osl >= 1, "osl", "must be at least 1 token")
-    need(load.temperature >= 0, "temperature", "must be 0 (greedy) or more")
-    need(load.timeout_s > 0, "timeout_s", "must be more than 0 seconds")
-    if load.dataset not in DATASETS:
-        known = ", ".join(sorted(DATASETS))
-        problems.append(f"dataset={load.dataset} is not known; use one of: {known}")
-    if load.dataset_path and not Path(load.dataset_path).expanduser().is_file():
-        problems.append(f"dataset_path={load.dataset_path} is not a file; give a JSON Lines file, or leave it empty")
-    return problems
+    need(load.isl_stddev >= 0, "isl_stddev", "is negative; use 0 for a fixed length")
+    need(load.osl_stddev >= 0, "osl_stddev", "is negative; use 0 for a fixed length")
+    need(0 <= load.range_ratio < 1, "range_ratio", "must be from 0 to below 1")
+    spread = load.range_ratio and (load.isl_stddev or load.osl_stddev)
+    need(not spread, "range_ratio", "and isl_stddev or osl_stddev are two ways to say how lengths vary; use one")
+    need(0 <= load.prefix_len < load.isl or load.prefix_len == 0, "prefix_len", f"must be below isl={load.isl}")
+    need(load.num_prefixes >= 1, "num_prefixes", "must be at least 1")
+    need(load.turns >= 1, "turns", "must be at least 1")
+    chat = load.endpoint == "chat"
+    need(load.turns == 1 or chat, "turns", "are messages of a conversation; use endpoint=chat, or turns=1")
+    need(not load.image or chat, "image", "is part of a chat message; use endpoint=chat")
+    need(not load.image or Path(load.image).expanduser().is_file(), "image", "is not a file")
 
 
 def help_text() -> str:
@@ -144,7 +199,9 @@ def _value(text: str, hint: Any) -> Any:
             value = text
     if hint is str or typing.get_origin(hint) is Literal:
         return value if isinstance(value, str) else text  # model=123 and model=null are names
-    if hint == list[int] and isinstance(value, int) and not isinstance(value, bool):
+    if hint in (list[int], list[float]) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [value]
+    if hint == list[str] and isinstance(value, str):
         return [value]
     return value
 
@@ -154,4 +211,5 @@ def _way_out(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"; use one of: {', '.join(typing.get_args(hint))}"
     examples = {int: "a whole number", float: "a number", bool: "true or false", list[int]: "a list such as [1,2,4]"}
+    examples |= {list[float]: "a list such as [0.5,2]", list[str]: "a list such as [http://node7:8000/metrics]"}
     return f"; use {examples[hint]}" if hint in examples else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -14,6 +16,14 @@ PROBE_TIMEOUT = aiohttp.ClientTimeout(total=15.0)
 
 class ServerError(Exception):
     """The server cannot be loaded; the message says why and what to do."""
+
+
+@contextlib.asynccontextmanager
+async def open_session(api_key: str = "") -> AsyncIterator[aiohttp.ClientSession]:
+    """For questions to the server beside the requests that are measured."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    async with aiohttp.ClientSession(headers=headers, cookie_jar=aiohttp.DummyCookieJar(), trust_env=True) as session:
+        yield session
 
 
 async def find_model(session: aiohttp.ClientSession, url: str, model: str) -> str:

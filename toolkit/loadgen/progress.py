@@ -2,12 +2,13 @@
 
 A state is a plain dict, the content of the file that ``progress=`` names::
 
-    {"points": 4, "point": 1, "concurrency": 2, "phase": "measure", "done": 3, "total": 6, "failed": 0,
-     "output_tok_s": 13.2, "elapsed_s": 4.1}
+    {"points": 4, "point": 1, "concurrency": 2, "request_rate": 0.0, "phase": "measure", "done": 3, "total": 6,
+     "failed": 0, "output_tok_s": 13.2, "elapsed_s": 4.1}
 
-``point`` counts from 0; ``phase`` is warm-up, measure or done; ``done`` of ``total`` are requests of this point, the
-warm-up's included; ``elapsed_s`` is since this point's first request. The launcher reads that file and shows it with
-the same ``ProgressBars``.
+``point`` counts from 0; ``phase`` is warm-up, measure, read (all answers are there and are being parsed) or done;
+``done`` of ``total`` are requests of this point, the warm-up's included; ``output_tok_s`` is a guess, one token a read,
+until the phase is done; ``elapsed_s`` is since this point's first request; with ``request_rate`` above 0 the point
+holds a rate, below 0 it replays a trace. The launcher reads that file and shows it with the same ``ProgressBars``.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class ProgressBars:
         if point not in self._tasks:
             for task in bars.tasks:
                 bars.update(task.id, completed=task.total)
-            name = f"[{point + 1}/{state['points']}] concurrency {state['concurrency']}"
+            name = f"[{point + 1}/{state['points']}] {_load(state)}"
             self._tasks[point] = bars.add_task(name, total=state["total"], rate="", failed="", phase="")
         bars.update(
             self._tasks[point],
@@ -110,11 +111,19 @@ class ProgressBars:
             return
         self._line = (time.monotonic(), state["point"], state["phase"])
         log.info(
-            "point %d/%d, concurrency %d, %s: %d/%d requests, %d failed, %.1f tok/s, %.0f s",
-            state["point"] + 1,
-            *(state[key] for key in ("points", "concurrency", "phase", "done", "total", "failed")),
+            "point %d/%d, %s, %s: %d/%d requests, %d failed, %.1f tok/s, %.0f s",
+            *(state["point"] + 1, state["points"], _load(state)),
+            *(state[key] for key in ("phase", "done", "total", "failed")),
             *(state[key] for key in ("output_tok_s", "elapsed_s")),
         )
+
+
+def _load(state: dict[str, Any]) -> str:
+    """What the point asks for, in words."""
+    rate = state["request_rate"]
+    if rate > 0:
+        return f"{rate:g} requests/s"
+    return "trace" if rate < 0 else f"concurrency {state['concurrency']}"
 
 
 def _bars(stream: TextIO) -> Progress:

@@ -7,13 +7,12 @@ Works on bytes until an event is whole, so that a character split between two re
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _END_OF_LINE = re.compile(rb"\r\n|\n|\r")
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One event: its ``data`` lines joined by newlines, and its type."""
 
     data: bytes
@@ -36,6 +35,15 @@ class SSEParser:
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that ``chunk`` completed."""
+        if (
+            chunk.startswith(b"data: ")
+            and chunk.endswith(b"\n\n")
+            and chunk.find(b"\n") == len(chunk) - 2
+            and not (self._rest or self._data or self._type)
+            and b"\r" not in chunk
+        ):  # one event, as nearly all reads are: the regular way takes three times as long
+            self._first_line = False
+            return [Event(chunk[6:-2])]
         text = self._rest + chunk
         end = len(text) - text.endswith(b"\r")  # a last \r may be the first half of \r\n: decided by the next read
         *lines, rest = _END_OF_LINE.split(text[:end])

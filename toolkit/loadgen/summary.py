@@ -10,7 +10,8 @@ from typing import Any
 from toolkit.records import RunStatus
 
 COLUMNS = {
-    "concurrency": "concurrency",
+    "concur-\nrency": "concurrency",
+    "requests\n/s asked": "request_rate",
     "requests": "requests",
     "failed": "failed",
     "TTFT p50\nms": "ttft_p50_ms",
@@ -28,10 +29,16 @@ def render(rows: Sequence[dict[str, Any]], status: RunStatus) -> str:
     from rich.table import Table
 
     table = Table(title=f"sweep: {status.state}", title_justify="left")
-    for name in COLUMNS:
+    open_loop = any(row["request_rate"] for row in rows)
+    columns = {name: key for name, key in COLUMNS.items() if open_loop or key != "request_rate"}
+    judged = [point for point in status.points if point.client is not None]
+    slo = any(point.good_share is not None for point in judged)
+    for name in (*columns, *(["good"] if slo else []), "client"):
         table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(_cell(row[key]) for key in COLUMNS.values()))
+    for row, point in zip(rows, judged, strict=True):
+        share = ["-" if point.good_share is None else f"{point.good_share:.1%}"] if slo else []
+        verdict = point.client.verdict if point.client is not None else "-"
+        table.add_row(*(_cell(row[key]) for key in columns.values()), *share, verdict)
     text = io.StringIO()
     console = Console(file=text, width=120)
     if rows:
@@ -39,6 +46,9 @@ def render(rows: Sequence[dict[str, Any]], status: RunStatus) -> str:
     for point in status.points:
         if point.reason:
             console.print(f"concurrency {point.concurrency}: {point.state}: {point.reason}", markup=False)
+    for point in status.points:
+        for reason in point.client.reasons if point.client is not None else ():
+            console.print(f"concurrency {point.concurrency}: the client itself: {reason}", markup=False)
     if status.reason and not any(point.reason for point in status.points):
         console.print(f"{status.state}: {status.reason}", markup=False)
     return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from toolkit.config import LoadConfig
 from toolkit.registry import Registry
@@ -22,19 +22,29 @@ class Sample:
         id: names it in requests.parquet (``prompt_id``).
         messages: OpenAI chat messages, each with ``role`` and ``content``.
         prompt: plain text.
+        output_tokens: length of the answer to ask for; 0: as the sweep's ``osl`` says.
+        at_s: when a trace sent it, seconds after its begin; -1: no trace.
+        session: names the conversation it is a turn of; its ``messages`` are only what this turn adds.
+        more_turns: the next sample continues this conversation.
+        think_s: pause before this turn.
     """
 
     id: str
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
     prompt: str = ""
+    output_tokens: int = 0
+    at_s: float = -1.0
+    session: str = ""
+    more_turns: bool = False
+    think_s: float = 0.0
 
-    def as_messages(self) -> list[dict[str, str]]:
+    def as_messages(self) -> list[dict[str, Any]]:
         """For the chat endpoint: a plain text becomes one message of the user."""
         return list(self.messages) or [{"role": "user", "content": self.prompt}]
 
     def as_prompt(self) -> str:
         """For the completions endpoint: the messages' texts, separated by empty lines, without any template."""
-        return self.prompt or "\n\n".join(message["content"] for message in self.messages)
+        return self.prompt or "\n\n".join(str(message["content"]) for message in self.messages)
 
 
 class Dataset(Protocol):
@@ -47,6 +57,10 @@ DatasetFactory = Callable[[LoadConfig, str], Dataset]
 """(the sweep's options, tokenizer: a folder, ``bytes`` or empty) -> dataset."""
 
 DATASETS: Registry[DatasetFactory] = Registry("dataset")
+TIMED_DATASETS = ("mooncake", "azure", "burstgpt", "trace")
+"""Those that say when a request was sent: ``arrival=trace`` replays them; other arrivals repeat them without end."""
+FILE_DATASETS = ("sharegpt", *TIMED_DATASETS)
+"""Those that need ``dataset_path``."""
 
 
 @DATASETS.register("prompts")
@@ -58,6 +72,23 @@ def _prompts(load: LoadConfig, tokenizer: str) -> Dataset:
 
 @DATASETS.register("random")
 def _random(load: LoadConfig, tokenizer: str) -> Dataset:
-    from toolkit.loadgen.datasets.random import RandomWords
+    from toolkit.loadgen.datasets.random import RandomText
 
-    return RandomWords(load.isl, load.seed, tokenizer)
+    return RandomText(load, tokenizer)
+
+
+@DATASETS.register("sharegpt")
+def _sharegpt(load: LoadConfig, tokenizer: str) -> Dataset:
+    from toolkit.loadgen.datasets.sharegpt import ShareGPT
+
+    return ShareGPT(load, tokenizer)
+
+
+def _trace(load: LoadConfig, tokenizer: str) -> Dataset:
+    from toolkit.loadgen.datasets.traces import Trace
+
+    return Trace(load, tokenizer)
+
+
+for _name in TIMED_DATASETS:
+    DATASETS.register(_name)(_trace)

@@ -1,66 +1,98 @@
-"""dataset=random: texts of random words, ``isl`` tokens each, with nothing in common that a prefix cache could reuse.
+"""dataset=random: conversations and texts of random words, of given lengths, with or without shared prefixes.
 
-How exact ``isl`` is depends on ``tokenizer``: ``bytes`` is exact; a folder with ``tokenizer.json`` is exact up to what
-the tokenizer merges when the text is read back (the nearest length it can give); without one a word counts as a token,
-which most tokenizers come near to. A chat template's own tokens come on top. What the server counted is in the results.
+Each sample depends on the seed and its number only. A chat template's own tokens come on top of ``isl``.
 """
 
 from __future__ import annotations
 
+import base64
+import mimetypes
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from toolkit.config import LoadConfig
 from toolkit.loadgen.datasets import Sample
-
-# Short and frequent: one token each, with the space before, in any large vocabulary of English.
-WORDS = (
-    "the of and to in is that it was for on are as with his they at be this from have or by one had not but what all "
-    "were when we there can an your which their said if do will each about how up out them then she many some so these "
-    "would other into has more her two like him see time could no make than first been its who now people my made over "
-    "did down only way find use may water long little very after words called just where most know get through back"
-)
-
-MakeText = Callable[[random.Random], str]
+from toolkit.loadgen.datasets.text import TextMaker
 
 
-class RandomWords:
-    """Samples of about ``isl`` tokens; each one's words depend on the seed and its number."""
+class RandomText:
+    """Samples of ``isl`` tokens, ``turns`` of them a conversation; the first ``prefix_len`` from a pool of prefixes."""
 
-    def __init__(self, isl: int, seed: int, tokenizer: str) -> None:
-        self.seed = seed
-        self.make_text = _text_maker(isl, tokenizer)
+    def __init__(self, load: LoadConfig, tokenizer: str) -> None:
+        self._load = load
+        self._text = TextMaker(tokenizer)
+        self._fixed = self._text.special_tokens if load.endpoint == "completions" else 0
+        self._image = image_part(Path(load.image).expanduser()) if load.image else None
+        self._prefix = lru_cache(maxsize=1024)(self._make_prefix)
 
     def __iter__(self) -> Iterator[Sample]:
         number = 0
         while True:
-            rng = random.Random(f"{self.seed}/{number}")
-            yield Sample(f"random-{number}", prompt=self.make_text(rng))
+            yield from self._conversation(number)
             number += 1
 
+    def _conversation(self, number: int) -> Iterator[Sample]:
+        load = self._load
+        rng = random.Random(f"{load.seed}/{number}")
+        for turn in range(load.turns):
+            name = f"random-{number}" if load.turns == 1 else f"random-{number}.{turn}"
+            isl = spread(rng, load.isl, load.isl_stddev, load.range_ratio)
+            osl = spread(rng, load.osl, load.osl_stddev, load.range_ratio)
+            text = self._prompt(rng, isl - self._fixed, shared=turn == 0)
+            yield Sample(
+                name,
+                messages=_with_image(text, self._image) if self._image else (),
+                prompt="" if self._image else text,
+                output_tokens=osl if osl != load.osl else 0,
+                session=f"s{number}" if load.turns > 1 else "",
+                more_turns=turn + 1 < load.turns,
+                think_s=load.think_s,
+            )
 
-def _words(rng: random.Random, count: int) -> str:
-    return " ".join(rng.choices(WORDS.split(), k=count))
+    def _prompt(self, rng: random.Random, count: int, shared: bool) -> str:
+        count = max(1, count)
+        length = min(self._load.prefix_len, count - 1) if shared else 0
+        if not length:
+            return self._text.make(rng, count)
+        prefix = self._prefix(rng.randrange(self._load.num_prefixes), length)
+        return f"{prefix} {self._text.make(rng, count - length - self._joint)}"
+
+    @property
+    def _joint(self) -> int:
+        """Tokens of the space between two texts."""
+        return self._text.count("of of") - 2 * self._text.count("of")
+
+    def _make_prefix(self, number: int, length: int) -> str:
+        return self._text.make(random.Random(f"{self._load.seed}/prefix/{number}"), length)
 
 
-def _text_maker(isl: int, tokenizer: str) -> MakeText:
-    if not tokenizer:
-        return lambda rng: _words(rng, isl)
-    if tokenizer == "bytes":
-        return lambda rng: _words(rng, isl)[:isl].ljust(isl, ".")
-    return _tokenized(isl, Path(tokenizer).expanduser())
+def spread(rng: random.Random, mean: int, stddev: float, ratio: float) -> int:
+    """A length around ``mean``: normal, or even within ``ratio`` of it; at least 1."""
+    if stddev:
+        return max(1, round(rng.gauss(mean, stddev)))
+    if ratio:
+        return max(1, round(rng.uniform(mean * (1 - ratio), mean * (1 + ratio))))
+    return mean
 
 
-def _tokenized(isl: int, folder: Path) -> MakeText:
-    file = folder / "tokenizer.json" if folder.is_dir() else folder
-    if not file.is_file():
-        raise ValueError(f"tokenizer={folder}: {file} does not exist; give a folder with tokenizer.json, or `bytes`")
-    from tokenizers import Tokenizer
+def image_part(file: Path) -> dict[str, Any]:
+    """An image file as a part of a chat message, inside the request (data URL).
 
-    tokens = Tokenizer.from_file(str(file))
+    Raises:
+        ValueError: it cannot be read, or its name does not say that it is an image.
+    """
+    kind = mimetypes.guess_type(file.name)[0] or ""
+    if not kind.startswith("image/"):
+        raise ValueError(f"image={file} is not an image by its name; give a .png, .jpg or .webp file")
+    try:
+        data = base64.b64encode(file.read_bytes()).decode()
+    except OSError as error:
+        raise ValueError(f"image={file}: {error.strerror}; give a file you may read") from None
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
 
-    def make(rng: random.Random) -> str:
-        ids = tokens.encode(_words(rng, isl), add_special_tokens=False).ids[:isl]
-        return str(tokens.decode(ids))
 
-    return make
+def _with_image(text: str, image: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    return ({"role": "user", "content": [image, {"type": "text", "text": text}]},)

@@ -1,0 +1,46 @@
+"""``make bench-loadgen``: the load generator's error against a server whose true send times are known, in a table.
+
+    python -m tests.bench.loadgen [socket] [aiohttp] [rounds=N]
+
+Every case runs with one process on one core, and once with two where there are three cores. The server is on a core
+of its own. On a shared machine run it when it is calm: ``server late`` and ``lag p99`` show when it was not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+from toolkit.loadgen.exact import Schedule
+from toolkit.loadgen.selfcheck import Case, Outcome, render, run_case
+
+CASES = (
+    Case(16, Schedule(itl_ms=10), 250),
+    Case(512, Schedule(itl_ms=10), 250),
+    Case(1024, Schedule(itl_ms=10), 250),
+    Case(2048, Schedule(itl_ms=40), 100),
+    Case(512, Schedule(itl_ms=25, grid_ms=25), 100),
+)
+BUSY = Case(2048, Schedule(itl_ms=10), 250)  # more than one core reads
+GOALS = """goals, one core: TTFT p99 and ITL p99 error <= 1 ms, E2E p99 error <= 2 ms, held >= 98 %,
+CPU <= 15 ms / 1k tokens, RSS <= 300 MB; two cores >= 1.8 x the tok/s of one (last two rows)"""
+
+
+def main(words: list[str]) -> None:
+    transports = [word for word in words if word in ("socket", "aiohttp")] or ["socket", "aiohttp"]
+    rounds = next((int(word.removeprefix("rounds=")) for word in words if word.startswith("rounds=")), 1)
+    outcomes: list[Outcome] = []
+    for transport in transports:
+        for case in CASES:
+            for _ in range(rounds):
+                print(f"{transport}: {case.name} ...", file=sys.stderr)
+                outcomes.append(asyncio.run(run_case(case, transport)))
+    if len(os.sched_getaffinity(0)) >= 3:
+        outcomes += [asyncio.run(run_case(BUSY, "socket", workers)) for workers in (1, 2)]
+    print(render(outcomes, "reported minus true percentiles"))
+    print(GOALS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

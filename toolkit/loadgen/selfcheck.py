@@ -1,0 +1,185 @@
+"""``python -m toolkit.loadgen selfcheck``: what this machine's load generator can bear, and how far off it is.
+
+Loads the exact-schedule server with the same processes, transport and figures as a real run and compares percentiles
+with the server's own log: the difference is the client's error. Both share this machine, so that a small one shows
+less than the client could do elsewhere; ``server late`` says how late the server itself was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from toolkit.loadgen import exact
+from toolkit.loadgen.exchange import Call
+from toolkit.loadgen.pool import Load, Pool, owner, pinned
+from toolkit.loadgen.proof import judge
+from toolkit.loadgen.wire import Progress, Setup
+from toolkit.records import ClientProof
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Case:
+    """``streams`` at a time, each request ``tokens`` long, ``rounds`` of them after one that warms up."""
+
+    streams: int
+    schedule: exact.Schedule
+    tokens: int
+    rounds: int = 2
+
+    @property
+    def name(self) -> str:
+        grid = self.schedule.grid_ms
+        return f"{self.streams} x {self.schedule.itl_ms:g} ms" + (f", one {grid:g} ms grid" if grid else "")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A case's result. Errors are reported minus true percentiles, ms."""
+
+    case: Case
+    transport: str
+    requests: int
+    failed: int
+    tok_s: float
+    ttft_p50_error_ms: float
+    ttft_p99_error_ms: float
+    itl_p99_error_ms: float
+    e2e_p99_error_ms: float
+    server_late_ms: float  # p99 of how late the server sent: its gaps beyond the schedule's
+    proof: ClientProof
+
+
+QUICK = (
+    Case(16, exact.Schedule(itl_ms=10), 100),
+    Case(128, exact.Schedule(itl_ms=10), 100),
+    Case(512, exact.Schedule(itl_ms=10), 250),
+    Case(1024, exact.Schedule(itl_ms=10), 250),
+    Case(512, exact.Schedule(itl_ms=25, grid_ms=25), 60),
+)
+
+
+async def run_case(case: Case, transport: str, workers: int = 1, pin: bool = True, compiled: bool = True) -> Outcome:
+    """Runs one case; the server has the first allowed core to itself when ``pin`` and there is more than one."""
+    cores = sorted(os.sched_getaffinity(0))
+    own = pin and len(cores) > workers
+    with (
+        exact.running(case.schedule, compiled, cores[0] if own else -1) as server,
+        tempfile.TemporaryDirectory(prefix="loadgen-") as folder,
+    ):
+        setup = Setup(f"{server.url}/v1/chat/completions", "socket" if transport == "socket" else "aiohttp", 120.0)
+        async with Pool(pinned(setup, workers, own), Path(folder)) as pool:
+            table, proof = await _load(pool, case, transport)
+    return _compare(case, transport, table, server.truth.after(case.streams), proof)
+
+
+async def _load(pool: Pool, case: Case, transport: str) -> tuple[pa.Table, ClientProof]:
+    load = Load(0, case.streams, case.streams, open_loop=False, ramp_s=0.0)
+    files = pool.files(load)
+    body = msgspec.json.encode(
+        {"model": "exact", "messages": [{"role": "user", "content": "word " * 100}], "max_tokens": case.tokens}
+    )
+    for number in range(case.streams * (case.rounds + 1)):
+        call = Call(f"check-{number}", "check", number < case.streams, case.tokens, 0, 0)
+        files[owner(number, load, len(files))].add(call, body)
+    result = await pool.run(load, files, _quiet, 0.25)
+    return result.table, judge(result.evidence, transport, len(files))
+
+
+def _quiet(progress: Progress) -> None:
+    """A case is too short to show progress."""
+
+
+def _compare(case: Case, transport: str, table: pa.Table, truth: exact.Truth, proof: ClientProof) -> Outcome:
+    from toolkit.analysis.metrics import e2e_s, interval, itl_s, succeeded, ttft_s
+
+    frame: pd.DataFrame = table.to_pandas()
+    ok = succeeded(frame)
+    begin, end = interval(frame)
+
+    def error_ms(ours: np.ndarray, true: np.ndarray, percent: float) -> float:
+        return float(np.percentile(ours, percent) - np.percentile(true, percent)) * 1e3
+
+    late = truth.itl_s - max(case.schedule.itl_ms, case.schedule.grid_ms) * 1e-3
+    return Outcome(
+        case=case,
+        transport=transport,
+        requests=len(frame),
+        failed=int((frame["status"] != "ok").sum()),
+        tok_s=float(ok["output_tokens"].sum()) / (end - begin),
+        ttft_p50_error_ms=error_ms(ttft_s(ok), truth.ttft_s, 50),
+        ttft_p99_error_ms=error_ms(ttft_s(ok), truth.ttft_s, 99),
+        itl_p99_error_ms=error_ms(itl_s(ok), truth.itl_s, 99),
+        e2e_p99_error_ms=error_ms(e2e_s(ok), truth.e2e_s, 99),
+        server_late_ms=float(np.percentile(late, 99)) * 1e3,
+        proof=proof,
+    )
+
+
+def render(outcomes: Sequence[Outcome], title: str) -> str:
+    """A table, a line a case."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    columns = (
+        "case", "transport", "work-\ners", "failed", "tok/s", "TTFT p99\nerror ms", "ITL p99\nerror ms",
+        "E2E p99\nerror ms", "held", "CPU ms /\n1k tok", "RSS\nMB", "lag p99\nms", "coal-\nesced", "server\nlate ms",
+        "verdict",
+    )  # fmt: skip
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("case", "transport", "verdict") else "right")
+    for one in outcomes:
+        proof = one.proof
+        table.add_row(
+            one.case.name, one.transport, str(proof.workers), str(one.failed), f"{one.tok_s:,.0f}",
+            f"{one.ttft_p99_error_ms:+.2f}", f"{one.itl_p99_error_ms:+.2f}", f"{one.e2e_p99_error_ms:+.2f}",
+            f"{proof.held:.1%}", f"{proof.cpu_ms_per_1000_tokens:.1f}", f"{proof.peak_rss_mb:.0f}",
+            f"{proof.lag_p99_ms:.2f}", f"{proof.coalesced:.2%}", f"{one.server_late_ms:.2f}", proof.verdict,
+        )  # fmt: skip
+    text = io.StringIO()
+    Console(file=text, width=160).print(table)
+    return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())
+
+
+def ceiling(outcomes: Sequence[Outcome]) -> str:
+    """What the cases say, in a sentence."""
+    good = [one for one in outcomes if one.proof.verdict == "ok" and not one.failed]
+    if not good:
+        return "No case was free of the client's own delays: this machine is too slow or too busy to measure from."
+    best = max(good, key=lambda one: one.tok_s)
+    error_ms = max(abs(best.ttft_p99_error_ms), abs(best.itl_p99_error_ms))
+    return (
+        f"This machine bears at least {best.tok_s:,.0f} tok/s over {best.case.streams} streams with "
+        f"{best.proof.workers} process(es), its percentiles off by {error_ms:.2f} ms. Plan for less than 60 % of it."
+    )
+
+
+def main(words: Sequence[str]) -> int:
+    """``selfcheck [transport=socket|aiohttp] [workers=N]``: the quick cases, a table, and what they say."""
+    values = dict(word.partition("=")[::2] for word in words)
+    transport, workers = values.pop("transport", "socket"), values.pop("workers", "1")
+    if values or transport not in ("socket", "aiohttp") or not workers.isdigit() or not int(workers):
+        sys.stderr.write("selfcheck takes transport=socket or aiohttp, and workers=N of at least 1\n")
+        return 2
+    outcomes = []
+    for case in QUICK:
+        sys.stderr.write(f"{case.name} ...\n")
+        outcomes.append(asyncio.run(run_case(case, transport, int(workers))))
+    sys.stdout.write(render(outcomes, "this machine's load generator against an exact-schedule server"))
+    sys.stdout.write(ceiling(outcomes) + "\n")
+    return 0
