@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from toolkit.engine.eplb import maps
 from toolkit.engine.eplb.bounds import lower_bound
 from toolkit.engine.eplb.planner import POLICIES, plan, rebalance
 from toolkit.engine.eplb.relabel import moved

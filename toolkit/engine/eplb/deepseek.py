@@ -9,7 +9,7 @@ L: layers, N: items, E: experts, R: replicas.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Floats32 = NDArray[np.float32]
-Loads = Callable[[Floats32], Sequence[Any]]
+Loads = Callable[[Floats32], Any]
 """One layer's loads -> what the packing loop adds and compares. ``list`` of numbers is the fastest; the published
 code works on elements of a torch tensor there, ``torch.from_numpy``, which is what its users wait for."""
 
 
-def as_floats(row: Floats32) -> Sequence[Any]:
+def as_floats(row: Floats32) -> list[float]:
     """Plain Python numbers."""
     values: list[float] = row.tolist()
     return values

@@ -35,7 +35,7 @@ def home_nodes(load_LE: Floats, groups: int, nodes: int, replicas: int, gpus: in
     if _partitions(groups, nodes) <= FEW:
         return _best_partition(load_LE, load_LK, _all_partitions(groups, nodes), nodes, replicas, gpus)
     home_LK = np.stack([_packed_groups(load_K, nodes) for load_K in load_LK])
-    return home_LK, global_bound(load_LE, replicas, gpus)
+    return home_LK, global_bound(load_LE, replicas, gpus, np.full(len(load_LE), np.inf), 0.0)
 
 
 def members_of(home_LK: Ints, nodes: int, experts: int) -> Ints:
@@ -48,11 +48,16 @@ def members_of(home_LK: Ints, nodes: int, experts: int) -> Ints:
 
 
 @jit
-def global_bound(load_LE: Floats, replicas: int, gpus: int) -> Floats:
-    """Lower bound of the largest GPU load when any replica may go anywhere, [L]."""
-    bound_L = np.empty(len(load_LE))
+def global_bound(load_LE: Floats, replicas: int, gpus: int, reached_L: Floats, tolerance: float) -> Floats:
+    """Lower bound of the largest GPU load when any replica may go anywhere, [L].
+
+    Where ``reached_L`` is within ``tolerance`` of the simple bound there is nothing to gain from a better one.
+    """
+    bound_L, slots = np.empty(len(load_LE)), replicas // gpus
     for layer in range(len(load_LE)):
-        bound_L[layer] = lower_bound(load_LE[layer], gpus, replicas // gpus)
+        bound_L[layer] = simple_bound(load_LE[layer], gpus, slots)
+        if reached_L[layer] > bound_L[layer] * (1.0 + tolerance):
+            bound_L[layer] = lower_bound(load_LE[layer], gpus, slots)
     return bound_L
 
 

@@ -123,12 +123,12 @@ def update(
     layers, slots = phy2log_LR.shape
     maps.check_phy2log(phy2log_LR, load_LE.shape[1], "phy2log")
     kept_together = nodes if policy in ("hierarchical", "spill") else 1
+    before_LG = maps.gpu_loads(load_LE, phy2log_LR, gpus)
     if policy == "hierarchical":
         bound_L = home_nodes(load_LE, groups, nodes, slots, gpus)[1]
     else:
-        bound_L = global_bound(load_LE, slots, gpus)
+        bound_L = global_bound(load_LE, slots, gpus, before_LG.max(1), rules.tolerance)
     target_L = bound_L * (1 + rules.tolerance)
-    before_LG = maps.gpu_loads(load_LE, phy2log_LR, gpus)
     excess_L = _beyond_noise(load_LE, phy2log_LR, before_LG, target_L, rules.sigmas)
 
     work = _Work(load_LE, phy2log_LR, gpus, gpus // kept_together, int(rules.budget * layers * slots))

@@ -30,7 +30,7 @@ Ints = NDArray[np.int64]
 
 TOLERANCE = 1e-3
 TRIES = 40
-SPILL_ROUNDS = 16
+SPILL_ROUNDS = 12
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,12 @@ def _global(p: Problem) -> Solved:
     phy2log = solve_nodes(
         p.load_LE, np.ascontiguousarray(members), p.gpus, p.replicas // p.gpus, floor, p.tolerance, p.tries
     )
-    return phy2log, global_bound(p.load_LE, p.replicas, p.gpus), floor
+    return phy2log, _reached_bound(p, phy2log), floor
+
+
+def _reached_bound(p: Problem, phy2log: Ints) -> Floats:
+    reached = maps.gpu_loads(p.load_LE, phy2log, p.gpus).max(1)
+    return global_bound(p.load_LE, p.replicas, p.gpus, reached, 2 * p.tolerance)
 
 
 def _hierarchical(p: Problem) -> Solved:
@@ -167,7 +172,7 @@ def _spill(p: Problem) -> Solved:
     experts = p.load_LE.shape[1]
     home_LK, _ = home_nodes(p.load_LE, p.groups, p.nodes, p.replicas, p.gpus)
     home_LE = np.repeat(home_LK, experts // p.groups, axis=1)
-    bound = global_bound(p.load_LE, p.replicas, p.gpus)
+    bound = global_bound(p.load_LE, p.replicas, p.gpus, np.zeros(len(p.load_LE)), 0.0)  # the simple one
     phy2log = _spill_layers(
         p.load_LE, home_LE, p.gpus // p.nodes, p.replicas // p.gpus, bound, p.tolerance, SPILL_ROUNDS
     )
@@ -187,7 +192,7 @@ def _spill_layers(
 
 def _deepseek(p: Problem) -> Solved:
     phy2log = deepseek(p.load_LE, p.replicas, p.groups, p.nodes, p.gpus)
-    return phy2log, global_bound(p.load_LE, p.replicas, p.gpus), np.zeros(len(p.load_LE))
+    return phy2log, _reached_bound(p, phy2log), np.zeros(len(p.load_LE))
 
 
 _POLICIES: dict[str, Callable[[Problem], Solved]] = {

@@ -18,7 +18,7 @@ from toolkit.engine.eplb.jit import jit
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-SWEEPS = 12
+SWEEPS = 10
 CLOSE = 2e-3
 """It ends when a sweep moves less than this part of the mean GPU load."""
 
