@@ -139,8 +139,9 @@ def update(
             if excess_L[layer] > 0:
                 work.improve(int(layer), limit_L[layer], few)
     ask = (groups, nodes, policy)
-    for layer in np.nonzero((excess_L > 0) & (work.heaviest_L > target_L * (1 + rules.tolerance)))[0]:
-        work.plan_anew(int(layer), ask, rules.tolerance)
+    for layer in np.argsort(-excess_L, kind="stable"):
+        if excess_L[layer] > 0 and work.heaviest_L[layer] > target_L[layer] * (1 + rules.tolerance):
+            work.plan_anew(int(layer), ask, rules.tolerance)
     new = work.new_LR
     after_LG = maps.gpu_loads(load_LE, new, gpus)
     return Update(
@@ -175,7 +176,7 @@ class _Work:
     def plan_anew(self, layer: int, ask: tuple[int, int, str], matters: float) -> None:
         """A full plan of the layer, if it gains what ``matters``: a policy may not reach the bound at all.
 
-        One layer may exceed the budget when nothing else was done: else it would wait for ever.
+        When nothing else was done one layer may exceed the budget: else it would wait for ever.
         """
         groups, nodes, policy = ask
         before, slots = self.before_LR[layer : layer + 1], self.before_LR.shape[1]
@@ -183,7 +184,9 @@ class _Work:
         fresh = plan(load, slots, groups, nodes, self.gpus, before, policy).phy2log_LR
         gain = self.heaviest_L[layer] - maps.gpu_loads(load, fresh, self.gpus).max()
         extra = int(moved(before, fresh, self.gpus)[0] - self.moves_L[layer])
-        if gain > matters * self.heaviest_L[layer] and (extra <= self.left or self.left == self.budget):
+        if gain > matters * self.heaviest_L[layer] and (
+            extra <= self.left or (self.budget > 0 and not self.moves_L.any())
+        ):
             self._take(layer, fresh[0])
             self.replanned_L[layer] = True
 
