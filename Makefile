@@ -14,10 +14,10 @@ STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check fmt hooks
+.PHONY: help demo test unit check fmt hooks bench-eplb
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the charts (minutes)
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
@@ -37,6 +37,9 @@ check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the 
 fmt: $(STAMP)  ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+bench-eplb: $(STAMP)  ## the expert planner against its goals and DeepSeek's EPLB (minutes)
+	$(BIN)/python -m toolkit.engine.eplb bench $(ARGS)
 
 hooks: $(STAMP)  ## run ruff and mypy at every git commit
 	$(BIN)/pre-commit install

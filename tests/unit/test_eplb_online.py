@@ -30,7 +30,7 @@ def test_a_balanced_layer_is_left_alone_and_a_drifted_one_is_brought_back_with_f
     drifted[2, held[2, 0]] += load[2].sum() // 60  # one expert of GPU 0 becomes hot
     done = update(drifted, held, 16, Rules(tolerance=0.05, budget=1.0, few=1.0))
     assert done.moves_L[[0, 1, 3]].tolist() == [0, 0, 0]
-    assert 1 <= done.moves_L[2] <= 6
+    assert 1 <= done.moves_L[2] <= 10
     assert done.before_L[2] < 0.9 < done.after_L[2]
     assert not done.replanned_L.any() and not done.waiting_L.any()
 

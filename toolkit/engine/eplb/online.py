@@ -176,7 +176,7 @@ class _Work:
     def plan_anew(self, layer: int, ask: tuple[int, int, str], matters: float) -> None:
         """A full plan of the layer, if it gains what ``matters``: a policy may not reach the bound at all.
 
-        When nothing else was done one layer may exceed the budget: else it would wait for ever.
+        When no other layer moves, this one may exceed the budget: else it would wait for ever.
         """
         groups, nodes, policy = ask
         before, slots = self.before_LR[layer : layer + 1], self.before_LR.shape[1]
@@ -184,9 +184,8 @@ class _Work:
         fresh = plan(load, slots, groups, nodes, self.gpus, before, policy).phy2log_LR
         gain = self.heaviest_L[layer] - maps.gpu_loads(load, fresh, self.gpus).max()
         extra = int(moved(before, fresh, self.gpus)[0] - self.moves_L[layer])
-        if gain > matters * self.heaviest_L[layer] and (
-            extra <= self.left or (self.budget > 0 and not self.moves_L.any())
-        ):
+        alone = self.budget > 0 and self.moves_L.sum() == self.moves_L[layer]
+        if gain > matters * self.heaviest_L[layer] and (extra <= self.left or alone):
             self._take(layer, fresh[0])
             self.replanned_L[layer] = True
 

@@ -47,6 +47,7 @@ def split(counts_E: Ints, log2phy_EX: Ints, gpus: int, slots: int) -> Ints:
         if count > 1 and counts_E[expert] > 0:
             several[many] = expert
             many += 1
+    several = several[:many][np.argsort(-counts_E[several[:many]])]  # the hottest first: it settles sooner
     enough = CLOSE * load_G.sum() / gpus
     for _ in range(SWEEPS):
         shifted = 0.0
