@@ -2,6 +2,8 @@
 
 Functions under ``jit`` use only what both run alike: numpy arrays, scalars, loops. Without numba they give the same
 placements, some hundred times slower. Knows nothing of experts.
+numba notices a change of a function's own file, not of files that it calls into: after changing kernels.py or bounds.py
+delete toolkit/engine/eplb/__pycache__.
 """
 
 from __future__ import annotations
