@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check fmt hooks bench-scheduler bench-analysis bench-loadgen
+.PHONY: help demo test unit check fmt hooks bench-scheduler bench-analysis bench-loadgen bench-eplb
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,7 +34,7 @@ check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
-	$(BIN)/python -m pytest tests/contract tests/dist $(ARGS)
+	$(BIN)/python -m pytest tests/contract tests/eplb tests/dist $(ARGS)
 
 bench-analysis: $(STAMP)  ## time and memory of reading runs of up to a million requests
 	$(BIN)/python -m tests.bench.analysis_scale $(ARGS)
@@ -48,6 +48,9 @@ fmt: $(STAMP)  ## format, and mend what the linter can mend
 
 bench-scheduler: $(STAMP)  ## scheduler time a step with 10, 1,000 and 10,000 waiting requests
 	$(BIN)/python -m tests.bench.scheduler
+
+bench-eplb: $(STAMP)  ## the expert planner against its goals and DeepSeek's EPLB (minutes)
+	$(BIN)/python -m toolkit.engine.eplb bench $(ARGS)
 
 hooks: $(STAMP)  ## run ruff and mypy at every git commit
 	$(BIN)/pre-commit install

@@ -1,0 +1,217 @@
+"""Rebalancing a running engine: what to change, from the placement in force and what was counted since.
+
+A layer within tolerance is left alone, and so is one whose imbalance the sampling noise of its window explains. For
+the others the fewest expert moves that bring them back are made, worst layer first, under a transfer budget. Only a
+layer that few moves cannot bring back is planned anew, with GPUs renamed to keep what they hold.
+Pure functions of counts and placement: every rank computes the same from the same. Knows nothing of moving weights
+(migrate.py) or of when it is called (the manager).
+L: layers, E: experts, R: slots, G: GPUs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.engine.eplb import maps
+from toolkit.engine.eplb.groups import global_bound, home_nodes
+from toolkit.engine.eplb.improve import improve
+from toolkit.engine.eplb.planner import plan
+from toolkit.engine.eplb.relabel import keep_slots, moved
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+PASSES = (4.0, 2.0, 1.0)
+"""Multiples of the tolerance to which all layers are brought one after the other: where the budget does not suffice,
+it goes first to what is worst."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When to move, and how much.
+
+    Attributes:
+        tolerance: a layer is left alone while its busiest GPU is within 1 + this of the lower bound.
+        sigmas: and while what is beyond is less than so many standard deviations of that GPU's count.
+        budget: most slots an update may change, as a part of all slots.
+        few: a layer is planned anew when moving this part of its slots does not bring it back.
+    """
+
+    tolerance: float = 0.01
+    sigmas: float = 4.0
+    budget: float = 0.05
+    few: float = 0.1
+
+
+@dataclass(frozen=True)
+class Update:
+    """What to change.
+
+    Attributes:
+        phy2log_LR: the placement to go to; equal to the one in force where nothing is to be done.
+        moves_L: slots of each layer that need an expert which their GPU does not hold.
+        replanned_L: layers that were planned anew.
+        waiting_L: layers that have to wait for the next update because the budget was used up.
+        before_L, after_L: balancedness for the given counts.
+    """
+
+    phy2log_LR: Ints
+    moves_L: Ints
+    replanned_L: Bools
+    waiting_L: Bools
+    before_L: Floats
+    after_L: Floats
+
+
+class Pool:
+    """The newest windows of counts that together are enough to tell an imbalance from noise.
+
+    One large window is used alone, so that drift is followed at once; small ones are added up.
+
+    Args:
+        tolerance: the imbalance that matters, as in ``Rules``.
+        gpus: GPUs that share a layer's assignments.
+        windows: at most so many are kept.
+    """
+
+    def __init__(self, tolerance: float, gpus: int, windows: int = 64) -> None:
+        # A GPU's count n has the standard deviation sqrt(n): it is within tolerance / 2 from n = (2 / tolerance)^2.
+        self.enough = gpus * (2.0 / tolerance) ** 2
+        self._windows: deque[Ints] = deque(maxlen=windows)
+
+    def add(self, counts_LE: Ints) -> None:
+        """Takes the counts of a window that has just ended."""
+        self._windows.append(counts_LE)
+
+    def counts(self) -> Ints:
+        """Sum of the newest windows, as many as are needed for ``enough`` assignments in the layers that carry load."""
+        assert self._windows, "no window was added"
+        total = np.zeros_like(self._windows[-1])
+        for window in reversed(self._windows):
+            total = total + window
+            loaded = total.sum(1)
+            if loaded.any() and loaded[loaded > 0].min() >= self.enough:
+                break
+        return total
+
+
+def update(
+    counts_LE: NDArray[np.integer],
+    phy2log_LR: Ints,
+    gpus: int,
+    rules: Rules,
+    groups: int = 1,
+    nodes: int = 1,
+    policy: str = "global",
+) -> Update:
+    """The next placement, for what was counted under the one in force.
+
+    Args:
+        counts_LE: (token, expert) assignments of a window; numbers, not rates: the noise gate needs them.
+        groups, nodes, policy: as in ``planner.plan``, and as the placement was made. With ``hierarchical`` and
+            ``spill`` single moves stay inside a node.
+
+    Raises:
+        ValueError: as ``planner.plan``, or a placement that is none.
+    """
+    load_LE = np.ascontiguousarray(counts_LE, np.float64)
+    layers, slots = phy2log_LR.shape
+    maps.check_phy2log(phy2log_LR, load_LE.shape[1], "phy2log")
+    kept_together = nodes if policy in ("hierarchical", "spill") else 1
+    before_LG = maps.gpu_loads(load_LE, phy2log_LR, gpus)
+    if policy == "hierarchical":
+        bound_L = home_nodes(load_LE, groups, nodes, slots, gpus)[1]
+    else:
+        bound_L = global_bound(load_LE, slots, gpus, before_LG.max(1), rules.tolerance)
+    target_L = bound_L * (1 + rules.tolerance)
+    excess_L = _beyond_noise(load_LE, phy2log_LR, before_LG, target_L, rules.sigmas)
+
+    work = _Work(load_LE, phy2log_LR, gpus, gpus // kept_together, int(rules.budget * layers * slots))
+    few = int(rules.few * slots)
+    for scale in PASSES:
+        limit_L = bound_L * (1 + rules.tolerance * scale)
+        for layer in np.argsort(-excess_L, kind="stable"):
+            if excess_L[layer] > 0:
+                work.improve(int(layer), limit_L[layer], few)
+    ask = (groups, nodes, policy)
+    for layer in np.argsort(-excess_L, kind="stable"):
+        if excess_L[layer] > 0 and work.heaviest_L[layer] > target_L[layer] * (1 + rules.tolerance):
+            work.plan_anew(int(layer), ask, rules.tolerance)
+    new = work.new_LR
+    after_LG = maps.gpu_loads(load_LE, new, gpus)
+    return Update(
+        new,
+        work.moves_L,
+        work.replanned_L,
+        (excess_L > 0) & (work.heaviest_L > target_L * (1 + rules.tolerance)),
+        maps.balancedness(before_LG),
+        maps.balancedness(after_LG),
+    )
+
+
+class _Work:
+    """An update in the making: the placement so far, and what is left of the budget (``left``, slots)."""
+
+    def __init__(self, load_LE: Floats, phy2log_LR: Ints, gpus: int, node_gpus: int, budget: int) -> None:
+        self.load_LE, self.before_LR, self.gpus, self.node_gpus = load_LE, phy2log_LR, gpus, node_gpus
+        self.new_LR = phy2log_LR.copy()
+        self.heaviest_L = maps.gpu_loads(load_LE, phy2log_LR, gpus).max(1)
+        self.moves_L = np.zeros(len(load_LE), np.int64)
+        self.replanned_L = np.zeros(len(load_LE), bool)
+        self.budget = self.left = budget
+
+    def improve(self, layer: int, limit: float, few: int) -> None:
+        """Up to ``few`` moves in the layer, all passes together, as far as the budget goes."""
+        may = min(self.left, few - int(self.moves_L[layer]))
+        if may > 0 and self.heaviest_L[layer] > limit:
+            expert_GS = self.new_LR[layer].reshape(self.gpus, -1).copy()
+            improve(self.load_LE[layer], expert_GS, limit, may, self.node_gpus)
+            self._take(layer, _in_place(self.before_LR[layer], expert_GS))
+
+    def plan_anew(self, layer: int, ask: tuple[int, int, str], matters: float) -> None:
+        """A full plan of the layer, if it gains what ``matters``: a policy may not reach the bound at all.
+
+        When no other layer moves, this one may exceed the budget: else it would wait for ever.
+        """
+        groups, nodes, policy = ask
+        before, slots = self.before_LR[layer : layer + 1], self.before_LR.shape[1]
+        load = self.load_LE[layer : layer + 1]
+        fresh = plan(load, slots, groups, nodes, self.gpus, before, policy).phy2log_LR
+        gain = self.heaviest_L[layer] - maps.gpu_loads(load, fresh, self.gpus).max()
+        extra = int(moved(before, fresh, self.gpus)[0] - self.moves_L[layer])
+        alone = self.budget > 0 and self.moves_L.sum() == self.moves_L[layer]
+        if gain > matters * self.heaviest_L[layer] and (extra <= self.left or alone):
+            self._take(layer, fresh[0])
+            self.replanned_L[layer] = True
+
+    def _take(self, layer: int, row_R: Ints) -> None:
+        rows = slice(layer, layer + 1)
+        moves = int(moved(self.before_LR[rows], row_R[None], self.gpus)[0])
+        self.left = max(0, self.left - (moves - int(self.moves_L[layer])))
+        self.new_LR[layer], self.moves_L[layer] = row_R, moves
+        self.heaviest_L[layer] = maps.gpu_loads(self.load_LE[rows], self.new_LR[rows], self.gpus).max()
+
+
+def _in_place(before_R: Ints, expert_GS: Ints) -> Ints:
+    """The improved layer with every expert that stayed on its GPU in its old slot, [R]."""
+    before_GS = before_R.reshape(expert_GS.shape)
+    return np.concatenate([keep_slots(before, after) for before, after in zip(before_GS, expert_GS)])
+
+
+def _beyond_noise(load_LE: Floats, phy2log_LR: Ints, load_LG: Floats, target_L: Floats, sigmas: float) -> Floats:
+    """Load of the busiest GPU beyond target and noise, as a part of the target, [L]; <= 0: leave the layer alone.
+
+    The number of assignments of an expert in a window is Poisson: its variance is itself. A GPU that gets the part
+    1 / replicas of it has that part squared of the variance.
+    """
+    gpus = load_LG.shape[1]
+    count_LE = maps.replica_count(phy2log_LR, load_LE.shape[1])
+    variance_LG = maps.gpu_loads(load_LE / count_LE, phy2log_LR, gpus)
+    beyond_LG = load_LG - sigmas * np.sqrt(variance_LG)
+    excess: Floats = beyond_LG.max(1) / np.where(target_L > 0, target_L, np.inf) - (target_L > 0)
+    return excess
