@@ -13,6 +13,9 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
 
+# What can run two files at a time; the rest starts several ranks itself.
+PARALLEL := tests/unit tests/process tests/eplb
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit check fmt hooks bench-scheduler bench-analysis bench-loadgen bench-eplb
 
@@ -23,8 +26,8 @@ demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the char
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
 
 test: $(STAMP)  ## all tests, those that serve the demo model included
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
-	$(BIN)/python -m pytest --ignore=tests/unit $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest tests/contract tests/dist tests/e2e $(ARGS)
 
 unit: $(STAMP)  ## the fast tests: under a minute
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
@@ -33,8 +36,8 @@ check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
-	$(BIN)/python -m pytest tests/contract tests/eplb tests/dist $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest tests/contract tests/dist $(ARGS)
 
 bench-analysis: $(STAMP)  ## time and memory of reading runs of up to a million requests
 	$(BIN)/python -m tests.bench.analysis_scale $(ARGS)
