@@ -35,7 +35,10 @@ DONE_LINE = b"\ndata: [DONE]"
 
 
 def kernel_stamps_work() -> bool:
-    """Whether this system stamps received bytes of a TCP connection; tried on a loopback connection."""
+    """Whether this system stamps received bytes of a TCP connection; tried on a loopback connection.
+
+    Linux turns stamping on in the background when the first socket asks for it, so the first bytes may have none.
+    """
     if sys.platform != "linux":
         return False
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as one:
@@ -45,10 +48,14 @@ def kernel_stamps_work() -> bool:
                 one.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
             except OSError:
                 return False
-            other.sendall(b"x")
             one.settimeout(1.0)
-            ancillary = one.recvmsg(1, ANCILLARY_BYTES)[1]
-    return any(level == socket.SOL_SOCKET and len(data) == TIMESPEC.size for level, _, data in ancillary)
+            for _ in range(50):
+                other.sendall(b"x")
+                ancillary = one.recvmsg(1, ANCILLARY_BYTES)[1]
+                if any(level == socket.SOL_SOCKET and len(data) == TIMESPEC.size for level, _, data in ancillary):
+                    return True
+                time.sleep(0.002)
+    return False
 
 
 class SocketClient:

@@ -324,10 +324,11 @@ def _report(report: Report) -> None:
 
 def main(words: list[str]) -> int:
     """Entry of the process; ``words`` is the JSON of ``Setup``."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the parent decides, and has the results
+        signal.signal(number, signal.SIG_IGN)
     import pyarrow  # noqa: F401  its import is spent here, not in a load point
     import uvloop
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all: the parent decides
     setup = msgspec.json.decode(words[0], type=Setup)
     if setup.cpu >= 0:
         os.sched_setaffinity(0, {setup.cpu})
