@@ -130,14 +130,14 @@ class Loss:
         seen = f"{self.moments} moments" + ("" if self.own_fit else ", fitted over all load points")
         if not self.certain:
             most = max(self.bounded.high if self.bounded else 0.0, 0.0)
-            bound = f"at most {most:.2g} ms of each" if most < self.step_ms else "any part is possible of each"
+            bound = f"at most {_two_digits(most)} ms of each" if most < self.step_ms else "any part is possible of each"
             return (
                 f"{at} no wait for the busiest expert GPU can be told from noise: {bound} {self.step_ms:.3g} ms step "
                 f"({related}, {seen})."
             )
-        interval = f"{self.held_ms.low:.2g} to {self.held_ms.high:.2g}"
+        interval = f"{_two_digits(self.held_ms.low)} to {_two_digits(self.held_ms.high)}"
         return (
-            f"{at} the slowest rank holds the others for {self.held_ms.value:.2g} ms ({interval}) of each "
+            f"{at} the slowest rank holds the others for {_two_digits(self.held_ms.value)} ms ({interval}) of each "
             f"{self.step_ms:.3g} ms step: imbalance {self.imbalance:.2f}, {related}, {seen}."
         )
 
@@ -236,3 +236,8 @@ def _means(edges_W2: Floats, at: Floats, values: Floats) -> Floats:
     count = high - low
     mean: Floats = (sums[high] - sums[low]) / np.where(count > 0, count, np.nan)
     return mean
+
+
+def _two_digits(ms: float) -> str:
+    """Two significant digits, never in powers of ten: 3.1, 12, 150."""
+    return f"{float(f'{ms:.2g}'):,g}"
