@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, StepRows, expert_major, pack_rows, unpack_rows
+from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, Placed, StepRows, pack_rows, place, unpack_rows
 from toolkit.engine.parallel import Comm
 
 FEW_ROWS = 16  # largest slice for which a collective costs more than the rows sent in vain
@@ -31,9 +31,7 @@ class _Handle:
     dtype: torch.dtype
     hidden: int
     top_k: int
-    rows: Tensor | None = None  # of y, in pair order
-    tokens: Tensor | None = None  # received row of each pair
-    weights: Tensor | None = None
+    placed: Placed | None = None
 
 
 @DISPATCHERS.register("all_to_all")
@@ -71,18 +69,13 @@ class AllToAllDispatcher:
         if h.work is not None:
             h.work.wait()
         x, local, weights = unpack_rows(h.received, h.dtype, h.hidden, h.top_k)
-        tokens, k = torch.nonzero(local >= 0, as_tuple=True)
-        order, h.rows, counts, starts, total = expert_major(local[tokens, k], self.num_local, self.alignment)
-        h.tokens, h.weights = tokens[order], weights[tokens, k][order]
-        out = x.new_zeros(total, h.hidden)
-        out[h.rows] = x[h.tokens]
-        return Dispatched("contiguous", out, None, counts.cpu(), starts.cpu()), h
+        rows, h.placed = place(x, local, weights, self.num_local, self.alignment)
+        return rows, h
 
     def combine_start(self, y: Tensor, handle: _Handle) -> tuple[Tensor, _Handle]:
         h = handle
-        assert h.rows is not None and h.tokens is not None and h.weights is not None, "combine before dispatch_finish"
-        partial = torch.zeros(len(h.received), h.hidden, device=y.device)
-        partial.index_add_(0, h.tokens, y[h.rows].float() * h.weights[:, None])
+        assert h.placed is not None, "combine before dispatch_finish"
+        partial = h.placed.weighted_sum(y)
         back, h.work = self.comm.all_to_all(partial.to(h.dtype), h.recv, h.send)
         return back, h
 

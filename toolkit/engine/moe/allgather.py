@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, StepRows, expert_major, pack_rows, unpack_rows
+from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, Placed, StepRows, pack_rows, place, unpack_rows
 from toolkit.engine.parallel import Comm, gather_rows, reduce_rows
 
 
@@ -22,9 +22,7 @@ class _Handle:
     dtype: torch.dtype
     hidden: int
     top_k: int
-    rows: Tensor | None = None  # of y, in pair order
-    tokens: Tensor | None = None  # gathered row of each pair
-    weights: Tensor | None = None
+    placed: Placed | None = None
 
 
 @DISPATCHERS.register("allgather")
@@ -43,18 +41,13 @@ class AllGatherDispatcher:
         h = handle
         x, slots, weights = unpack_rows(h.gathered, h.dtype, h.hidden, h.top_k)
         local = slots - self.first_slot
-        tokens, k = torch.nonzero((local >= 0) & (local < self.num_local), as_tuple=True)
-        order, h.rows, counts, starts, total = expert_major(local[tokens, k], self.num_local, self.alignment)
-        h.tokens, h.weights = tokens[order], weights[tokens, k][order]
-        out = x.new_zeros(total, h.hidden)
-        out[h.rows] = x[h.tokens]
-        return Dispatched("contiguous", out, None, counts.cpu(), starts.cpu()), h
+        rows, h.placed = place(x, local, weights, self.num_local, self.alignment)
+        return rows, h
 
     def combine_start(self, y: Tensor, handle: _Handle) -> tuple[Tensor, _Handle]:
         h = handle
-        assert h.rows is not None and h.tokens is not None and h.weights is not None, "combine before dispatch_finish"
-        partial = torch.zeros(len(h.gathered), h.hidden, device=y.device)
-        partial.index_add_(0, h.tokens, y[h.rows].float() * h.weights[:, None])
+        assert h.placed is not None, "combine before dispatch_finish"
+        partial = h.placed.weighted_sum(y)
         return reduce_rows(self.comm, partial, h.step.rows, h.step.padding), h
 
     def combine_finish(self, handle: tuple[Tensor, _Handle]) -> Tensor:

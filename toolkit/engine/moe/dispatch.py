@@ -112,6 +112,39 @@ def expert_major(slots_N: Tensor, num_local: int, alignment: int) -> tuple[Tenso
     return order, rows, counts, starts, int(padded.sum())
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Where the rows of each (token, slot) pair lie, kept from dispatch to combine.
+
+    Attributes:
+        rows: of ``Dispatched.x``. tokens: received row of the pair. weights: float32. All [pairs], in slot order.
+        num_tokens: received rows.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    weights: Tensor
+    num_tokens: int
+
+    def weighted_sum(self, y: Tensor) -> Tensor:
+        """``y`` in the layout of ``Dispatched.x`` -> float32 [num_tokens, D], each token's weighted sum."""
+        out = torch.zeros(self.num_tokens, y.shape[-1], device=y.device)
+        return out.index_add_(0, self.tokens, y[self.rows].float() * self.weights[:, None])
+
+
+def place(x: Tensor, local: Tensor, weights: Tensor, num_local: int, alignment: int) -> tuple[Dispatched, Placed]:
+    """Received rows x [n, D] with local slots and weights [n, K] -> the contiguous layout.
+
+    Slots outside 0..num_local-1 are not this rank's.
+    """
+    tokens, k = torch.nonzero((local >= 0) & (local < num_local), as_tuple=True)
+    order, rows, counts, starts, total = expert_major(local[tokens, k], num_local, alignment)
+    tokens, weights = tokens[order], weights[tokens, k][order]
+    out = x.new_zeros(total, x.shape[1])
+    out[rows] = x[tokens]
+    return Dispatched("contiguous", out, None, counts.cpu(), starts.cpu()), Placed(rows, tokens, weights, len(x))
+
+
 def pack_rows(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """One byte row of each token's activation, ids (int32) and weights (float32), so that one collective moves all."""
     parts = (x, ids.to(torch.int32), weights.to(torch.float32))
