@@ -22,6 +22,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/timerfd.h>
 #include <time.h>
@@ -45,9 +46,6 @@ static int heap_size;
 static int64_t ttft_ns, itl_ns, grid_ns;
 static uint64_t numbered;
 static FILE *truth;
-static volatile sig_atomic_t stop;
-
-static void on_term(int number) { (void)number; stop = 1; }
 
 static int64_t now_ns(void) {
     struct timespec t;
@@ -206,9 +204,10 @@ static void accept_all(int listener, int poll) {
     }
 }
 
-static void serve(int listener, int poll, int timer) {
+/* Until a signal that ends it: it comes as an event, so that none is missed just before the wait. */
+static void serve(int listener, int poll, int timer, int ending) {
     static struct epoll_event ready[EVENTS];
-    while (!stop) {
+    for (;;) {
         struct itimerspec when = {.it_value = {0, 0}};
         if (heap_size) when.it_value = (struct timespec){heap[0]->due / 1000000000, heap[0]->due % 1000000000};
         timerfd_settime(timer, TFD_TIMER_ABSTIME, &when, NULL);
@@ -216,7 +215,8 @@ static void serve(int listener, int poll, int timer) {
         for (int i = 0; i < count; i++) {
             int fd = ready[i].data.fd;
             uint64_t fired;
-            if (fd == listener) accept_all(listener, poll);
+            if (fd == ending) return;
+            else if (fd == listener) accept_all(listener, poll);
             else if (fd == timer) fired = read(timer, &fired, sizeof fired);
             else if (conns[fd] && !receive(conns[fd])) drop(conns[fd]);
         }
@@ -244,15 +244,19 @@ int main(int argc, char **argv) {
         return 1;
     }
     getsockname(listener, (struct sockaddr *)&address, &size);
-    struct sigaction action = {.sa_handler = on_term};
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGINT, &action, NULL);
-    struct epoll_event event = {.events = EPOLLIN, .data.fd = listener};
-    epoll_ctl(poll, EPOLL_CTL_ADD, listener, &event);
-    event.data.fd = timer;
-    epoll_ctl(poll, EPOLL_CTL_ADD, timer, &event);
+    sigset_t ends;
+    sigemptyset(&ends);
+    sigaddset(&ends, SIGTERM);
+    sigaddset(&ends, SIGINT);
+    sigprocmask(SIG_BLOCK, &ends, NULL);
+    int ending = signalfd(-1, &ends, SFD_NONBLOCK | SFD_CLOEXEC);
+    int watched[] = {listener, timer, ending};
+    for (int i = 0; i < 3; i++) {
+        struct epoll_event event = {.events = EPOLLIN, .data.fd = watched[i]};
+        epoll_ctl(poll, EPOLL_CTL_ADD, watched[i], &event);
+    }
     printf("PORT %d\n", ntohs(address.sin_port));
     fflush(stdout);
-    serve(listener, poll, timer);
+    serve(listener, poll, timer, ending);
     return fclose(truth) ? 1 : 0;
 }
