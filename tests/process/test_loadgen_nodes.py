@@ -49,6 +49,7 @@ def words(server: ScriptedServer, out: Path, address: str, *more: str) -> list[s
 
 
 def test_two_nodes_share_every_point(server: ScriptedServer, tmp_path: Path, address: str) -> None:
+    server.behaviours = [tokens(gap_s=0.05)]  # long enough to overlap, however busy the machine
     other = join(address)
     more = ["concurrency=[1,6]", "num_requests=24", "workers=1", "record_raw=true"]
     assert main(words(server, tmp_path, address, *more)) == 0
