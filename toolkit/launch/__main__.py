@@ -34,6 +34,8 @@ def main() -> int:
 
         print(help.text(CONF))  # noqa: T201
         return 0
+    if "-m" in words:  # Hydra's parser wants its options before the overrides; people do not
+        sys.argv[1:] = ["--multirun", *(word for word in words if word != "-m")]
     set_up_logging()
     mistakes = [mistake for word in words if (mistake := explain(word))]
     if mistakes:
