@@ -320,7 +320,9 @@ SWEEP_COLUMNS: tuple[str, ...] = (
     "output_tok_s", "output_tok_s_per_gpu", "output_tok_s_per_user", "total_tok_s",
     "balancedness_mean", "imbalance_max", "steady_s", "steady_output_tok_s",
     "request_rate",
-    *(f"{name}_sched_{stat}_ms" for name in ("ttft", "e2e") for stat in ("mean", "p50", "p90", "p99")),
+    *(f"{name}_{stat}_ms" for name in ("ttft_sched", "e2e_sched", "ttfb", "ttfo", "icl")
+      for stat in ("mean", "p50", "p90", "p99")),
+    *(f"steady_{name}_{stat}_ms" for name in ("ttft", "itl", "tpot", "e2e") for stat in ("p50", "p99")),
 )  # fmt: skip
 
 
