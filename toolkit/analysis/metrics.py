@@ -293,7 +293,9 @@ def sweep_row(
     - ``output_tok_s_per_gpu``: output_tok_s / num_gpus (all GPUs of the deployment; ranks on CPU).
     - ``output_tok_s_per_user``: mean over requests of 1 / TPOT, as aiperf; others take 1000 / median TPOT.
     - ``steady_s``, ``steady_output_tok_s``: length of ``steady_interval``, and the tokens a second that came in it.
-    - ``balancedness_mean``, ``imbalance_max``: from the expert counts (imbalance.py), NaN until those are there.
+    - ``balancedness_mean``, ``imbalance_max``: from the expert counts (imbalance.py), NaN until those are there;
+      ``power_w``, ``output_tok_s_per_w``: from nodes.parquet (nodes.py), the same.
+    - ``repeat``, ``state``, ``reason``: 0 and empty here; whoever knows the point's state fills them in.
 
     A figure that does not exist (no ok request, one token only) is NaN.
 
@@ -327,6 +329,11 @@ def sweep_row(
         "imbalance_max": imbalance_max,
         "steady_s": steady[1] - steady[0],
         "steady_output_tok_s": tok_s_between(requests, *steady),
+        "power_w": np.nan,
+        "output_tok_s_per_w": np.nan,
+        "repeat": 0,
+        "state": "",
+        "reason": "",
     }
     ttft, e2e, waited = ttft_s(ok), e2e_s(ok), wait_s(ok)
     latencies = {"ttft": ttft, "itl": itl_s(ok), "tpot": tpot, "e2e": e2e}
