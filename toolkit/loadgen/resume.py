@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # Keys of load.* that choose points, name places, or change what is kept of a request and not what it measures.
 NO_MATTER = frozenset(
-    ("concurrency", "request_rate", "repeat", "search", "max_concurrency", "dataset_path", "image", "workers", "pin",
-     "strict", "scrape", "scrape_urls", "scrape_interval_s", "timeout_s", "gone_s", "slo_ttft_ms", "slo_itl_ms",
+    ("concurrency", "request_rate", "repeat", "search", "max_concurrency", "dataset_path", "image", "workers", "nodes",
+     "pin", "strict", "scrape", "scrape_urls", "scrape_interval_s", "timeout_s", "gone_s", "slo_ttft_ms", "slo_itl_ms",
      "slo_tpot_ms", "slo_e2e_ms", "slo_share", "record_text", "record_raw", "max_failed_share",
      "max_wrong_length_share", "max_client_verdict")
 )  # fmt: skip
