@@ -146,6 +146,7 @@ class LoadConfig:
     warmup_requests: int = opt(
         -1, "requests before the measured ones, in no figure; -1: concurrency, or a tenth of an open loop's"
     )
+    repeat: int = opt(1, "passes over all load points, one after the other; their spread is drawn")
     cancel_fraction: float = opt(0.0, "share of the requests that the client gives up; 0 to 1")
     cancel_after_s: float = opt(1.0, "when it gives them up, seconds after sending")
     dataset: str = opt(
@@ -166,6 +167,12 @@ class LoadConfig:
     ignore_eos: bool = opt(True, "ask for exactly the length: ignore_eos and min_tokens are sent")
     temperature: float = opt(0.0, "0: greedy")
     seed: int = opt(0, "order of prompts, arrivals, sampling")
+    max_failed_share: float = opt(0.01, "share of failed requests above which a load point is invalid")
+    max_wrong_length_share: float = opt(0.01, "... of answers that are not as long as asked")
+    max_client_verdict: Literal["ok", "degraded", "client_limited"] = opt(
+        "degraded", "worst verdict on the load generator itself that leaves a load point valid"
+    )
+    gone_s: float = opt(3.0, "how long the server may be away before the sweep ends")
     slo_share: float = opt(0.99, "share of good requests that a load point must have")
     search: bool = opt(False, "look for the largest concurrency (or request_rate) in the points' range that meets them")
     workers: int = opt(0, "processes that send; 0: one for each allowed core but one, as far as they have work")

@@ -75,7 +75,8 @@ def terminal_table(run: Run, width: int = 116) -> str:
     best = best_row(run)
     for position, (_, row) in enumerate(run.sweep.iterrows()):
         cells = [f"{row[key]:.0f}" if key in COUNT_COLUMNS else number(float(row[key])) for key in TABLE_COLUMNS]
-        table.add_row(cells[0] + ("*" if position == best else " "), *cells[1:])
+        mark = "*" if position == best else "!" if row["state"] == "invalid" else " "
+        table.add_row(cells[0] + mark, *cells[1:])
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=False, color_system=None)
     console.print(Text(run.name))

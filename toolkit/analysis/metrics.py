@@ -330,7 +330,9 @@ def sweep_row(
     - ``output_tok_s_per_user``: mean over requests of 1 / TPOT, as aiperf; others take 1000 / median TPOT.
     - ``ttfb``, ``ttfo``, ``icl``: first byte, first visible output, undivided gaps between chunks.
     - ``steady_*``: see ``steady_figures``.
-    - ``balancedness_mean``, ``imbalance_max``: from the expert counts (imbalance.py), NaN until those are there.
+    - ``balancedness_mean``, ``imbalance_max``: from the expert counts (imbalance.py), NaN until those are there;
+      ``power_w``, ``output_tok_s_per_w``: from nodes.parquet (nodes.py), the same.
+    - ``repeat``, ``state``, ``reason``: 0 and empty here; whoever knows the point's state fills them in.
 
     A figure that does not exist (no ok request, one token only) is NaN.
 
@@ -361,6 +363,11 @@ def sweep_row(
         "total_tok_s": (prompt + output) / duration if duration > 0 else np.nan,
         "balancedness_mean": balancedness_mean,
         "imbalance_max": imbalance_max,
+        "power_w": np.nan,
+        "output_tok_s_per_w": np.nan,
+        "repeat": 0,
+        "state": "",
+        "reason": "",
     } | steady_figures(requests, concurrency)
     ttft, e2e, waited = ttft_s(ok), e2e_s(ok), wait_s(ok)
     latencies = {"ttft": ttft, "itl": itl_s(ok), "tpot": tpot, "e2e": e2e}
