@@ -40,7 +40,7 @@ def draw_server_metrics(run: Run) -> Figure:
         for phase in points:
             ax.axvline(phase.begin - begin, color=style.MUTED, linewidth=0.7)
         style.axes(ax, "seconds since the first request" if ax is panels[-1] else "", figure.title)
-        ax.set_ylim(bottom=0, top=105 if figure.key == "kv_use" else None)
+        ax.set_ylim(0, 105 if figure.key == "kv_use" else max(1.0, ax.get_ylim()[1]))
         ax.legend(fontsize=7, frameon=False, loc="upper left")
     for phase in points:
         middle = (phase.begin + phase.end) / 2 - begin
