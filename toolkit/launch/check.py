@@ -17,7 +17,7 @@ from toolkit.engine import arch as shapes
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.frontend.router import ROUTERS
 from toolkit.launch import ports, provenance, queue
-from toolkit.launch.plan import num_ports
+from toolkit.launch.plan import num_ports, pools
 from toolkit.loadgen.options import check_load
 from toolkit.registry import unknown
 
@@ -52,7 +52,7 @@ def check(cfg: ExpConfig) -> list[str]:
         dims = ParallelDims.of(cfg.parallel)
     except ValueError as error:
         return [*errors, str(error)]
-    errors += _nodes(cfg.cluster, dims)
+    errors += [*_nodes(cfg.cluster, dims), *_loadgen(cfg)]
     if cfg.cluster.launcher == "local":
         errors += _ports(cfg)
     return errors if will_build(cfg.model) else [*errors, *check_model(cfg)]
@@ -124,6 +124,19 @@ def _nodes(cluster: ClusterConfig, dims: ParallelDims) -> Iterator[str]:
         yield (
             f"parallel.tp_size={ranks} does not fill nodes of cluster.gpus_per_node={per_node} evenly: "
             f"use a multiple of {per_node}"
+        )
+
+
+def _loadgen(cfg: ExpConfig) -> Iterator[str]:
+    if cfg.cluster.launcher == "local" or cfg.load.nodes == 1 or cfg.cluster.gpus_per_node < 1:
+        return
+    have = sum(pool.num_nodes for pool in pools(cfg))
+    if cfg.load.nodes > have:
+        yield f"load.nodes={cfg.load.nodes} is more than the {have} nodes of the deployment: use at most {have}"
+    if cfg.deploy.host in ("127.0.0.1", "localhost", "::1"):
+        yield (
+            f"deploy.host={cfg.deploy.host} is not reached from other nodes, which load.nodes={cfg.load.nodes} sends "
+            "from: use deploy.host=0.0.0.0, with deploy.api_key_env on a shared network, or load.nodes=1"
         )
 
 
