@@ -140,7 +140,7 @@ class ClusterConfig:
     time_min: int = opt(60, "time limit of the job, minutes")
     signal_s: int = opt(120, "so many seconds before its limit the run is ended in order and kept")
     exclusive: bool = opt(True, "whole nodes: nobody else's job beside the ranks")
-    mem: str = opt("0", "memory of a node (--mem); 0: all of it; empty: the cluster's default")
+    mem: str | int = opt("0", "memory of a node (--mem); 0: all of it; empty: the cluster's default")
     cpus_per_node: int = opt(0, "CPUs of a node where exclusive=false; 0: one for each process and one to spare")
     gpus_by: Literal["gpus-per-node", "gres", "none"] = opt(
         "gpus-per-node",
@@ -260,7 +260,9 @@ class ExpConfig:
     load: LoadConfig = opt(LoadConfig(), "")
     rehearsal: dict[str, dict[str, Any]] = opt({}, "group -> keys that a CPU rehearsal of a GPU experiment replaces")
     dry_run: bool = opt(False, "print the plan and exit")
-    emit: Literal["", "sbatch"] = opt("", "sbatch: print the job script that would be submitted and exit")
+    emit: Literal["", "sbatch"] = opt(
+        "", "sbatch: make the run folder and the job script in it, print the script, submit nothing"
+    )
 
 
 GROUPS: dict[str, type] = {

@@ -17,6 +17,7 @@ from toolkit.engine import arch as shapes
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.frontend.router import ROUTERS
 from toolkit.launch import ports, provenance, queue
+from toolkit.launch.check_slurm import check_slurm
 from toolkit.launch.plan import num_ports, pools
 from toolkit.loadgen.options import check_load
 from toolkit.registry import unknown
@@ -55,6 +56,8 @@ def check(cfg: ExpConfig) -> list[str]:
     errors += [*_nodes(cfg.cluster, dims), *_loadgen(cfg)]
     if cfg.cluster.launcher == "local":
         errors += _ports(cfg)
+    elif cfg.cluster.gpus_per_node > 0:
+        errors += check_slurm(cfg, sum(size for kind, size in memory(cfg).items() if "kv" not in kind))
     return errors if will_build(cfg.model) else [*errors, *check_model(cfg)]
 
 
