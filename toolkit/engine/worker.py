@@ -156,6 +156,7 @@ class Worker:
             "memory_bytes": memory | {"kv_cache": self.runner.cache.num_bytes, "process": process_bytes(args.device)},
         }
         self.link.send(Ready(self.rank, info))
+        self._send_stats()  # figures exist from the first moment
         log.info("rank %d ready: %s", self.rank, info)
 
     def _new_scheduler(self) -> Scheduler:

@@ -112,7 +112,7 @@ class MoELayer:
 
     def slot_tensors(self) -> list[Tensor]:
         """All that makes up an expert, each [e, ...]; experts migrate by writing into them in place."""
-        return [self.experts.gate_up, self.experts.down]
+        return [part for part in vars(self.experts).values() if isinstance(part, Tensor)]
 
     def slots_changed(self) -> None:
         """Some slots were overwritten."""
