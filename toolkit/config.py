@@ -94,8 +94,32 @@ class EngineConfig:
     attention_dp_config: AttentionDpConfig = opt(AttentionDpConfig(), "when DP ranks start prefills together")
     disable_radix_cache: bool = opt(False, "turn prefix reuse off")
     ep_num_redundant_experts: int = opt(0, "expert replicas beyond one of each; slots = experts + redundant")
-    expert_distribution_recorder_mode: Literal["stat"] | None = opt("stat", "stat: counts a window; null: off")
+    init_expert_location: str = opt(
+        "trivial", "where experts start: trivial, a .pt or .json file, or JSON (physical_to_logical_map, logical_count)"
+    )
+    ep_dispatch_algorithm: Literal["static", "dynamic", "weighted"] | None = opt(
+        None, "replica a token goes to: static (nearest), dynamic (in turn), weighted (levels each batch); null: static"
+    )
+    enable_eplb: bool = opt(False, "move experts between ranks while serving, so that their load stays even")
+    eplb_algorithm: Literal["auto", "global", "hierarchical", "spill"] = opt(
+        "auto", "placements: global, hierarchical (a group's experts on one node), spill; auto: what nodes allow"
+    )
+    eplb_rebalance_num_iterations: int = opt(1000, "forward passes between two looks at the balance")
+    eplb_rebalance_layers_per_chunk: int | None = opt(
+        None, "layers moved at a time; null: as many as the spare buffers (one layer's slots) hold"
+    )
+    eplb_min_rebalancing_utilization_threshold: float = opt(
+        1.0, "no rebalance while balancedness (mean / busiest rank) is above this; 1: always look for one"
+    )
+    eplb_transfer_budget: float = opt(
+        0.05, "largest share of the slots that a rebalance moves; the first one, from a trivial placement, may move all"
+    )
+    expert_distribution_recorder_mode: Literal["stat", "stat_approx", "per_pass", "per_token"] | None = opt(
+        "stat",
+        "stat: counts by top-k ids, a window; stat_approx: by rows received; per_pass, per_token: each pass; null: off",
+    )
     expert_distribution_recorder_window: int = opt(8, "forward passes a recorder window")
+    expert_distribution_recorder_buffer_size: int = opt(256, "per_pass, per_token: passes kept for a dump, the newest")
     random_seed: int = opt(0, "seed for requests that bring none")
 
 
@@ -197,6 +221,7 @@ class LoadConfig:
     warmup_requests: int = opt(
         -1, "requests before the measured ones, in no figure; -1: concurrency, or a tenth of an open loop's"
     )
+    repeat: int = opt(1, "passes over all load points, one after the other; their spread is drawn")
     cancel_fraction: float = opt(0.0, "share of the requests that the client gives up; 0 to 1")
     cancel_after_s: float = opt(1.0, "when it gives them up, seconds after sending")
     dataset: str = opt(
@@ -217,6 +242,12 @@ class LoadConfig:
     ignore_eos: bool = opt(True, "ask for exactly the length: ignore_eos and min_tokens are sent")
     temperature: float = opt(0.0, "0: greedy")
     seed: int = opt(0, "order of prompts, arrivals, sampling")
+    max_failed_share: float = opt(0.01, "share of failed requests above which a load point is invalid")
+    max_wrong_length_share: float = opt(0.01, "... of answers that are not as long as asked")
+    max_client_verdict: Literal["ok", "degraded", "client_limited"] = opt(
+        "degraded", "worst verdict on the load generator itself that leaves a load point valid"
+    )
+    gone_s: float = opt(3.0, "how long the server may be away before the sweep ends")
     slo_share: float = opt(0.99, "share of good requests that a load point must have")
     search: bool = opt(False, "look for the largest concurrency (or request_rate) in the points' range that meets them")
     workers: int = opt(0, "processes that send; 0: one for each allowed core but one, as far as they have work")

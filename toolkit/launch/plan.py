@@ -14,7 +14,7 @@ from typing import Any
 from toolkit.config import ExpConfig
 from toolkit.engine.dims import ParallelDims
 
-FIXED_PORTS = 3  # HTTP, the frontend's inbox, torch.distributed
+FIXED_PORTS = 4  # HTTP, the frontend's inbox, torch.distributed, where the load generator's nodes meet
 AGG = "agg"  # the pool of ranks that prefill and decode
 FRONTEND = "frontend"  # a pool of one node for frontend and load generator, where cluster.pools has it
 
@@ -56,6 +56,14 @@ class FrontendPlan:
 
 
 @dataclass(frozen=True)
+class LoadgenPlan:
+    """Nodes that send; the first one, the frontend's, leads and is joined by the others at ``port``."""
+
+    nodes: tuple[int, ...]
+    port: int
+
+
+@dataclass(frozen=True)
 class PoolPlan:
     """Nodes of one kind: ``num_nodes`` from ``first_node`` on. A Slurm job has one component for each pool."""
 
@@ -76,6 +84,7 @@ class DeploymentPlan:
     num_gpus: int
     workers: tuple[WorkerPlan, ...]
     frontend: FrontendPlan
+    loadgen: LoadgenPlan
     pools: tuple[PoolPlan, ...] = ()
 
     def ranks(self) -> Iterator[RankPlan]:
@@ -86,6 +95,7 @@ class DeploymentPlan:
         """Every (node, port) of the deployment and what it is for."""
         f = self.frontend
         used = {(f.node, f.http_port): "frontend HTTP", (f.node, f.inbox_port): "frontend inbox"}
+        used[self.loadgen.nodes[0], self.loadgen.port] = "load generator"
         for worker in self.workers:
             used[worker.ranks[0].node, worker.dist_port] = f"worker {worker.index} torch.distributed"
             used |= {(rank.node, rank.inbox_port): f"rank {rank.rank} inbox" for rank in worker.ranks}
@@ -144,5 +154,6 @@ def plan(cfg: ExpConfig, port_base: int | Sequence[int]) -> DeploymentPlan:
         num_gpus=dims.tp_size,
         workers=(WorkerPlan(0, bases[home.first_node] + 2, ranks, home.name),),
         frontend=FrontendPlan(0, cfg.deploy.host, bases[0], bases[0] + 1),
+        loadgen=LoadgenPlan(tuple(i % num_nodes for i in range(cfg.load.nodes)), bases[0] + 3),
         pools=kinds,
     )
