@@ -41,7 +41,7 @@ class Run:
     def pid(self, name: str) -> int:
         return int(json.loads((self.folder / "launch" / f"{name}.json").read_text())["pid"])
 
-    def end(self, within_s: float = 30) -> str:
+    def end(self, within_s: float = 120) -> str:
         """Waits for the end; everything the run started must be gone then."""
         output = self.process.communicate(timeout=within_s)[0]
         assert self.left() == []
@@ -66,7 +66,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 def test_a_killed_rank_fails_the_run_by_name(run: Run) -> None:
     os.kill(run.pid("rank-2"), signal.SIGKILL)
-    output = run.end(within_s=30)
+    output = run.end()
     assert run.process.returncode == 1
     assert "rank-2" in output and "SIGKILL" in output
     assert "rank 2 ready" in output, "the end of its log is shown"
