@@ -44,6 +44,8 @@ LOGS = "logs"
 CHARTS = "charts"
 STEPS = "steps"
 NODES = "nodes.parquet"
+NODE_SAMPLES = "nodes"
+ATTEMPTS = "attempts"
 
 RunState = Literal["running", "done", "failed", "cancelled"]
 PointState = Literal["pending", "running", "done", "invalid", "failed", "cancelled"]
@@ -52,6 +54,17 @@ PointState = Literal["pending", "running", "done", "invalid", "failed", "cancell
 def log_name(role: str, index: int) -> str:
     """Path of a process's log inside a run folder."""
     return f"{LOGS}/{role}-{index}.log"
+
+
+def attempt_folder(folder: Path, number: int) -> Path:
+    """Where the files of an attempt that is over lie, once the run has been taken up again."""
+    return folder / ATTEMPTS / str(number)
+
+
+def attempt_folders(folder: Path) -> list[Path]:
+    """The folders of all attempts at a run, the first one first; the last is the run folder itself."""
+    earlier = [path for path in (folder / ATTEMPTS).glob("*") if path.name.isdigit()]
+    return [*sorted(earlier, key=lambda path: int(path.name)), folder]
 
 
 # --- status.json ------------------------------------------------------------------------------------
@@ -420,8 +433,15 @@ def read_experts(path: Path) -> ExpertCounts:
 # --- files ------------------------------------------------------------------------------------------
 
 
-def new_run_folder(results_dir: Path, exp: str) -> Path:
-    """Makes ``<results_dir>/<exp>/<YYYYmmdd-HHMMSS>/`` with logs/ and charts/, and points ``latest`` at it."""
+def new_run_folder(results_dir: Path, exp: str, named: Path | None = None) -> Path:
+    """Makes ``<results_dir>/<exp>/<YYYYmmdd-HHMMSS>/`` with logs/ and charts/, and points ``latest`` at it.
+
+    Where the caller has ``named`` a folder, that one is made, and nothing points at it.
+    """
+    if named is not None:
+        for name in (LOGS, CHARTS):
+            (named / name).mkdir(parents=True, exist_ok=True)
+        return named
     parent = results_dir / exp
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{n}" for n in range(1, 100))):

@@ -103,7 +103,7 @@ def _subtitle(run: Run) -> str:
               if key in parallel]  # fmt: skip
     parts += [str(engine["moe_a2a_backend"])] if "moe_a2a_backend" in engine else []
     parts += [f"{run.num_gpus} GPUs or ranks"] if run.num_gpus else []
-    parts += [f"state: {run.status.state}"] if run.status else []
+    parts += [f"state: {run.state}"] if run.status else []
     return " · ".join(parts)
 
 

@@ -1,7 +1,7 @@
 """Waits until the frontend says that every rank is ready, showing how far each has come.
 
 Patience is measured in progress, not in time: loading may take an hour, but a rank that reports nothing new for
-``deploy.ready_stall_s`` is stuck. Knows the frontend's ``GET /health`` and nothing else of the engine.
+``health.stall_s`` is stuck. Knows the frontend's ``GET /health`` and nothing else of the engine.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def wait_ready(url: str, watch: Watch, stall_s: float, bars: LoadingBars) -> Non
         if now != seen:
             seen, since = now, time.monotonic()
         elif time.monotonic() - since > stall_s:
-            raise RunFailed(f"no progress in loading for {stall_s:g} s (deploy.ready_stall_s): {_where(health)}")
+            raise RunFailed(f"no progress in loading for {stall_s:g} s (health.stall_s): {_where(health)}")
         time.sleep(POLL_S)
 
 

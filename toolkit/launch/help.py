@@ -13,6 +13,7 @@ Takes an experiment to a running MoE deployment, loads it, and leaves a folder o
   python -m toolkit.launch +exp=smoke parallel=dep2 load.osl=64
   python -m toolkit.launch +exp=dep16 dry_run=true            print the plan, start nothing
   python -m toolkit.launch +exp=dep16 cluster=local           rehearse 16 GPUs with 16 small CPU ranks
+  python -m toolkit.launch +exp=dep16 resume=true             go on with its newest run: only what is not done there
   python -m toolkit.launch +exp=smoke --cfg job               the composed experiment, nothing more
 
 An experiment (+exp=NAME) chooses one file of each group; GROUP=CHOICE replaces a choice, GROUP.KEY=VALUE a key.
@@ -26,7 +27,12 @@ def text(conf: Path) -> str:
     for group in ("exp", *GROUPS):
         lines.append(f"  {group:<9} {', '.join(sorted(_choices(conf / group), key=_natural))}")
     keys = ["", "Keys, with their defaults (a choice may set others)", "exp=adhoc  name of the experiment"]
-    keys += ["dry_run=false  print the plan and exit", help_text()]
+    keys += [
+        "dry_run=false  print the plan and exit",
+        "resume=false  go on with the newest run of this experiment: run only what is not done there",
+        "run_dir=''  run folder; one that holds a run of this experiment is gone on with; empty: a new one",
+        help_text(),
+    ]
     return "\n".join([*lines, *keys])
 
 

@@ -16,6 +16,7 @@ import msgspec
 from toolkit import records
 from toolkit.config import ExpConfig, to_mapping
 from toolkit.launch import child
+from toolkit.launch.attempts import deployment_key
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.launch.plan import DeploymentPlan
 from toolkit.launch.watch import RunFailed, Watch, exit_text
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from toolkit.loadgen.progress import ProgressBars
 
 POLL_S = 0.25
+SERVER_GONE, SERVER_GONE_S = 4, 10.0  # its exit code when the server is gone; somebody's death is then to be reported
 GRACE_S = 20.0  # to write down what was measured
 
 
-def command(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path) -> list[str]:
+def command(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path, attempt: int = 1) -> list[str]:
     """The load generator's command line: every ``load.*`` key as ``key=<JSON>``."""
     target = {
         "url": f"http://{plan.frontend.client_host}:{plan.frontend.http_port}",
@@ -36,6 +38,9 @@ def command(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path) -> list[str]:
         "out": str(run_dir),
         "num_gpus": str(plan.num_gpus),
         "progress": str(run_dir / STATE_DIR / "progress.json"),
+        "resume": "true",  # what the folder holds is of this run: attempts.py has seen to that
+        "attempt": str(attempt),
+        "deployment": deployment_key(cfg),
     }
     if cfg.deploy.api_key_env:
         target["api_key_env"] = cfg.deploy.api_key_env
@@ -44,7 +49,7 @@ def command(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path) -> list[str]:
     return [sys.executable, "-m", "toolkit.loadgen", *words]
 
 
-def run_load(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path, watch: Watch) -> None:
+def run_load(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path, watch: Watch, attempt: int) -> None:
     """Runs the sweep to its end.
 
     Raises:
@@ -54,7 +59,7 @@ def run_load(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path, watch: Watch) 
     from toolkit.loadgen.progress import ProgressBars
 
     log, progress = run_dir / records.log_name("loadgen", 0), run_dir / STATE_DIR / "progress.json"
-    process = child.start(command(cfg, plan, run_dir), log)
+    process = child.start(command(cfg, plan, run_dir, attempt), log)
     try:
         with ProgressBars() as bars:
             while (code := process.poll()) is None:
@@ -64,8 +69,8 @@ def run_load(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path, watch: Watch) 
                 _show(progress, bars)
                 time.sleep(POLL_S)
             _show(progress, bars)
-        if code != 0:
-            time.sleep(POLL_S)  # a process whose death is the reason may not have been reported yet
+        if code != 0:  # a process whose death is the reason may not have been reported yet
+            watch.wait_for_death(SERVER_GONE_S if code == SERVER_GONE else POLL_S)
         watch.check()
         if code != 0:
             raise RunFailed(_reason(run_dir, code), log)

@@ -18,10 +18,11 @@ import msgspec
 import yaml
 from rich.console import Console
 
-from toolkit import records
+from toolkit import point_files, records
 from toolkit.config import ExpConfig, to_mapping
 from toolkit.engine.args import TOKEN_ENV
-from toolkit.launch import child, ports, provenance
+from toolkit.heartbeat import beating
+from toolkit.launch import attempts, child, ports, provenance
 from toolkit.launch.adapters import adapters
 from toolkit.launch.check import check_model, will_build
 from toolkit.launch.health import LoadingBars, http, wait_ready
@@ -50,8 +51,10 @@ def run(cfg: ExpConfig, overrides: Sequence[str], console: Console) -> int:
             build_model(cfg, console)
             deployment = plan(cfg, cfg.cluster.port or ports.free_range(num_ports(cfg)))
             with interrupts.held():
-                run_dir = create_folder(cfg, deployment, overrides)
-            deploy_and_load(cfg, deployment, run_dir, interrupts, console)
+                run_dir = create_folder(cfg, overrides)
+            with beating(run_dir):
+                if anything_to_do(cfg, run_dir, console):
+                    deploy_and_load(cfg, deployment, run_dir, interrupts, console)
         except (Exception, Cancelled) as error:
             if run_dir is None and isinstance(error, ValueError):
                 raise
@@ -59,6 +62,7 @@ def run(cfg: ExpConfig, overrides: Sequence[str], console: Console) -> int:
         with interrupts.ignored():
             if run_dir is not None:
                 close_status(run_dir, ended_by)
+                attempts.note_end(run_dir, state_after(ended_by), reason(ended_by))
             if ended_by is not None:
                 tell(console, ended_by)
         try:
@@ -85,27 +89,50 @@ def build_model(cfg: ExpConfig, console: Console) -> None:
         raise ValueError("\n".join(errors))
 
 
-def create_folder(cfg: ExpConfig, deployment: DeploymentPlan, overrides: Sequence[str]) -> Path:
-    """The run folder with everything that is known before the start."""
-    run_dir = records.new_run_folder(Path(cfg.cluster.results_dir).absolute(), cfg.exp)
-    (run_dir / STATE_DIR).mkdir()
+def create_folder(cfg: ExpConfig, overrides: Sequence[str]) -> Path:
+    """The run folder with everything that is known before the start: a new one, or the one to go on with."""
+    run_dir = attempts.find(cfg)
+    again = run_dir is not None
+    if run_dir is None:
+        results, named = Path(cfg.cluster.results_dir).absolute(), Path(cfg.run_dir).expanduser().absolute()
+        run_dir = records.new_run_folder(results, cfg.exp, named if cfg.run_dir else None)
+    (run_dir / STATE_DIR).mkdir(exist_ok=True)
+    if again:
+        attempts.keep_words(run_dir)
     with records.replacing(run_dir / records.CONFIG, "w") as out:
         yaml.safe_dump(to_mapping(cfg), out, sort_keys=False)
     with records.replacing(run_dir / records.OVERRIDES, "w") as out:
         yaml.safe_dump(list(overrides), out)
-    records.write_json(run_dir / records.PLAN, deployment.to_json())
-    records.write_json(run_dir / records.MANIFEST, provenance.manifest(sys.orig_argv))
-    points = [records.PointStatus(concurrency) for concurrency in cfg.load.concurrency]
-    records.write_status(run_dir, records.RunStatus(points=points))
+    if not again:
+        from toolkit.loadgen.points import points_of
+
+        points = [records.PointStatus(point.concurrency, repeat=point.repeat) for point in points_of(cfg.load)]
+        records.write_status(run_dir, records.RunStatus(points=points))
     return run_dir
+
+
+def anything_to_do(cfg: ExpConfig, run_dir: Path, console: Console) -> bool:
+    """Whether a load point is not done yet; says what there is of a run that is taken up again."""
+    if not point_files.read_points(run_dir):
+        return True
+    left, lines = attempts.left_to_do(cfg, run_dir)
+    say(console, f"Resuming {run_dir}: {lines[0]}")
+    for line in lines[1:]:
+        say(console, line)
+    if not left:
+        say(console, "Every load point is done: nothing is started")
+    return left > 0
 
 
 def deploy_and_load(
     cfg: ExpConfig, deployment: DeploymentPlan, run_dir: Path, interrupts: Interrupts, console: Console
 ) -> None:
     """Starts the deployment, runs the sweep against it, and ends every process, however it goes."""
+    attempt = attempts.begin(run_dir, provenance.manifest(sys.orig_argv))
+    records.write_json(run_dir / records.PLAN, deployment.to_json())
     launcher = launchers()[cfg.cluster.launcher](cfg)
     hosts = launcher.hosts(deployment.num_nodes)
+    attempts.note(run_dir, hosts=hosts)
     processes = adapters()[cfg.engine.backend](deployment, cfg, hosts, run_dir)
     for name, content in processes.files.items():
         (run_dir / name).write_bytes(content)
@@ -118,9 +145,9 @@ def deploy_and_load(
             job = launcher.start(processes.specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
         watch = Watch(job, run_dir)
         with LoadingBars(console, deployment.num_gpus) as bars:
-            wait_ready(url, watch, cfg.deploy.ready_stall_s, bars)
+            wait_ready(url, watch, cfg.health.stall_s, bars)
         try:
-            run_load(cfg, deployment, run_dir, watch)
+            run_load(cfg, deployment, run_dir, watch, attempt)
         finally:
             collect_experts(cfg, url, watch, run_dir)
     finally:

@@ -37,6 +37,12 @@ class Watch:
         others = f" (then {_names(dead[1:])})" if dead[1:] else ""
         raise RunFailed(f"{describe(dead[0])}{others}", self._run_dir / specs[dead[0].name].log)
 
+    def wait_for_death(self, most_s: float) -> None:
+        """Returns when a process has ended, or after ``most_s``."""
+        deadline = time.monotonic() + most_s
+        while self.all_alive() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
     def running(self) -> int:
         """How many processes run; changes while a job starts."""
         return sum(state.state == "running" for state in self._job.poll())
