@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from toolkit import records
-from toolkit.records import ExpertCounts
+from toolkit.records import ExpertCounts, NodeSample
 
 
 def present(folder: Path, name: str) -> list[Path]:
@@ -58,6 +58,18 @@ def experts(folder: Path) -> ExpertCounts:
             pairs=np.sum(counted, axis=0) if counted else None,
         )
     return whole
+
+
+def nodes(folder: Path) -> pd.DataFrame:
+    """Samples of every attempt; of one that was killed, what its samplers had written."""
+    columns = list(NodeSample._fields)
+    frames = []
+    for attempt in records.attempt_folders(folder):
+        if (attempt / records.NODES).exists():
+            frames.append(records.read_table(attempt / records.NODES, columns))
+        elif (rows := records.read_streams(attempt / records.NODE_SAMPLES, NodeSample)) is not None:
+            frames.append(rows.to_pandas())
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({name: [] for name in columns})
 
 
 def table(folder: Path, name: str, columns: list[str]) -> pd.DataFrame:

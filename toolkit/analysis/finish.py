@@ -13,6 +13,7 @@ from toolkit.analysis.charts import draw_charts
 from toolkit.analysis.findings import best_row, number, verdict
 from toolkit.analysis.load import COUNT_COLUMNS, Run
 from toolkit.analysis.metrics import steady_interval, tok_s_between
+from toolkit.analysis.nodes import point_power
 from toolkit.analysis.report import write_report
 from toolkit.analysis.trust import warnings
 
@@ -58,6 +59,9 @@ def complete_sweep(run: Run) -> None:
             begin, end = steady_interval(point.requests, point.concurrency)
             run.sweep.loc[position, "steady_s"] = end - begin
             run.sweep.loc[position, "steady_output_tok_s"] = tok_s_between(point.requests, begin, end)
+    for position, watts in enumerate(point_power(run)):
+        run.sweep.loc[position, "power_w"] = watts
+    run.sweep["output_tok_s_per_w"] = run.sweep["output_tok_s"] / run.sweep["power_w"]
     if len(run.sweep):
         rows = run.sweep.astype(object).to_dict("records")
         records.write_sweep(run.path, [{str(name): value for name, value in row.items()} for row in rows])

@@ -150,8 +150,12 @@ class Run:
 
     @cached_property
     def nodes(self) -> pd.DataFrame:
-        """Samples of the GPUs (``records.NodeSample``); no rows when none were taken."""
-        return self._optional(records.NODES, records.NodeSample)
+        """Samples of nodes and GPUs (``records.NodeSample``); no rows when none were taken."""
+        parts = (records.NODES, records.NODE_SAMPLES)
+        if not any(attempts.present(self.path, part) for part in parts):
+            return _no_rows(list(records.NodeSample._fields))
+        none = _no_rows(list(records.NodeSample._fields))
+        return self._read(parts[not attempts.present(self.path, parts[0])], lambda: attempts.nodes(self.path), none)
 
     @cached_property
     def slo(self) -> Slo:

@@ -20,6 +20,7 @@ import yaml
 
 from toolkit import config, heartbeat, point_files, records
 from toolkit.config import ExpConfig, to_mapping
+from toolkit.engine import pulse
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.loadgen import resume
 from toolkit.loadgen.options import Options
@@ -29,7 +30,8 @@ GROUPS = ("parallel", "engine")
 MODEL = ("hf_config", "load_format", "dtype", "seed")
 DEPLOY = ("mode", "router")
 CLUSTER = ("device", "gpus_per_node", "cpu_threads_per_rank", "container_image")
-MOVED = (records.STEPS, records.NODE_SAMPLES, records.EXPERTS, records.SERVER_METRICS, records.NODES)
+MOVED = (records.STEPS, records.NODE_SAMPLES, records.EXPERTS, records.SERVER_METRICS, records.NODES,
+         f"{STATE_DIR}/{pulse.FOLDER}")  # fmt: skip
 
 
 def deployment_settings(cfg: ExpConfig) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def _put_aside(run_dir: Path, aside: Path) -> None:
     """Renames, one by one: whatever ends this in the middle, every file is in one of the two places."""
     for name in (*MOVED, records.MANIFEST):
         if (run_dir / name).exists():
-            aside.mkdir(parents=True, exist_ok=True)
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
             (run_dir / name).rename(aside / name)
     for folder, pattern in ((records.LOGS, "*.log"), (STATE_DIR, "*-[0-9]*.json"), (STATE_DIR, "progress.json")):
         for file in (run_dir / folder).glob(pattern):

@@ -19,6 +19,7 @@ from toolkit import records
 from toolkit.config import ExpConfig
 from toolkit.registry import Registry
 
+TAIL_LINES = 20
 STATE_DIR = "launch"  # inside the run folder: arguments and state of every process, the launcher's own files
 
 
@@ -30,6 +31,7 @@ class ProcessSpec:
         role, index: name it: ``rank-3``, ``frontend-0``; its log and its state file carry the name.
         env: added to the launcher's own environment.
         node: index into the launcher's hosts.
+        critical: its end ends the run.
     """
 
     role: str
@@ -37,6 +39,7 @@ class ProcessSpec:
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     node: int = 0
+    critical: bool = True
 
     @property
     def name(self) -> str:
@@ -104,6 +107,16 @@ def read_state(spec: ProcessSpec, run_dir: Path) -> ProcessState:
         return msgspec.json.decode(spec.state_file(run_dir).read_bytes(), type=ProcessState)
     except FileNotFoundError:
         return ProcessState(spec.name)
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> Sequence[str]:
+    """The last lines of a log, of which only the end is read."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 400 * lines))
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except FileNotFoundError:
+        return []
 
 
 def launchers() -> Registry[Callable[[ExpConfig], Launcher]]:

@@ -63,6 +63,7 @@ def run_load(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path, watch: Watch, 
     try:
         with ProgressBars() as bars:
             while (code := process.poll()) is None:
+                watch.check_steps()
                 if not watch.all_alive():
                     process.terminate()  # what it sends from now on can only fail
                     watch.check()

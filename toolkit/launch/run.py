@@ -22,7 +22,7 @@ from toolkit import point_files, records
 from toolkit.config import ExpConfig, to_mapping
 from toolkit.engine.args import TOKEN_ENV
 from toolkit.heartbeat import beating
-from toolkit.launch import attempts, child, ports, provenance
+from toolkit.launch import attempts, child, ports, provenance, sampler
 from toolkit.launch.adapters import adapters
 from toolkit.launch.check import check_model, will_build
 from toolkit.launch.health import LoadingBars, http, wait_ready
@@ -30,6 +30,7 @@ from toolkit.launch.interrupts import Cancelled, Interrupts
 from toolkit.launch.launcher import STATE_DIR, launchers
 from toolkit.launch.load import run_load
 from toolkit.launch.plan import DeploymentPlan, num_ports, plan
+from toolkit.launch.stall import StallWatch
 from toolkit.launch.watch import RunFailed, Watch, exit_text
 
 log = logging.getLogger(__name__)
@@ -142,8 +143,9 @@ def deploy_and_load(
     job = None
     try:
         with interrupts.held():
-            job = launcher.start(processes.specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
-        watch = Watch(job, run_dir)
+            specs = (*processes.specs, *sampler.specs(cfg, deployment.num_nodes, run_dir))
+            job = launcher.start(specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
+        watch = Watch(job, run_dir, StallWatch(job.specs, run_dir, cfg.health.stall_s))
         with LoadingBars(console, deployment.num_gpus) as bars:
             wait_ready(url, watch, cfg.health.stall_s, bars)
         try:
@@ -154,6 +156,7 @@ def deploy_and_load(
         with interrupts.ignored():
             if job is not None:
                 job.stop(STOP_GRACE_S)
+            collect_nodes(run_dir)
 
 
 def collect_experts(cfg: ExpConfig, url: str, watch: Watch, run_dir: Path) -> None:
@@ -169,6 +172,14 @@ def collect_experts(cfg: ExpConfig, url: str, watch: Watch, run_dir: Path) -> No
         return
     if status != 200 or not (run_dir / records.EXPERTS).exists():
         log.warning("no %s: HTTP %d %s", records.EXPERTS, status, body[:500].decode(errors="replace"))
+
+
+def collect_nodes(run_dir: Path) -> None:
+    """Makes nodes.parquet of what the samplers left. Its lack is a gap in the report."""
+    try:
+        sampler.collect(run_dir)
+    except (OSError, ValueError) as error:
+        log.warning("no %s: %s", records.NODES, error)
 
 
 def close_status(run_dir: Path, error: BaseException | None) -> None:
