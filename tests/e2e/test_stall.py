@@ -61,7 +61,7 @@ import sys
 from toolkit.launch.adapters import native
 from toolkit.launch import __main__ as launch
 python = sys.argv.pop(1)
-native._python = lambda module: (python, "-m", module, "--args")
+native._python = lambda cfg, module: (python, "-m", module, "--args")
 sys.exit(launch.main())
 """
 

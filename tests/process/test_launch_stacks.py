@@ -41,8 +41,8 @@ def start(run_dir: Path) -> Iterator[Callable[..., LocalJob]]:
     jobs: list[LocalJob] = []
 
     def start_job(*codes: str) -> LocalJob:
-        specs = [ProcessSpec("rank", i, (sys.executable, "-c", code)) for i, code in enumerate(codes)]
-        jobs.append(LocalLauncher(grace_s=1.0).start(specs, run_dir, {}))
+        specs = [ProcessSpec("rank", i, (sys.executable, "-c", code), grace_s=1.0) for i, code in enumerate(codes)]
+        jobs.append(LocalLauncher().start(specs, run_dir, {}))
         eventually(lambda: all_up(jobs[0], run_dir), "all are up")
         return jobs[0]
 

@@ -12,7 +12,7 @@ from toolkit import records
 from toolkit.analysis.charts import draw_charts
 from toolkit.analysis.findings import best_row, number, verdict
 from toolkit.analysis.load import COUNT_COLUMNS, Run
-from toolkit.analysis.metrics import steady_interval, tok_s_between
+from toolkit.analysis.metrics import steady_figures
 from toolkit.analysis.nodes import point_power
 from toolkit.analysis.report import write_report
 from toolkit.analysis.trust import warnings
@@ -56,9 +56,8 @@ def complete_sweep(run: Run) -> None:
             run.sweep.loc[position, "imbalance_max"] = load.imbalance_max
     for position, point in enumerate(run.points):
         if len(point.requests):  # a sweep.csv of an older version has no steady state
-            begin, end = steady_interval(point.requests, point.concurrency)
-            run.sweep.loc[position, "steady_s"] = end - begin
-            run.sweep.loc[position, "steady_output_tok_s"] = tok_s_between(point.requests, begin, end)
+            for name, value in steady_figures(point.requests, point.concurrency).items():
+                run.sweep.loc[position, name] = value
     for position, watts in enumerate(point_power(run)):
         run.sweep.loc[position, "power_w"] = watts
     run.sweep["output_tok_s_per_w"] = run.sweep["output_tok_s"] / run.sweep["power_w"]

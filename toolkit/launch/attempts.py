@@ -25,13 +25,14 @@ from toolkit.launch.launcher import STATE_DIR
 from toolkit.loadgen import resume
 from toolkit.loadgen.options import Options
 
+COMMAND = "command.json"  # inside STATE_DIR
 # Of an experiment's keys, those that decide what is measured; load.* has its own list (resume.NO_MATTER).
 GROUPS = ("parallel", "engine")
 MODEL = ("hf_config", "load_format", "dtype", "seed")
 DEPLOY = ("mode", "router")
 CLUSTER = ("device", "gpus_per_node", "cpu_threads_per_rank", "container_image")
-MOVED = (records.STEPS, records.NODE_SAMPLES, records.EXPERTS, records.SERVER_METRICS, records.NODES,
-         f"{STATE_DIR}/{pulse.FOLDER}")  # fmt: skip
+PULSES = f"{STATE_DIR}/{pulse.FOLDER}"
+MOVED = (records.STEPS, records.NODE_SAMPLES, records.EXPERTS, records.SERVER_METRICS, records.NODES, PULSES)
 
 
 def deployment_settings(cfg: ExpConfig) -> dict[str, Any]:
@@ -114,7 +115,8 @@ def begin(run_dir: Path, manifest: Mapping[str, Any]) -> int:
     number = len(known) + 1
     if known:
         _put_aside(run_dir, records.attempt_folder(run_dir, number - 1))
-        _reset_status(run_dir)
+        reopen_status(run_dir, "running")
+    manifest = {**manifest, **_command(run_dir)}
     entry = {"attempt": number, "started": manifest.get("started"), "changed": _changed(run_dir, number, manifest)}
     records.write_json(run_dir / records.MANIFEST, {**manifest, "attempts": [*known, entry]})
     return number
@@ -142,6 +144,12 @@ def note_end(run_dir: Path, state: str, reason: str) -> None:
         note(run_dir, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"), state=state, reason=reason)
 
 
+def _command(run_dir: Path) -> dict[str, Any]:
+    """The command line that asked for the run: on Slurm another process's, on another machine."""
+    path = run_dir / STATE_DIR / COMMAND
+    return {"command": json.loads(path.read_bytes())} if path.exists() else {}
+
+
 def _attempts(run_dir: Path) -> list[dict[str, Any]]:
     try:
         found = json.loads((run_dir / records.MANIFEST).read_bytes()).get("attempts", [])
@@ -163,10 +171,10 @@ def _put_aside(run_dir: Path, aside: Path) -> None:
                 file.rename(aside / folder / file.name)
 
 
-def _reset_status(run_dir: Path) -> None:
+def reopen_status(run_dir: Path, state: records.RunState) -> None:
     """What did not end well is pending again; the load generator puts the points' order right."""
     status = records.read_status(run_dir)
-    status.state, status.reason = "running", ""
+    status.state, status.reason = state, ""
     for point in status.points:
         if point.state != "done":
             point.state, point.reason = "pending", ""

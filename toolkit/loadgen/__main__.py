@@ -117,7 +117,7 @@ async def _run(options: Options, dataset: Dataset, ledger: Ledger) -> int:
 async def _sweep(sweep: Sweep, options: Options, dataset: Dataset, reporter: Reporter) -> None:
     """Finds the model, starts the processes, runs the sweep."""
     from toolkit.loadgen.around import Around
-    from toolkit.loadgen.client import choose_transport
+    from toolkit.loadgen.client import choose_transport, leave_out_of_proxies
     from toolkit.loadgen.groups import groups
     from toolkit.loadgen.join import read_token
     from toolkit.loadgen.links import parse_address
@@ -129,6 +129,7 @@ async def _sweep(sweep: Sweep, options: Options, dataset: Dataset, reporter: Rep
     from toolkit.loadgen.wire import Setup
 
     url = options.url.rstrip("/").removesuffix("/v1")
+    leave_out_of_proxies(url)
     transport, reason = choose_transport(options.transport, url)
     in_flight = -(-most_in_flight(options) // options.nodes)  # of a node
     workers = options.workers or share_of_cores(len(allowed_cores()), in_flight)

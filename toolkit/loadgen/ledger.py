@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit import point_files
 from toolkit.loadgen import resume
 from toolkit.loadgen.points import LoadPoint, points_of
 from toolkit.point_files import StoredPoint
-from toolkit.records import PointStatus, RunState, RunStatus, write_status, write_sweep
+from toolkit.records import PointStatus, RunStatus, write_status, write_sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +100,7 @@ class Ledger:
             write_sweep(self._folder, self.rows)
         write_status(self._folder, self.status)
 
-    def close(self, state: RunState, reason: str) -> None:
+    def close(self, state: Literal["done", "failed", "cancelled"], reason: str) -> None:
         """The last word: the run's state, also that of a point that was running; all points' requests in one file."""
         self.status.state, self.status.reason = state, reason
         for point in self.status.points:
