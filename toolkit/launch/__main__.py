@@ -71,7 +71,7 @@ def compose() -> list[tuple[Any, list[str]]]:
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def keep(node: Any) -> None:
-        composed.append((node, list(HydraConfig.get().overrides.task)))
+        composed.extend(config.variants(node, list(HydraConfig.get().overrides.task)))
 
     keep()
     return composed
