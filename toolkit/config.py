@@ -75,11 +75,18 @@ class EngineConfig:
     """The engine of every rank; SGLang's words."""
 
     backend: str = opt("native", "engine adapter: native")
-    attention_backend: str = opt("auto", "auto, sdpa")
+    attention_backend: str = opt("auto", "auto, sdpa; on GPUs: fa3, flash_mla (latent attention), varlen")
     moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all")
     moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch")
     page_size: int = opt(16, "tokens a KV block")
     max_total_tokens: int = opt(8192, "KV cache capacity of one DP rank, tokens")
+    mem_fraction_static: float = opt(
+        0.0, "share of a GPU's memory that may be taken: after weights, buffers and graphs the KV cache gets the rest; "
+        "0: max_total_tokens as given"
+    )  # fmt: skip
+    disable_cuda_graph: bool = opt(False, "GPUs: launch every kernel of a decode step, instead of one captured graph")
+    cuda_graph_max_bs: int = opt(0, "GPUs: largest decode batch that is captured; 0: max_running_requests")
+    disable_overlap_schedule: bool = opt(False, "GPUs: wait for each step's tokens before the next is prepared")
     swa_full_tokens_ratio: float = opt(
         0.0, "KV capacity of sliding-window layers as a share of max_total_tokens; 0: what max_running_requests need"
     )

@@ -75,11 +75,11 @@ class MoELayer:
         self.gemm: ExpertGemm = make_gemm(context.engine.moe_runner_backend)
         self.gemm.pack(experts)
 
-    def stages(self, x_SD: Tensor, layout: TokenLayout) -> Stages:
+    def stages(self, x_SD: Tensor, layout: TokenLayout) -> Stages[Tensor]:
         """The layer's stages; returns [S, D]."""
         context, dispatcher = self.context, self.context.dispatcher
         ids_SK, weights_SK = self.gate(x_SD)
-        ids_SK[layout.valid :] = -1  # padding is neither sent nor counted
+        ids_SK = layout.drop_padding(ids_SK)  # neither sent nor counted
         if context.recorder is not None:
             context.recorder.record(self.index, ids_SK)
         slots_SK = context.placement.to_slots(self.index, ids_SK)
