@@ -20,7 +20,7 @@ from toolkit.engine.core import Batch, Request, StepContext
 from toolkit.engine.kv.kinds import layer_kinds
 from toolkit.engine.kv.pool import KVCache
 from toolkit.engine.models.base import Forward, make_model
-from toolkit.engine.moe.layer import MoEContext
+from toolkit.engine.moe.layer import MoEContext, keeps_fp8
 from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups, TokenLayout
 from toolkit.engine.sampler import Sampled, Sampler, token_logprobs
@@ -51,7 +51,8 @@ class ModelRunner:
         self.arch, self.groups, self.device = arch, groups, device
         self.padding = engine.dp_padding_mode
         self.moe = MoEContext.create(arch, engine, groups, device)
-        self.model = make_model(arch, open_weights(model, device, progress), groups, self.moe, device)
+        weights = open_weights(model, device, progress, keeps_fp8(arch, engine, device))
+        self.model = make_model(arch, weights, groups, self.moe, device)
         kinds = layer_kinds(arch.windows, engine)
         self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, DTYPES[model.dtype], device)
         self.attention = make_attention(engine.attention_backend, self.cache, device)
