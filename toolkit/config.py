@@ -76,8 +76,16 @@ class EngineConfig:
 
     backend: str = opt("native", "engine adapter: native")
     attention_backend: str = opt("auto", "auto, sdpa; on GPUs: fa3, flash_mla (latent attention), varlen")
-    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all")
-    moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch")
+    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all, deepep (GPU)")
+    deepep_mode: Literal["auto", "normal", "low_latency"] = opt(
+        "auto", "auto: low_latency for steps without prefill; normal waits for row counts, low_latency fits CUDA graphs"
+    )
+    deepep_buffer: Literal["auto", "v2", "legacy"] = opt("auto", "DeepEP's ElasticBuffer or Buffer; auto: the faster")
+    deepep_dispatch_dtype: Literal["auto", "fp8", "bf16"] = opt("auto", "rows on their way to FP8 experts; auto: fp8")
+    deepep_num_max_dispatch_tokens_per_rank: int = opt(
+        0, "rows of a rank for which low_latency has room; 0: what a step without prefill may have"
+    )
+    moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch, grouped_mm, deep_gemm (GPU)")
     page_size: int = opt(16, "tokens a KV block")
     max_total_tokens: int = opt(8192, "KV cache capacity of one DP rank, tokens")
     mem_fraction_static: float = opt(

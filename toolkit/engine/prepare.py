@@ -38,6 +38,7 @@ def prepare(runner: ModelRunner, progress: Callable[[str, int, int], None]) -> d
     engine, gpu = runner.engine, runner.device != "cpu"
     used: dict[str, int] = {}
     progress("warm-up", 0, 1)
+    runner.moe.warm_up(lambda done, total: progress("compile", done, total))
     if gpu and engine.mem_fraction_static:
         runner.allocate(_with_tokens(runner, engine.chunked_prefill_size + PROBE_BLOCKS * engine.page_size))
     _warm_up(runner)

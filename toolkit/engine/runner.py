@@ -25,7 +25,8 @@ from toolkit.engine.kv.kinds import layer_kinds
 from toolkit.engine.kv.pool import KVCache
 from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.models.base import Forward, make_model
-from toolkit.engine.moe.layer import MoEContext
+from toolkit.engine.moe.dispatch import StepRows
+from toolkit.engine.moe.layer import MoEContext, keeps_fp8
 from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups, TokenLayout
 from toolkit.engine.sampler import Chosen, Sampled, Sampler, token_logprobs
@@ -76,7 +77,8 @@ class ModelRunner:
         self.padding = engine.dp_padding_mode
         self._dtype = DTYPES[model.dtype]
         self.moe = MoEContext.create(arch, engine, groups, device)
-        self.model = make_model(arch, open_weights(model, device, progress), groups, self.moe, device)
+        weights = open_weights(model, device, progress, keeps_fp8(arch, engine, device))
+        self.model = make_model(arch, weights, groups, self.moe, device)
         self.sampler = Sampler()
         self.last = LastTokens(engine.chunked_prefill_size, device)
         self.graphs: DecodeGraphs | None = None
@@ -103,9 +105,15 @@ class ModelRunner:
         """Batch sizes whose decode steps are to be captured; none where it is off or a backend cannot."""
         if self.device == "cpu" or self.engine.disable_cuda_graph or not self.attention.capturable:
             return ()
-        if self.arch.moe_layers and not getattr(self.moe.dispatcher, "capturable", False):
-            return ()
-        return bucket_sizes(self.engine.cuda_graph_max_bs or self.engine.max_running_requests)
+        sizes = bucket_sizes(self.engine.cuda_graph_max_bs or self.engine.max_running_requests)
+        if not self.arch.moe_layers:
+            return sizes
+        ranks, tp = self.groups.moe.size, self.groups.dims.attn_tp
+        return tuple(
+            size
+            for size in sizes
+            if self.moe.dispatcher.capturable(StepRows((-(-size // tp),) * ranks, is_extend=False))
+        )
 
     @torch.inference_mode()
     def capture(self, sizes: tuple[int, ...], done: Callable[[int], None] = lambda count: None) -> None:

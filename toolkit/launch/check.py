@@ -26,8 +26,8 @@ BUILDS = ("smollm2_moe",)
 NAMES = {
     "engine.backend": ("native",),
     "engine.attention_backend": ("auto", "fa3", "flash_mla", "sdpa", "varlen"),
-    "engine.moe_a2a_backend": ("allgather", "all_to_all"),
-    "engine.moe_runner_backend": ("auto", "torch"),
+    "engine.moe_a2a_backend": ("allgather", "all_to_all", "deepep"),
+    "engine.moe_runner_backend": ("auto", "torch", "grouped_mm", "deep_gemm"),
     "deploy.router": tuple(ROUTERS),
 }
 GB = 10**9
