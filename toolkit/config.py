@@ -130,7 +130,7 @@ class ClusterConfig:
     """Where the processes run."""
 
     launcher: Literal["local", "slurm"] = opt("local", "local: processes of this machine; slurm: a Slurm job")
-    device: Literal["cpu", "cuda"] = opt("cpu", "what a rank computes on")
+    device: Literal["auto", "cpu", "cuda"] = opt("cpu", "what a rank computes on; auto: cuda where this host has one")
     gpus_per_node: int = opt(8, "ranks a node (GPUs, or CPU ranks where device=cpu)")
     gpu_memory_gb: float = opt(0.0, "memory of one GPU, 10^9 bytes; 0: not checked")
     cpu_threads_per_rank: int = opt(1, "torch threads of a CPU rank")
@@ -263,6 +263,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
 def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     """Fills in what depends on other keys and returns a new config; every change is logged.
 
+    - ``cluster.device=auto`` becomes cuda where this host has NVIDIA's driver, cpu elsewhere.
     - ``cluster.device=cpu``: the keys of ``rehearsal`` replace the experiment's, except those in ``explicit``
       (what the user named on the command line: ``model``, ``load.osl``).
     - ``engine.moe_a2a_backend=none`` (SGLang's word) becomes ``allgather``.
@@ -270,13 +271,17 @@ def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     - ``model.path`` and ``cluster.results_dir`` lose ``~``; an empty ``model.tokenizer`` becomes ``model.path``.
     """
     values = to_mapping(config)
+    device = config.cluster.device
+    if device == "auto":
+        device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
     def put(group: str, key: str, value: Any) -> None:
         if values[group].get(key) != value:
             log.info("resolved %s.%s: %s -> %s", group, key, values[group].get(key), value)
             values[group][key] = value
 
-    if config.cluster.device == "cpu":
+    put("cluster", "device", device)
+    if device == "cpu":
         for group, keys in config.rehearsal.items():
             if group not in GROUPS:
                 raise ValueError(f"rehearsal.{group} is not a config group{_closest(group, list(GROUPS))}")
@@ -286,7 +291,7 @@ def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     if values["engine"]["moe_a2a_backend"] == "none":
         put("engine", "moe_a2a_backend", "allgather")
     if values["model"]["dtype"] == "auto":
-        put("model", "dtype", "float32" if config.cluster.device == "cpu" else "bfloat16")
+        put("model", "dtype", "float32" if device == "cpu" else "bfloat16")
     for group, key in (("model", "path"), ("cluster", "results_dir")):
         if values[group][key]:
             put(group, key, str(Path(values[group][key]).expanduser()))

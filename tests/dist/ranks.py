@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from toolkit.engine import device as devices
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Groups
 from toolkit.launch import ports
@@ -20,13 +21,13 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "toolkit.engine.runner", "toolkit.engine.models.base"])
 
 
-def run_ranks(dims: ParallelDims, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``function(groups, *args)`` on ``dims.tp_size`` ranks -> its results, by rank."""
+def run_ranks(dims: ParallelDims, function: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
+    """``function(groups, *args)`` on ``dims.tp_size`` ranks, with a GPU each if ``device`` is cuda -> its results."""
     port = ports.free_range(1)
     pipes, processes = [], []
     for rank in range(dims.tp_size):
         here, there = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(there, dims, rank, port, function, args), daemon=True)
+        process = _context.Process(target=_rank, args=(there, dims, rank, port, device, function, args), daemon=True)
         process.start()
         there.close()
         pipes.append(here)
@@ -50,11 +51,17 @@ def run_ranks(dims: ParallelDims, function: Callable[..., Any], *args: Any) -> l
 
 
 def _rank(
-    pipe: Connection, dims: ParallelDims, rank: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+    pipe: Connection,
+    dims: ParallelDims,
+    rank: int,
+    port: int,
+    device: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     try:
-        groups = Groups.connect(dims, rank, "127.0.0.1", port, "cpu")
+        groups = Groups.connect(dims, rank, "127.0.0.1", port, devices.use(device, rank))
         with torch.inference_mode():
             result = function(groups, *args)
         pipe.send((True, result))
