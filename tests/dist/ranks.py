@@ -1,8 +1,12 @@
-"""Runs a function on several gloo ranks, each a process with one torch thread, and brings its results back."""
+"""Runs a function on several ranks, each a process with one torch thread, and brings its results back.
+
+Ranks talk by gloo on CPUs; with ``device="cuda"`` each has a GPU of its own and they talk by NCCL as well.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -65,6 +69,8 @@ def _rank(
         with torch.inference_mode():
             result = function(groups, *args)
         pipe.send((True, result))
+        if device == "cuda":
+            os._exit(0)  # GPU libraries may wait for their peers in destructors
     except BaseException:
         pipe.send((False, traceback.format_exc()))
         raise

@@ -10,6 +10,7 @@ S: rows of this rank's slice, D: hidden, K: top-k. Knows no GEMM.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -53,6 +54,12 @@ class Transport(Protocol):
     def dispatch_finish(self, handle: Any) -> tuple[Dispatched, Any]: ...
     def combine_start(self, y: Tensor, handle: Any) -> Any: ...
     def combine_finish(self, handle: Any) -> Tensor: ...
+
+    def library_calls(
+        self, way: Way, x: Tensor, slots: Tensor, weights: Tensor, step: StepRows
+    ) -> Callable[[], object]:
+        """The library's dispatch and combine with these rows and nothing around them, for measurements."""
+        ...
 
 
 @DISPATCHERS.register("deepep")

@@ -7,9 +7,11 @@ Knows neither when a step takes which way (``deepep.py``) nor GEMMs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from toolkit.engine.moe.deepep import Settings, Way, expected_rows
@@ -41,6 +43,28 @@ class ElasticTransport:
             prefer_overlap_with_compute=settings.overlap,
         )
         self.id_type = library.topk_idx_t
+
+    def library_calls(
+        self, way: Way, x: Tensor, slots: Tensor, weights: Tensor, step: StepRows
+    ) -> Callable[[], object]:
+        from toolkit.engine.kernels import rows as kernels
+
+        s, ids = self.settings, slots.to(self.id_type)
+        sent: Any = kernels.quantize(x, by_column=False) if s.fp8 else x
+        y: dict[int, Tensor] = {}
+
+        def round_trip() -> None:
+            received, _, _, handle, _ = self.buffer.dispatch(
+                sent, topk_idx=ids, topk_weights=weights, num_experts=s.shape.num_slots,
+                num_max_tokens_per_rank=s.most[way], expert_alignment=s.shape.align(step), do_handle_copy=False,
+                do_cpu_sync=way == "normal", do_expand=True, use_tma_aligned_col_major_sf=s.fp8,
+            )  # fmt: skip
+            got = received[0] if s.fp8 else received
+            if len(got) not in y:
+                y[len(got)] = torch.zeros(got.shape, dtype=torch.bfloat16, device=x.device)
+            self.buffer.combine(y[len(got)], handle)
+
+        return round_trip
 
     def dispatch_start(self, way: Way, x: Tensor, slots: Tensor, weights: Tensor, step: StepRows) -> _Handle:
         s, shape = self.settings, self.settings.shape

@@ -7,9 +7,11 @@ Knows neither when a step takes which way (``deepep.py``) nor GEMMs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from toolkit.engine.moe.deepep import Settings, Way, expected_rows
@@ -54,6 +56,36 @@ class LegacyTransport:
         )
         self.clean = len(ways) == 2 and self.buffer.runtime.get_num_rdma_ranks() > 1
         self.id_type = library.topk_idx_t
+
+    def library_calls(
+        self, way: Way, x: Tensor, slots: Tensor, weights: Tensor, step: StepRows
+    ) -> Callable[[], object]:
+        from toolkit.engine.kernels import rows as kernels
+
+        buffer, shape, fp8 = self.buffer, self.settings.shape, self.settings.fp8
+        ids, most = slots.to(self.id_type), self.settings.most[way]
+        sent: Any = kernels.quantize(x, by_column=False) if fp8 else x
+        y: dict[tuple[int, ...], Tensor] = {}
+
+        def like(received: Any) -> Tensor:
+            got = received[0] if fp8 else received
+            if got.shape not in y:
+                y[got.shape] = torch.zeros(got.shape, dtype=torch.bfloat16, device=x.device)
+            return y[got.shape]
+
+        def low_latency() -> None:
+            received, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, most, shape.num_slots, use_fp8=fp8)
+            buffer.low_latency_combine(like(received), ids, weights, handle)
+
+        def normal() -> None:
+            by_rank, by_rdma, by_slot, is_in_rank, _ = buffer.get_dispatch_layout(ids, shape.num_slots)
+            received, _, _, _, handle, _ = buffer.dispatch(
+                sent, num_tokens_per_rank=by_rank, num_tokens_per_rdma_rank=by_rdma, num_tokens_per_expert=by_slot,
+                is_token_in_rank=is_in_rank, topk_idx=ids, topk_weights=weights,
+            )  # fmt: skip
+            buffer.combine(like(received), handle)
+
+        return low_latency if way == "low_latency" else normal
 
     def dispatch_start(self, way: Way, x: Tensor, slots: Tensor, weights: Tensor, step: StepRows) -> _Handle:
         ids, expected = slots.to(self.id_type), expected_rows(step, self.settings.shape)
