@@ -184,6 +184,7 @@ class LoadConfig:
     slo_share: float = opt(0.99, "share of good requests that a load point must have")
     search: bool = opt(False, "look for the largest concurrency (or request_rate) in the points' range that meets them")
     workers: int = opt(0, "processes that send; 0: one for each allowed core but one, as far as they have work")
+    nodes: int = opt(1, "nodes that send, each with such processes; the first one leads")
     pin: bool = opt(True, "keep each of them on a core of its own, where there are cores enough")
     transport: Literal["auto", "socket", "aiohttp"] = opt(
         "auto", "socket: stamped by the kernel; aiohttp: TLS, proxies; auto: socket where it is possible"

@@ -81,6 +81,7 @@ class ClientProof:
     clock_steps: int
     token_count_mismatches: int  # ok requests in which chunks and usage count differently
     length_mismatches: int  # ok requests that are not as long as asked
+    clock_offset_ms: float = 0.0  # largest between the nodes that sent; rows are moved by it
 
 
 @dataclass

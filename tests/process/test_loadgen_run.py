@@ -292,6 +292,7 @@ def test_strict_turns_the_verdict_into_a_status(server: ScriptedServer, tmp_path
 
 
 def test_several_processes_share_a_point(server: ScriptedServer, tmp_path: Path) -> None:
+    server.behaviours = [tokens(gap_s=0.05)]  # long enough to overlap, however busy the machine
     assert main(words(server, tmp_path, "concurrency=[1,5]", "workers=2", "num_requests=21")) == 0
     requests, status = records.read_requests(tmp_path), records.read_status(tmp_path)
     assert requests.groupby("point").size().tolist() == [22, 26]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -47,8 +48,16 @@ def main(words: Sequence[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", handlers=[_Stderr()]
     )
+    if words[0] == "join":
+        from toolkit.loadgen import join
+
+        return join.main(words[1:])
     try:
         options = parse(words)
+        if options.nodes > 1 and int(os.environ.get("SLURM_PROCID", "0")):
+            from toolkit.loadgen import join
+
+            return join.main([options.listen])  # one job step with the same command on every node
         dataset = DATASETS[options.dataset](options, options.tokenizer)
         if options.out:
             _make_folder(Path(options.out))
@@ -69,6 +78,7 @@ async def _run(options: Options, dataset: Dataset) -> int:
 
     import pandas  # noqa: F401  its half second is spent here, not between two load points
 
+    from toolkit.loadgen.pool import WorkerError
     from toolkit.loadgen.probe import ServerError
     from toolkit.loadgen.progress import ProgressBars, ProgressFile
     from toolkit.loadgen.summary import render
@@ -79,7 +89,7 @@ async def _run(options: Options, dataset: Dataset) -> int:
     try:
         with reporter:
             await _sweep(sweep, options, dataset, reporter)
-    except (ServerError, ValueError) as error:
+    except (ServerError, ValueError, WorkerError) as error:
         sweep.end("failed", str(error))
         log.error("%s", error)
         return EXIT["failed"]
@@ -98,15 +108,19 @@ async def _sweep(sweep: Sweep, options: Options, dataset: Dataset, reporter: Rep
     """Finds the model, starts the processes, runs the sweep."""
     from toolkit.loadgen.around import Around
     from toolkit.loadgen.client import choose_transport
+    from toolkit.loadgen.groups import groups
+    from toolkit.loadgen.join import read_token
+    from toolkit.loadgen.links import parse_address
     from toolkit.loadgen.openai_api import PATHS
     from toolkit.loadgen.points import CallMaker, most_in_flight
-    from toolkit.loadgen.pool import Pool, auto_workers, pinned
+    from toolkit.loadgen.pool import Member, Pool, allowed_cores, pinned, share_of_cores
     from toolkit.loadgen.probe import find_model, open_session
     from toolkit.loadgen.wire import Setup
 
     url = options.url.rstrip("/").removesuffix("/v1")
     transport, reason = choose_transport(options.transport, url)
-    workers = options.workers or auto_workers(most_in_flight(options))
+    in_flight = -(-most_in_flight(options) // options.nodes)  # of a node
+    workers = options.workers or share_of_cores(len(allowed_cores()), in_flight)
     log.info("%d process(es) send, transport=%s: %s", workers, transport, reason)
     setup = Setup(
         url=url + PATHS[options.endpoint],
@@ -116,14 +130,18 @@ async def _sweep(sweep: Sweep, options: Options, dataset: Dataset, reporter: Rep
         record_text=options.record_text,
         record_raw=options.record_raw,
     )
-    async with open_session(os.environ.get(options.api_key_env, "")) as session:
+    async with contextlib.AsyncExitStack() as opened:
+        session = await opened.enter_async_context(open_session(os.environ.get(options.api_key_env, "")))
         model = await find_model(session, url, options.model)
-        with tempfile.TemporaryDirectory(prefix="loadgen-") as folder:
-            async with (
-                Around(session, url, options) as around,
-                Pool(pinned(setup, workers, options.pin), Path(folder)) as pool,
-            ):
-                await sweep.run(pool, CallMaker(options, dataset, model), transport, around, reporter)
+        others: list[Member] = []
+        if options.nodes > 1:
+            address = parse_address(options.listen, "listen")
+            joining = groups(address, read_token(), options.nodes - 1, setup, options.workers, in_flight, options.pin)
+            others = [worker for group in await opened.enter_async_context(joining) for worker in group.workers]
+        around = await opened.enter_async_context(Around(session, url, options))
+        folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="loadgen-"))
+        pool = await opened.enter_async_context(Pool(pinned(setup, workers, options.pin), Path(folder), others))
+        await sweep.run(pool, CallMaker(options, dataset, model), transport, around, reporter)
 
 
 def _make_folder(folder: Path) -> None:

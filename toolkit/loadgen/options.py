@@ -21,6 +21,7 @@ import yaml
 
 from toolkit.config import LoadConfig, from_mapping, opt
 from toolkit.loadgen.datasets import DATASETS, FILE_DATASETS, TIMED_DATASETS
+from toolkit.loadgen.links import parse_address
 
 Need = Callable[[bool, str, str], None]
 """(what must hold, field, the rule and the way out)"""
@@ -29,6 +30,7 @@ USAGE = """\
 Loads an OpenAI-compatible server with a sweep over concurrency or request rate and measures every request.
 
   python -m toolkit.loadgen url=http://HOST:PORT model=NAME out=FOLDER concurrency=[1,2,4,8]
+  python -m toolkit.loadgen join HOST:PORT  the part of another node; --help after it tells more
   python -m toolkit.loadgen selfcheck       how much this machine can measure, and how far off it is; needs no server
 
   key=value    values are YAML or JSON: concurrency=[1,8]  temperature=0.7  ignore_eos=false
@@ -57,6 +59,7 @@ class Options(LoadConfig):
     out: str = opt("", "folder for the results; empty: only the table is printed")
     api_key_env: str = opt("", "environment variable that holds the API key; empty: none is sent")
     num_gpus: int = opt(1, "GPUs of the deployment (ranks on CPU), for the figures per GPU")
+    listen: str = opt("", "HOST:PORT of the first node, where the others join it; needed with nodes above 1")
     progress: str = opt("", "file that is kept up to date with the progress as JSON; empty: show it here")
 
 
@@ -102,6 +105,7 @@ def check_load(load: LoadConfig) -> list[str]:
     need(load.temperature >= 0, "temperature", "must be 0 (greedy) or more")
     need(load.timeout_s > 0, "timeout_s", "must be more than 0 seconds")
     need(load.workers >= 0, "workers", "must be 0 (choose) or more")
+    need(load.nodes >= 1, "nodes", "must be at least 1")
     need(load.scrape_interval_s >= 0.05, "scrape_interval_s", "must be at least 0.05 seconds")
     need(
         all(value >= 0 for value in (load.slo_ttft_ms, load.slo_tpot_ms, load.slo_e2e_ms)), "slo_ttft_ms", "is negative"
@@ -181,6 +185,13 @@ def _check_own(options: Options) -> list[str]:
         problems.append(
             f"api_key_env={options.api_key_env} is not set in the environment; export it, or leave it empty"
         )
+    if options.nodes > 1 and not options.listen:
+        problems.append(f"nodes={options.nodes} needs an address where the other nodes join; give listen=HOST:PORT")
+    if options.listen:
+        try:
+            parse_address(options.listen, "listen")
+        except ValueError as error:
+            problems.append(str(error))
     if options.out and Path(options.out).exists() and not Path(options.out).is_dir():
         problems.append(f"out={options.out} is a file; give a folder")
     if options.progress and not Path(options.progress).parent.is_dir():
