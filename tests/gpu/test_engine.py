@@ -29,7 +29,7 @@ PROMPT, DEVICE = 70, "cuda:0"
 def engine(**changes: object) -> EngineConfig:
     values = {
         "page_size": 64, "max_total_tokens": 4096, "max_running_requests": 8, "chunked_prefill_size": 200,
-        "moe_a2a_backend": "allgather", "context_length": 256,
+        "moe_a2a_backend": "allgather", "moe_runner_backend": "grouped_mm", "context_length": 256,
     }  # fmt: skip
     return EngineConfig(**(values | changes))  # type: ignore[arg-type]
 

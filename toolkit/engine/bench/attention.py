@@ -22,6 +22,7 @@ import torch
 
 from toolkit.engine import device as devices
 from toolkit.engine.attention.backend import AttentionBackend, make_attention
+from toolkit.engine.attention.fa3 import Fa3Attention
 from toolkit.engine.core import Batch, Request, SamplingParams, ScheduledRequest
 from toolkit.engine.kv.kinds import LayerKind
 from toolkit.engine.kv.pool import KVCache, KVSpec
@@ -43,8 +44,11 @@ class Shape:
 
 QWEN = Shape("32/4 heads x 128", 32, 4)
 MLA = Shape("MLA, 128 heads", 128, 1, latent=True)
-BACKENDS = {QWEN: [("fa3", 16), ("fa3", 64), ("fa3", 128), ("fa3", 256), ("varlen", 256)],
-            MLA: [("flash_mla", 64), ("fa3", 64)]}  # fmt: skip
+EVERY_LAYER = "fa3-schedule-every-layer"
+BACKENDS = {
+    QWEN: [("fa3", 16), ("fa3", 64), (EVERY_LAYER, 64), ("fa3", 128), ("fa3", 256), ("varlen", 256)],
+    MLA: [("flash_mla", 64), ("fa3", 64)],
+}
 DECODES = [(32, 1088), (128, 1088), (256, 1088), (64, 4096)]
 PREFILLS = [(16, 1024), (2, 8192)]
 
@@ -113,7 +117,9 @@ def _times(backend: str, page: int, shape: Shape, phase: str, requests: int, len
     cache = KVCache(spec, kinds, page, torch.bfloat16, device)
     for tensor in (*cache.k, *cache.v):
         tensor.normal_()
-    attention = make_attention(backend, cache, device)
+    attention = make_attention("fa3" if backend == EVERY_LAYER else backend, cache, device)
+    if isinstance(attention, Fa3Attention):
+        attention.schedule_once = backend != EVERY_LAYER
     order = torch.randperm(requests * blocks).view(requests, blocks).tolist()
     new = 1 if phase == "decode" else length
     scheduled = []
@@ -143,7 +149,6 @@ def _decode_graph(
     scale = q.shape[-1] ** -0.5
 
     def run() -> None:
-        attention.begin(plan)
         for layer in range(LAYERS):
             if shape.latent:
                 attention.decode(q, layer, plan, scale, 512)
