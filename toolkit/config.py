@@ -109,8 +109,32 @@ class EngineConfig:
     attention_dp_config: AttentionDpConfig = opt(AttentionDpConfig(), "when DP ranks start prefills together")
     disable_radix_cache: bool = opt(False, "turn prefix reuse off")
     ep_num_redundant_experts: int = opt(0, "expert replicas beyond one of each; slots = experts + redundant")
-    expert_distribution_recorder_mode: Literal["stat"] | None = opt("stat", "stat: counts a window; null: off")
+    init_expert_location: str = opt(
+        "trivial", "where experts start: trivial, a .pt or .json file, or JSON (physical_to_logical_map, logical_count)"
+    )
+    ep_dispatch_algorithm: Literal["static", "dynamic", "weighted"] | None = opt(
+        None, "replica a token goes to: static (nearest), dynamic (in turn), weighted (levels each batch); null: static"
+    )
+    enable_eplb: bool = opt(False, "move experts between ranks while serving, so that their load stays even")
+    eplb_algorithm: Literal["auto", "global", "hierarchical", "spill"] = opt(
+        "auto", "placements: global, hierarchical (a group's experts on one node), spill; auto: what nodes allow"
+    )
+    eplb_rebalance_num_iterations: int = opt(1000, "forward passes between two looks at the balance")
+    eplb_rebalance_layers_per_chunk: int | None = opt(
+        None, "layers moved at a time; null: as many as the spare buffers (one layer's slots) hold"
+    )
+    eplb_min_rebalancing_utilization_threshold: float = opt(
+        1.0, "no rebalance while balancedness (mean / busiest rank) is above this; 1: always look for one"
+    )
+    eplb_transfer_budget: float = opt(
+        0.05, "largest share of the slots that a rebalance moves; the first one, from a trivial placement, may move all"
+    )
+    expert_distribution_recorder_mode: Literal["stat", "stat_approx", "per_pass", "per_token"] | None = opt(
+        "stat",
+        "stat: counts by top-k ids, a window; stat_approx: by rows received; per_pass, per_token: each pass; null: off",
+    )
     expert_distribution_recorder_window: int = opt(8, "forward passes a recorder window")
+    expert_distribution_recorder_buffer_size: int = opt(256, "per_pass, per_token: passes kept for a dump, the newest")
     random_seed: int = opt(0, "seed for requests that bring none")
 
 
@@ -136,9 +160,60 @@ class ClusterConfig:
     cpu_threads_per_rank: int = opt(1, "torch threads of a CPU rank")
     port: int = opt(0, "first of the consecutive ports of a run; 0: a free range is looked for")
     results_dir: str = opt("results", "run folders are made under it")
+    env: dict[str, str] = opt({}, "environment of every process, e.g. {NCCL_DEBUG: WARN}")
+    role_env: dict[str, dict[str, str]] = opt(
+        {}, "the same for one role: {rank: {...}, frontend: {...}, loadgen: {...}}"
+    )
+    network_interface: str = opt(
+        "",
+        "interface between ranks: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; empty: the route between nodes, NCCL's own",
+    )
+    # what is asked of Slurm
     partition: str = opt("", "Slurm partition; empty: the cluster's default")
     account: str = opt("", "Slurm account; empty: the user's default")
-    time_min: int = opt(60, "Slurm time limit, minutes")
+    qos: str = opt("", "quality of service; empty: the default")
+    reservation: str = opt("", "Slurm reservation")
+    constraint: str = opt("", "features that nodes must have")
+    nodelist: str = opt("", "take these nodes, e.g. node[1-4]")
+    exclude: str = opt("", "do not take these nodes")
+    time_min: int = opt(60, "time limit of the job, minutes")
+    signal_s: int = opt(120, "so many seconds before its limit the run is ended in order and kept")
+    exclusive: bool = opt(True, "whole nodes: nobody else's job beside the ranks")
+    mem: str | int = opt("0", "memory of a node (--mem); 0: all of it; empty: the cluster's default")
+    cpus_per_node: int = opt(0, "CPUs of a node where exclusive=false; 0: one for each process and one to spare")
+    gpus_by: Literal["gpus-per-node", "gres", "none"] = opt(
+        "gpus-per-node",
+        "how GPUs are asked for: --gpus-per-node, --gres=gpu, or not at all (whole-node sites); cpu: not at all",
+    )
+    gpu_type: str = opt("", "type in that request: h100 gives gpu:h100:8; empty: any")
+    segment: int = opt(0, "nodes that must share an NVLink domain (--segment, Slurm 23.11 and later); 0: no matter")
+    requeue: bool = opt(
+        False, "after preemption, a lost node or the time limit the job starts again and the sweep goes on"
+    )
+    pools: dict[str, dict[str, Any]] = opt(
+        {}, "pool -> cluster keys that differ for its nodes, e.g. {frontend: {partition: cpu}}: a heterogeneous job"
+    )
+    extra_sbatch: list[str] = opt([], "more sbatch options, e.g. [--comment=wideep, --mail-type=END]")
+    extra_srun: list[str] = opt([], "more options of every job step's srun")
+    # what is done on its nodes
+    setup: list[str] = opt(
+        [], "shell lines of the batch script before the run, e.g. [source /etc/profile.d/modules.sh]"
+    )
+    modules: list[str] = opt([], "environment modules to load (module load ...)")
+    venv: str = opt("", "virtual environment that the batch script activates; empty: the Python that submits")
+    container_image: str = opt(
+        "", "image that ranks and frontend run in: a .sqsh, docker or .sif reference; empty: none"
+    )
+    container_mounts: list[str] = opt([], "SRC:DST[:FLAGS] in the container; the run folder and the toolkit are added")
+    container_runtime: Literal["pyxis", "apptainer"] = opt(
+        "pyxis", "pyxis: srun --container-image; apptainer: apptainer exec"
+    )
+    container_python: str = opt("python3", "interpreter inside the container")
+    pack: Literal["auto", "allocation", "array"] = opt(
+        "auto",
+        "-m on Slurm: auto: one allocation for points of the same deployment, else an array; or always one of these",
+    )
+    follow: bool = opt(True, "stay and show the job's progress; false: submit and return")
 
 
 @dataclass(frozen=True)
@@ -161,6 +236,7 @@ class LoadConfig:
     warmup_requests: int = opt(
         -1, "requests before the measured ones, in no figure; -1: concurrency, or a tenth of an open loop's"
     )
+    repeat: int = opt(1, "passes over all load points, one after the other; their spread is drawn")
     cancel_fraction: float = opt(0.0, "share of the requests that the client gives up; 0 to 1")
     cancel_after_s: float = opt(1.0, "when it gives them up, seconds after sending")
     dataset: str = opt(
@@ -181,6 +257,12 @@ class LoadConfig:
     ignore_eos: bool = opt(True, "ask for exactly the length: ignore_eos and min_tokens are sent")
     temperature: float = opt(0.0, "0: greedy")
     seed: int = opt(0, "order of prompts, arrivals, sampling")
+    max_failed_share: float = opt(0.01, "share of failed requests above which a load point is invalid")
+    max_wrong_length_share: float = opt(0.01, "... of answers that are not as long as asked")
+    max_client_verdict: Literal["ok", "degraded", "client_limited"] = opt(
+        "degraded", "worst verdict on the load generator itself that leaves a load point valid"
+    )
+    gone_s: float = opt(3.0, "how long the server may be away before the sweep ends")
     slo_share: float = opt(0.99, "share of good requests that a load point must have")
     search: bool = opt(False, "look for the largest concurrency (or request_rate) in the points' range that meets them")
     workers: int = opt(0, "processes that send; 0: one for each allowed core but one, as far as they have work")
@@ -217,6 +299,9 @@ class ExpConfig:
     load: LoadConfig = opt(LoadConfig(), "")
     rehearsal: dict[str, dict[str, Any]] = opt({}, "group -> keys that a CPU rehearsal of a GPU experiment replaces")
     dry_run: bool = opt(False, "print the plan and exit")
+    emit: Literal["", "sbatch"] = opt(
+        "", "sbatch: make the run folder and the job script in it, print the script, submit nothing"
+    )
 
 
 GROUPS: dict[str, type] = {
