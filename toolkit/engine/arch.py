@@ -13,6 +13,7 @@ from typing import Any
 
 from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.experts_check import check_experts
 from toolkit.engine.kv.kinds import layer_kinds, window_blocks
 from toolkit.registry import unknown
 
@@ -155,7 +156,7 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"moe_a2a_backend={engine.moe_a2a_backend} with ep_size={dims.ep_size} has none: use all_to_all and "
             "ep_size > 1, or enable_two_batch_overlap=false"
         )
-    return errors + _check_engine(arch, engine)
+    return errors + check_experts(arch, dims, engine) + _check_engine(arch, engine)
 
 
 def _check_head(arch: Arch, dims: ParallelDims, fits: list[int]) -> list[str]:

@@ -43,6 +43,7 @@ class ElasticTransport:
             allow_hybrid_mode=settings.rdma,
             prefer_overlap_with_compute=settings.overlap,
         )
+        self.num_bytes: int = self.buffer.num_bytes
         self.id_type = library.topk_idx_t
 
     def library_calls(

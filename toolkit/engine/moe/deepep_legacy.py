@@ -54,6 +54,7 @@ class LegacyTransport:
         self.buffer = buffer(
             comm.group, nvlink_bytes, rdma_bytes, low_latency_mode=low_latency, num_qps_per_rank=queues
         )
+        self.num_bytes = nvlink_bytes + rdma_bytes
         self.clean = len(ways) == 2 and self.buffer.runtime.get_num_rdma_ranks() > 1
         self.id_type = library.topk_idx_t
 
