@@ -12,7 +12,8 @@ from toolkit.engine.dims import ParallelDims
 
 QWEN: dict[str, Any] = {
     "model_type": "qwen3_moe", "vocab_size": 512, "hidden_size": 2048, "num_hidden_layers": 2,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
     "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1,
     "mlp_only_layers": [], "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "hidden_act": "silu",
     "tie_word_embeddings": False,

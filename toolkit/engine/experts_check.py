@@ -100,6 +100,6 @@ def _legacy(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> Iterator[st
     if room(dims, engine) > LEGACY_ROWS:
         yield (
             f"engine.deepep_buffer=legacy has room for {LEGACY_ROWS} rows a rank with low latency, but a step may "
-            f"bring {room(dims, engine)}: {way_out}, or set deepep_num_max_dispatch_tokens_per_rank <= {LEGACY_ROWS} with "
-            "deepep_mode=auto"
+            f"bring {room(dims, engine)}: {way_out}, or set deepep_num_max_dispatch_tokens_per_rank <= {LEGACY_ROWS} "
+            "with deepep_mode=auto"
         )
