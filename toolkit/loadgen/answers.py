@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
 
 from toolkit.loadgen.exchange import Exchange, Raw
 from toolkit.loadgen.http1 import FramingError, Head, open_answer
@@ -19,16 +22,23 @@ FAILED_FINISHES = ("abort", "error")
 BLUR_NS = 2_000_000  # a read that came later than this after the kernel had its bytes may be why they came together
 
 
+class Coalesced(NamedTuple):
+    """How many events with tokens came in one read with the one before: all of them, and those read late."""
+
+    total: int
+    late: int
+
+
 def to_record(exchange: Exchange, raw: Raw, point: int, concurrency: int) -> tuple[RequestRecord, Coalesced]:
     """The row of one call, however it ended, and how many of its events came together."""
-    record, answer, coalesced = _new_record(exchange, point, concurrency), Answer(), Coalesced(raw)
+    record, answer, token_reads = _new_record(exchange, point, concurrency), Answer(), list[int]()
     try:
         head, pieces = open_answer(raw.data)
         if head is None:
             raise AnswerError(exchange.fault or "the server closed the connection without an answer")
         record.http_status, record.dp_rank = head.status, _dp_rank(head.headers.get("x-dp-rank", ""))
         _refuse_other_than_stream(head, pieces)
-        coalesced = _read_events(answer, pieces, raw, exchange.sent_ns)
+        _read_events(answer, pieces, raw, exchange.sent_ns, token_reads)
         _refuse_incomplete(answer, exchange)
         record.status, record.error = "ok", ""
     except ValueError as error:  # AnswerError, FramingError, an endless event
@@ -36,44 +46,57 @@ def to_record(exchange: Exchange, raw: Raw, point: int, concurrency: int) -> tup
         record.status = "error" if exchange.outcome == "ended" else exchange.outcome
         record.error = (exchange.fault if record.status in ("timeout", "cancelled") else told)[:ERROR_CHARS]
     _fill(record, answer, raw, exchange)
+    coalesced = _coalesced(token_reads, raw)
     record.coalesced = coalesced.total
     return record, coalesced
 
 
-def _read_events(answer: Answer, pieces: list[tuple[bytes, int]], raw: Raw, sent_ns: int) -> Coalesced:
-    """Feeds the answer until its [DONE], each event with the time of the read that completed it."""
-    parser, seen = SSEParser(), Coalesced(raw)
-    times = ((raw.kernel_ns - sent_ns) * 1e-9).tolist()
-    read = 0
-    for data, read in _by_read(pieces, raw.ends.tolist()):
-        before = answer.events
-        for event in parser.feed(data):
-            answer.add(event, times[read])
-        seen.count(read, answer.events - before)
+def _read_events(
+    answer: Answer, pieces: list[tuple[bytes, int]], raw: Raw, sent_ns: int, token_reads: list[int]
+) -> None:
+    """Feeds the answer until its [DONE], each event with the time of the read that completed it.
+
+    Adds to ``token_reads`` the number of the read of each event that carried tokens.
+    """
+    seconds = (raw.kernel_ns - sent_ns) * 1e-9
+    if (events := _one_each(pieces)) is not None:
+        reads = np.searchsorted(raw.ends, np.array([end for _, end in pieces], np.int64), "left")
+        for data, read, at in zip(events, reads.tolist(), seconds[reads].tolist(), strict=True):
+            if answer.add_data(data, at):
+                token_reads.append(read)
+            elif answer.done:
+                return
+        return
+    parser, times, read = SSEParser(), seconds.tolist(), 0
+    for part, read in _by_read(pieces, raw.ends.tolist()):
+        for event in parser.feed(part):
+            if answer.add(event, times[read]):
+                token_reads.append(read)
         if answer.done:
-            return seen
+            return
     for event in parser.finish():
-        answer.add(event, times[read])
-    return seen
+        if answer.add(event, times[read]):
+            token_reads.append(read)
 
 
-class Coalesced:
-    """Counts events with tokens that came in one read with another: all of them, and those read late."""
+def _one_each(pieces: list[tuple[bytes, int]]) -> list[bytes] | None:
+    """The data of each piece where every one is a whole event of one data line, as nearly all streams are.
 
-    def __init__(self, raw: Raw) -> None:
-        self.total = 0
-        self.late = 0
-        self._lag = raw.read_ns - raw.kernel_ns
-        self._read, self._events = -1, 0
+    None for any other stream: ``SSEParser`` reads it, at twice the price.
+    """
+    events = []
+    for data, _ in pieces:
+        if data[:6] != b"data: " or data.find(b"\n") != len(data) - 2 or data[-1:] != b"\n" or b"\r" in data:
+            return None
+        events.append(data[6:-2])
+    return events
 
-    def count(self, read: int, events: int) -> None:
-        if read != self._read:
-            self._read, self._events = read, 0
-        extra = max(0, self._events + events - 1) - max(0, self._events - 1)
-        self._events += events
-        if extra:
-            self.total += extra
-            self.late += extra if self._lag[read] > BLUR_NS else 0
+
+def _coalesced(token_reads: list[int], raw: Raw) -> Coalesced:
+    reads = np.array(token_reads, np.int64)
+    shared = reads[1:][reads[1:] == reads[:-1]]
+    late = (raw.read_ns - raw.kernel_ns)[shared] > BLUR_NS
+    return Coalesced(len(shared), int(late.sum()))
 
 
 def _by_read(pieces: list[tuple[bytes, int]], ends: list[int]) -> Iterator[tuple[bytes, int]]:

@@ -121,13 +121,12 @@ class ChunkWalk:
 
 def chunk_size(line: bytes | bytearray) -> int:
     """The number in a chunk's size line, whatever extension follows it."""
-    digits = line.partition(b";")[0].strip()
     try:
-        if digits[:1] in (b"-", b"+"):
-            raise ValueError
-        return int(digits, 16)
+        if line[:1].isalnum():  # no sign; a line end behind it is no matter to int
+            return int(line if b";" not in line else line.partition(b";")[0], 16)
     except ValueError:
-        raise FramingError(f"a chunk's size is {bytes(line[:40])!r}") from None
+        pass
+    raise FramingError(f"a chunk's size is {bytes(line[:40])!r}")
 
 
 class Framing:

@@ -115,7 +115,7 @@ class _Chunk(msgspec.Struct):
     error: Any = None
 
 
-_chunk_decoder = msgspec.json.Decoder(_Chunk)
+_decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class Answer:
@@ -166,63 +166,67 @@ class Answer:
         Raises:
             AnswerError: the event is not JSON of the expected form, or reports an error.
         """
-        if event.data[:1] != b"{" and event.data.strip() == b"[DONE]":
-            self.done = True
-            return 0
         if event.type == "error":
             raise AnswerError(f"the server ended the stream with an error: {error_message(event.data)}")
+        return self.add_data(event.data, at)
+
+    def add_data(self, data: bytes, at: float) -> int:
+        """``add`` for an event without a type of its own."""
         try:
-            chunk = _chunk_decoder.decode(event.data)
+            chunk = _decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise AnswerError(f"malformed event ({error}): {event.data[:200].decode(errors='replace')}") from None
+            if data.strip() == b"[DONE]":
+                self.done = True
+                return 0
+            raise AnswerError(f"malformed event ({error}): {data[:200].decode(errors='replace')}") from None
         if chunk.error is not None:
-            raise AnswerError(f"the server ended the stream with an error: {error_message(event.data)}")
-        if chunk.usage is not None:
-            self._take_usage(chunk.usage)
+            raise AnswerError(f"the server ended the stream with an error: {error_message(data)}")
+        usage = chunk.usage
+        if usage is not None:
+            self._take_usage(usage)
         if not chunk.choices:
             return 0  # the closing usage event: totals only
         choice = chunk.choices[0]
-        self.finish_reason = choice.finish_reason or self.finish_reason
+        if choice.finish_reason:
+            self.finish_reason = choice.finish_reason
         text, output, visible = choice.output()
         if text:
             self.texts.append(text)
-        if visible and math.isnan(self.first_visible_at):
+        if visible and self.first_visible_at != self.first_visible_at:  # NaN: none so far
             self.first_visible_at = at
-        return self._count(output, chunk.usage, at)
+        if output and not self._seen:
+            return self._first(usage, at)
+        if self.counted_each:
+            # A token can be without text of its own (half a character, a special token): the server's count tells.
+            # An event without a count: that of a later one will include its tokens.
+            tokens = 0 if usage is None else usage.completion_tokens - self._attributed
+        elif usage is not None and not self._seen:
+            tokens = usage.completion_tokens - self._attributed
+        else:
+            tokens = 1 if output else 0
+        return self._append(tokens, at) if tokens > 0 else 0
 
     def _take_usage(self, usage: _Usage) -> None:
         self.prompt_tokens = usage.prompt_tokens
         self.completion_tokens = usage.completion_tokens
-        if usage.prompt_tokens_details is not None:
-            self.cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
-        if usage.completion_tokens_details is not None:
-            self.reasoning_tokens = usage.completion_tokens_details.reasoning_tokens or 0
+        if (prompt := usage.prompt_tokens_details) is not None:
+            self.cached_tokens = prompt.cached_tokens or 0
+        if (completion := usage.completion_tokens_details) is not None:
+            self.reasoning_tokens = completion.reasoning_tokens or 0
 
-    def _count(self, visible: bool, usage: _Usage | None, at: float) -> int:
-        if visible and not self._seen:
-            self.counted_each = usage is not None
-        if usage is not None and (self.counted_each or not self._seen):
-            # A token can be without text of its own (half a character, a special token): the server's count tells.
-            tokens = max(0, usage.completion_tokens - self._attributed)
-        elif self.counted_each:
-            tokens = 0  # the count of a later event will include them
-        else:
-            tokens = int(visible)
+    def _first(self, usage: _Usage | None, at: float) -> int:
+        """The first event with output. Tokens counted before it, without text, arrive with it."""
+        self._seen, self.counted_each = True, usage is not None
+        before, self._attributed = self._attributed, 0
+        self.chunk_at, self.chunk_tokens, self.events = [], [], 0
+        return self._append(max(before, usage.completion_tokens) if usage is not None else before + 1, at)
+
+    def _append(self, tokens: int, at: float) -> int:
         self._attributed += tokens
-        self._append(tokens, visible, at)
-        return tokens
-
-    def _append(self, tokens: int, visible: bool, at: float) -> None:
-        if visible and not self._seen:
-            # The first token is the first one seen: tokens counted before, without text, arrive with it.
-            tokens += sum(self.chunk_tokens)
-            self.chunk_at, self.chunk_tokens = [], []
-            self._seen = True
-        if not tokens:
-            return
         self.events += 1
         if self.chunk_at and self.chunk_at[-1] == at:
             self.chunk_tokens[-1] += tokens
         else:
             self.chunk_at.append(at)
             self.chunk_tokens.append(tokens)
+        return tokens

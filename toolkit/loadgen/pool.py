@@ -11,10 +11,10 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import msgspec
 
@@ -58,20 +58,21 @@ class Result:
     interrupted: bool
 
 
-def auto_workers(most_in_flight: int) -> int:
-    """One process for each allowed core but one, where there is work for so many."""
-    return max(1, min(len(_cores()) - 1, -(-most_in_flight // SLOTS_A_WORKER)))
+def share_of_cores(cores: int, most_in_flight: int) -> int:
+    """Processes of a node: one for each allowed core but one, where there is work for so many."""
+    return max(1, min(cores - 1, -(-most_in_flight // SLOTS_A_WORKER)))
 
 
 def pinned(setup: Setup, count: int, pin: bool) -> list[Setup]:
     """A setup for each process; pinned ones stay on the last of the allowed cores, the first is left to others."""
-    cores = _cores()
+    cores = allowed_cores()
     if not pin or count >= len(cores):
         return [setup] * count
     return [msgspec.structs.replace(setup, cpu=core) for core in cores[-count:]]
 
 
-def _cores() -> list[int]:
+def allowed_cores() -> list[int]:
+    """Cores that this process may run on."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
@@ -91,6 +92,9 @@ class CallsFile:
         self._calls.append(msgspec.structs.replace(call, offset=self._end, length=len(body)))
         self._end += len(body)
 
+    def __len__(self) -> int:
+        return len(self._calls)
+
     def remove(self) -> None:
         for path in (self.calls_path, self.bodies_path, self.rows_path, self.raw_path):
             path.unlink(missing_ok=True)
@@ -100,68 +104,111 @@ class CallsFile:
         self.calls_path.write_bytes(msgspec.msgpack.encode(self._calls))
 
 
-class _Process:
-    """One worker process and the last thing it said."""
+class Member(Protocol):
+    """A worker process: ``LocalWorker`` on this node, ``groups.RemoteWorker`` on another.
+
+    Attributes:
+        progress: the last that it said of the running point.
+        clock_offset_s: its clock minus this node's.
+    """
+
+    progress: Progress
+
+    @property
+    def clock_offset_s(self) -> float: ...
+
+    async def begin(self, point: Point) -> None:
+        """Gives it its share of a point. Raises ``WorkerError``."""
+        ...
+
+    def tell(self, command: Go | Stop) -> None: ...
+
+    async def hear(self, wanted: type[Ready] | type[Done]) -> Ready | Done:
+        """The next report of a kind; progress on the way is kept. Raises ``WorkerError`` when the process is gone."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class LocalWorker:
+    """A worker process of this node, spoken to through pipes."""
+
+    clock_offset_s = 0.0
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None and process.stdout is not None
-        self.process = process
+        self._process = process
         self._input, self._output = process.stdin, process.stdout
         self._decoder = msgspec.json.Decoder(Report)
         self.progress = Progress(0, 0, 0)
+
+    @classmethod
+    async def start(cls, setup: Setup) -> LocalWorker:
+        words = [sys.executable, "-m", "toolkit.loadgen.worker", msgspec.json.encode(setup).decode()]
+        pipe = asyncio.subprocess.PIPE
+        return cls(await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, limit=LINE_BYTES))
+
+    async def begin(self, point: Point) -> None:
+        self.tell(point)
 
     def tell(self, command: Point | Go | Stop) -> None:
         with contextlib.suppress(ConnectionError):
             self._input.write(msgspec.json.encode(command) + b"\n")
 
-    async def hear(self, wanted: type[Ready] | type[Done]) -> Ready | Done:
-        """The next report of a kind; progress on the way is kept. Raises ``WorkerError`` when the process is gone."""
+    async def reports(self) -> AsyncIterator[Report]:
+        """What it says, until it ends."""
         while line := await self._output.readline():
-            report: Report = self._decoder.decode(line)
+            yield self._decoder.decode(line)
+
+    async def hear(self, wanted: type[Ready] | type[Done]) -> Ready | Done:
+        async for report in self.reports():
             if isinstance(report, Progress):
                 self.progress = report
             elif isinstance(report, Broken):
                 raise WorkerError(f"a process of the load generator failed: {report.reason}")
             elif isinstance(report, wanted):
                 return report
-        raise WorkerError(f"a process of the load generator ended with exit code {await self.process.wait()}")
+        raise WorkerError(f"a process of the load generator ended with exit code {await self.ended()}")
+
+    async def ended(self) -> int:
+        """Its exit code."""
+        return await self._process.wait()
+
+    async def close(self) -> None:
+        self._input.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), STOP_S)
+        except TimeoutError:
+            self._process.kill()
 
 
 class Pool:
     """Worker processes for a run. ``async with`` it; ``run`` once a load point.
 
     Args:
-        setups: one a process.
+        setups: one a process of this node.
         folder: for the files that pass to and from the processes.
+        others: processes of other nodes; whoever brings them ends them.
     """
 
-    def __init__(self, setups: Sequence[Setup], folder: Path) -> None:
+    def __init__(self, setups: Sequence[Setup], folder: Path, others: Sequence[Member] = ()) -> None:
         self._setups = setups
         self._folder = folder
-        self._processes: list[_Process] = []
+        self._others = others
+        self._members: list[Member] = []
 
     async def __aenter__(self) -> Pool:
         for setup in self._setups:
-            words = [sys.executable, "-m", "toolkit.loadgen.worker", msgspec.json.encode(setup).decode()]
-            process = await asyncio.create_subprocess_exec(
-                *words, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=LINE_BYTES
-            )
-            self._processes.append(_Process(process))
+            self._members.append(await LocalWorker.start(setup))
+        self._members += self._others
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        for one in self._processes:
-            if one.process.stdin is not None:
-                one.process.stdin.close()
-        for one in self._processes:
-            try:
-                await asyncio.wait_for(one.process.wait(), STOP_S)
-            except TimeoutError:
-                one.process.kill()
+        await asyncio.gather(*(member.close() for member in self._members))
 
     def files(self, load: Load) -> list[CallsFile]:
         """A file for each process that takes part in the point. Give conversation i to ``files[owner(i)]``."""
-        count = min(len(self._processes), load.slots or len(self._processes))
+        count = min(len(self._members), load.slots or len(self._members))
         return [CallsFile(self._folder, f"{load.index}-{number}") for number in range(count)]
 
     async def run(
@@ -172,33 +219,48 @@ class Pool:
         Cancelling it stops the point early: calls in flight end as cancelled, and the rows so far are returned as an
         interrupted result. Raises ``WorkerError``.
         """
-        processes = self._processes[: len(files)]
-        for number, (one, file) in enumerate(zip(processes, files, strict=True)):
+        members = self._members[: len(files)]
+        for one, file in zip(members, files, strict=True):
             file.close()
             one.progress = Progress(0, 0, 0)
-            one.tell(_share(load, file, number, len(files)))
+        shares = [_share(load, file, number, len(files)) for number, file in enumerate(files)]
+        preparing = asyncio.gather(*(_prepare(*pair) for pair in zip(members, shares, strict=True)))
         interrupted = False
-        try:
-            await asyncio.gather(*(one.hear(Ready) for one in processes))
-        except asyncio.CancelledError:
-            interrupted = True
-        for one in processes:
+        while not preparing.done():
+            try:
+                await asyncio.wait([preparing])
+            except asyncio.CancelledError:
+                interrupted = True
+        preparing.result()
+        for one in members:
             one.tell(Stop() if interrupted else Go())
-        waiting = asyncio.gather(*(one.hear(Done) for one in processes))
+        waiting = asyncio.gather(*(one.hear(Done) for one in members))
         while not waiting.done():
             try:
                 await asyncio.wait([waiting], timeout=interval_s)
             except asyncio.CancelledError:
                 interrupted = True
-                for one in processes:
+                for one in members:
                     one.tell(Stop())
-            progress(_total([one.progress for one in processes]))
+            progress(_total([one.progress for one in members]))
         done = [report for report in waiting.result() if isinstance(report, Done)]
-        evidence = [report.evidence for report in done]
-        rows, raw = _tables([f.rows_path for f in files]), _tables([f.raw_path for f in files])
+        offsets = [one.clock_offset_s for one in members]
+        evidence = [_evidence(*pair) for pair in zip(done, offsets, strict=True)]
+        rows = _tables([f.rows_path for f in files], offsets, "t_send", 1.0)
+        raw = _tables([f.raw_path for f in files], offsets, "read_ns", 1e9)
         for file in files:
             file.remove()
         return Result(rows or requests_schema().empty_table(), raw, evidence, interrupted)
+
+
+async def _prepare(member: Member, point: Point) -> None:
+    await member.begin(point)
+    await member.hear(Ready)
+
+
+def _evidence(done: Done, offset_s: float) -> Evidence:
+    done.evidence.clock_offset_ms = abs(offset_s) * 1e3
+    return done.evidence
 
 
 def owner(conversation: int, load: Load, workers: int) -> int:
@@ -230,13 +292,32 @@ def _total(parts: Sequence[Progress]) -> Progress:
     )
 
 
-def _tables(paths: Sequence[Path]) -> pa.Table | None:
-    """The processes' Arrow files as one table; None where there is none."""
+def _tables(paths: Sequence[Path], offsets_s: Sequence[float], when: str, scale: float) -> pa.Table | None:
+    """The processes' Arrow files as one table, column ``when`` on this node's clock; None where there is none.
+
+    Args:
+        offsets_s: each process's clock minus this node's.
+        scale: units of ``when`` a second.
+    """
     import pyarrow as pa
 
     tables = []
-    for path in paths:
+    for path, offset in zip(paths, offsets_s, strict=True):
         if path.exists():
             with pa.OSFile(str(path)) as source, pa.ipc.open_file(source) as reader:
-                tables.append(reader.read_all())
+                tables.append(_moved(reader.read_all(), when, offset * scale) if offset else reader.read_all())
     return pa.concat_tables(tables) if tables else None
+
+
+def _moved(table: pa.Table, when: str, by: float) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    at = table.schema.get_field_index(when)
+    column, kind = table.column(at), table.schema.field(at).type
+    if pa.types.is_list(kind):
+        flat = pc.subtract(column.combine_chunks().flatten(), round(by))
+        moved = pa.ListArray.from_arrays(column.combine_chunks().offsets, flat)
+    else:
+        moved = pc.subtract(column, by)
+    return table.set_column(at, table.schema.field(at), moved)

@@ -64,6 +64,7 @@ class Evidence(msgspec.Struct):
     in_flight_s: float = 0.0  # request seconds between ``full`` and ``drained``
     asked_s: float = 0.0  # the same if every slot had been busy all the time
     peak_rss_mb: float = 0.0
+    clock_offset_ms: float = 0.0  # between the clock of its node and the leader's; its rows are moved by it
     count_mismatches: int = 0
     length_mismatches: int = 0
     lag: Histogram = msgspec.field(default_factory=Histogram)
@@ -74,7 +75,7 @@ class Evidence(msgspec.Struct):
             mine, theirs = getattr(self, name), getattr(other, name)
             if isinstance(mine, Histogram):
                 mine.merge(theirs)
-            elif name in ("cpu_share", "peak_rss_mb", "window_s"):
+            elif name in ("cpu_share", "peak_rss_mb", "window_s", "clock_offset_ms"):
                 setattr(self, name, max(mine, theirs))
             else:
                 setattr(self, name, mine + theirs)
@@ -143,6 +144,7 @@ def judge(evidences: Iterable[Evidence], transport: str, workers: int) -> Client
         connections_opened=total.opened,
         resent=total.resent,
         clock_steps=total.clock_steps,
+        clock_offset_ms=total.clock_offset_ms,
         token_count_mismatches=total.count_mismatches,
         length_mismatches=total.length_mismatches,
     )
