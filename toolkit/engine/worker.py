@@ -131,7 +131,7 @@ class Worker:
             raise ValueError("; ".join(errors))
         self._progress("connect", 0, self.dims.tp_size)
         self.groups = Groups.connect(self.dims, self.rank, args.rank_hosts[0], args.dist_port, args.device)
-        memory = memory_by_kind(arch, self.dims, engine, args.model.dtype)
+        memory = memory_by_kind(arch, self.dims, engine, args.model.dtype, args.device)
         total = sum(memory.values()) - memory["kv_cache"]
         self.runner = ModelRunner(
             args.model, arch, engine, self.groups, args.device, lambda done: self._progress("load", done, total)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.config import EngineConfig
-from toolkit.engine.arch import Arch
+from toolkit.engine.arch import Arch, wants_fp8
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.eplb.placement import Placement
 from toolkit.engine.eplb.recorder import Recorder
@@ -171,5 +171,5 @@ def _whole_blocks(arch: Arch, dims: ParallelDims) -> bool:
 
 
 def keeps_fp8(arch: Arch, engine: EngineConfig, device: str) -> bool:
-    """True when matrices in FP8 are multiplied as they are stored: on a GPU with DeepGEMM."""
-    return bool(arch.fp8) and device != "cpu" and engine.moe_runner_backend in ("auto", "deep_gemm") and has_deep_gemm()
+    """True when matrices that are stored in FP8 are multiplied in it here; otherwise they are dequantised."""
+    return wants_fp8(arch, engine, device) and has_deep_gemm()
