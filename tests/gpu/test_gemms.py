@@ -56,7 +56,7 @@ def test_quantisation_is_torchs(by_column: bool) -> None:
 
     x = torch.randn(7, 5, 384, device="cuda", dtype=torch.bfloat16) * 3
     counts = torch.tensor([5, 0, 3, 1, 5, 2, 4], dtype=torch.int32, device="cuda")
-    q, scales = rows.quantize(x, counts, by_column)
+    q, scales = rows.quantize(x, rows.Real(counts), by_column)
     wanted, wanted_scales = quantize_groups(x)
     for slot, count in enumerate(counts.tolist()):
         torch.testing.assert_close(scales[slot, :count], wanted_scales[slot, :count])
@@ -72,8 +72,8 @@ def test_swiglu_is_torchs() -> None:
     by, count = torch.rand(9, device="cuda"), torch.tensor([7], dtype=torch.int32, device="cuda")
     gate, up = x.float().chunk(2, dim=-1)
     wanted = F.silu(gate) * up * by[:, None]
-    torch.testing.assert_close(rows.swiglu(x, by, count)[:7].float(), wanted[:7], rtol=1e-2, atol=1e-2)
-    q, scales = rows.swiglu_quantize(x, by, count)
+    torch.testing.assert_close(rows.swiglu(x, by, rows.Real(count))[:7].float(), wanted[:7], rtol=1e-2, atol=1e-2)
+    q, scales = rows.swiglu_quantize(x, by, rows.Real(count))
     back = q.float().unflatten(-1, (-1, 128)) * scales[..., None]
     torch.testing.assert_close(back.flatten(-2)[:7], wanted[:7], rtol=7e-2, atol=1e-3)
 

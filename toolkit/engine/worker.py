@@ -133,7 +133,7 @@ class Worker:
         self.device = device.use(args.device, args.local_ranks[self.rank])
         self._progress("connect", 0, self.dims.tp_size)
         self.groups = Groups.connect(self.dims, self.rank, args.rank_hosts[0], args.dist_port, self.device)
-        memory = memory_by_kind(arch, self.dims, engine, args.model.dtype)
+        memory = memory_by_kind(arch, self.dims, engine, args.model.dtype, args.device)
         total = sum(memory.values()) - memory["kv_cache"] - memory["eplb_spare"]
         self.runner = ModelRunner(
             args.model, arch, engine, self.groups, self.device, lambda done: self._progress("load", done, total),

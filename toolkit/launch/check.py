@@ -83,7 +83,7 @@ def memory(cfg: ExpConfig) -> dict[str, int]:
         return {}
     if shapes.check(arch, dims, cfg.engine):
         return {}
-    return shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype)
+    return shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype, cfg.cluster.device)
 
 
 def _names(cfg: ExpConfig) -> Iterator[str]:
@@ -194,7 +194,7 @@ def _deploy(deploy: DeployConfig) -> Iterator[str]:
 
 
 def _memory(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:
-    by_kind = shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype)
+    by_kind = shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype, cfg.cluster.device)
     rank = sum(by_kind.values())
     largest = max(by_kind, key=lambda kind: by_kind[kind])
     detail = f"{rank / GB:.1f} GB a rank ({largest} {by_kind[largest] / GB:.1f})"

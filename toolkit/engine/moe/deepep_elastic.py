@@ -1,7 +1,8 @@
 """DeepEP's V2 buffer: one call a direction for both ways, rows delivered slot by slot as grouped GEMMs read them.
 
 Rows arrive multiplied out: one for each (token, slot) pair, slots beginning at multiples of the GEMM's tile. The sum
-on the way back has no weights, so the experts scale their results (``Dispatched.weights``).
+on the way back has no weights, so the experts scale their results (``Dispatched.weights``). Only two-batch overlap has
+calls run beside compute: changing streams costs more than a shared expert hides (docs/performance.md).
 Knows neither when a step takes which way (``deepep.py``) nor GEMMs.
 """
 
@@ -42,6 +43,7 @@ class ElasticTransport:
             allow_hybrid_mode=settings.rdma,
             prefer_overlap_with_compute=settings.overlap,
         )
+        self.num_bytes: int = self.buffer.num_bytes
         self.id_type = library.topk_idx_t
 
     def library_calls(
@@ -86,24 +88,27 @@ class ElasticTransport:
             do_cpu_sync=way == "normal",
             do_expand=True,
             use_tma_aligned_col_major_sf=s.fp8,
-            async_with_compute_stream=True,
+            async_with_compute_stream=s.overlap,
         )
         expected = expected_rows(step, shape)
         return _Handle((sent, ids, weights), received, row_weights, handle, event, alignment, expected)
 
     def dispatch_finish(self, handle: _Handle) -> tuple[Dispatched, _Handle]:
         h = handle
-        h.event.current_stream_wait()
+        if self.settings.overlap:
+            h.event.current_stream_wait()
         x, scales = h.received if isinstance(h.received, tuple) else (h.received, None)
         counts, ends = h.library.num_unaligned_recv_tokens_per_expert, h.library.psum_num_recv_tokens_per_expert
         return Dispatched("contiguous", x, scales, counts, ends, h.weights, h.alignment, h.expected), h
 
     def combine_start(self, y: Tensor, handle: _Handle) -> tuple[Any, ...]:
-        combined, _, event = self.buffer.combine(y, handle.library, async_with_compute_stream=True)
+        overlap = self.settings.overlap
+        combined, _, event = self.buffer.combine(y, handle.library, async_with_compute_stream=overlap)
         return combined, event, y, handle
 
     def combine_finish(self, handle: tuple[Any, ...]) -> Tensor:
         combined, event = handle[:2]
-        event.current_stream_wait()
+        if self.settings.overlap:
+            event.current_stream_wait()
         result: Tensor = combined
         return result

@@ -54,6 +54,7 @@ class LegacyTransport:
         self.buffer = buffer(
             comm.group, nvlink_bytes, rdma_bytes, low_latency_mode=low_latency, num_qps_per_rank=queues
         )
+        self.num_bytes = nvlink_bytes + rdma_bytes
         self.clean = len(ways) == 2 and self.buffer.runtime.get_num_rdma_ranks() > 1
         self.id_type = library.topk_idx_t
 
@@ -110,7 +111,7 @@ class LegacyTransport:
             is_token_in_rank=is_in_rank,
             topk_idx=ids,
             topk_weights=weights,
-            async_finish=True,
+            async_finish=self.settings.overlap,
         )
         kept = sent, ids, weights, by_rank, by_slot, is_in_rank
         return _Handle("normal", kept, received, handle, event, None, None, local, row_weights, alignment, expected)
@@ -127,7 +128,8 @@ class LegacyTransport:
     def dispatch_finish(self, handle: _Handle) -> tuple[Dispatched, _Handle]:
         h = handle
         if h.way == "normal":
-            h.event.current_stream_wait()
+            if self.settings.overlap:
+                h.event.current_stream_wait()
             x, scales = h.received if isinstance(h.received, tuple) else (h.received, None)
             rows, h.placed = place(x, h.ids, h.weights, self.settings.shape.num_local, h.alignment, scales)
             return rows, h
@@ -147,12 +149,12 @@ class LegacyTransport:
             return combined, None, hook if overlap else None, y, h
         assert h.placed is not None, "combine before dispatch_finish"
         partial = h.placed.weighted_sum(y, y.dtype)
-        combined, _, event = self.buffer.combine(partial, h.library, async_finish=True)
+        combined, _, event = self.buffer.combine(partial, h.library, async_finish=self.settings.overlap)
         return combined, event, None, partial, h
 
     def combine_finish(self, handle: tuple[Any, ...]) -> Tensor:
         combined, event, hook = handle[:3]
-        if event is not None:
+        if event is not None and self.settings.overlap:
             event.current_stream_wait()
         if hook is not None:
             hook()

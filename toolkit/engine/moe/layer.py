@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from toolkit.config import EngineConfig
-from toolkit.engine.arch import Arch
+from toolkit.engine.arch import Arch, wants_fp8
+from toolkit.engine.dims import ParallelDims
 from toolkit.engine.eplb.placement import Placement, start_placement
 from toolkit.engine.eplb.recorder import Recorder
-from toolkit.engine.fp8 import BlockFp8, Matrix, stack_rows
+from toolkit.engine.fp8 import BLOCK, BlockFp8, Matrix, stack_rows
 from toolkit.engine.gpu_libraries import has_deep_gemm
 from toolkit.engine.moe.dispatch import ExpertShape, StepRows, TokenDispatcher, make_dispatcher
 from toolkit.engine.moe.gate import Gate
@@ -64,7 +65,7 @@ class MoEContext:
             slots, rank, dims.ep_size, arch.hidden_size, arch.top_k, gemm.alignment, gemm.decode_alignment,
             max_rows=-(-engine.chunked_prefill_size // dims.attn_tp),
             max_decode_rows=-(-engine.max_running_requests // dims.attn_tp),
-            fp8=keeps_fp8(arch, engine, device),
+            fp8=keeps_fp8(arch, engine, device) and _whole_blocks(arch, dims),
         )  # fmt: skip
         name = engine.moe_a2a_backend if arch.moe_layers else "allgather"  # which has no buffers that nobody would use
         dispatcher = make_dispatcher(name, groups.moe, shape, engine)
@@ -186,6 +187,11 @@ def _stack(experts: list[Matrix]) -> tuple[Tensor, Tensor | None]:
     return torch.stack([expert for expert in experts if isinstance(expert, Tensor)]), None
 
 
+def _whole_blocks(arch: Arch, dims: ParallelDims) -> bool:
+    """True when this rank's part of every expert is made of whole blocks."""
+    return not arch.hidden_size % BLOCK and not arch.moe_intermediate // dims.moe_tp % BLOCK
+
+
 def keeps_fp8(arch: Arch, engine: EngineConfig, device: str) -> bool:
-    """True when matrices in FP8 are multiplied as they are stored: on a GPU with DeepGEMM."""
-    return bool(arch.fp8) and device != "cpu" and engine.moe_runner_backend in ("auto", "deep_gemm") and has_deep_gemm()
+    """True when matrices that are stored in FP8 are multiplied in it here; otherwise they are dequantised."""
+    return wants_fp8(arch, engine, device) and has_deep_gemm()
