@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ URL_LOGIN = re.compile(r"(\w+://)[^/\s@]+@")
 REMOVED = "<removed>"
 
 
-def manifest(command: list[str]) -> dict[str, Any]:
+def manifest(argv: Sequence[str]) -> dict[str, Any]:
     """Everything about this run's making; values that are not known are null."""
     return {
         "schema_version": records.SCHEMA_VERSION,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [clean(word) for word in command],
+        "command": command(argv),
         "git": git_state(Path(__file__).parent),
         "python": sys.version.split()[0],
         "packages": _versions(),
@@ -42,6 +42,11 @@ def manifest(command: list[str]) -> dict[str, Any]:
         "gpus": gpus(),
         "environment": environment(os.environ),
     }
+
+
+def command(argv: Sequence[str]) -> list[str]:
+    """A command line without secrets."""
+    return [clean(word) for word in argv]
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:
