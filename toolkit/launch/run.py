@@ -30,6 +30,7 @@ from toolkit.launch.interrupts import Cancelled, Interrupts
 from toolkit.launch.launcher import STATE_DIR, launchers, with_environment
 from toolkit.launch.load import run_load
 from toolkit.launch.plan import num_ports, plan, pools
+from toolkit.launch.preflight import preflight
 from toolkit.launch.stall import StallWatch
 from toolkit.launch.watch import RunFailed, Watch, exit_text
 
@@ -146,6 +147,9 @@ def deploy_and_load(cfg: ExpConfig, run_dir: Path, interrupts: Interrupts, conso
         processes = adapters()[cfg.engine.backend](deployment, cfg, [node.host for node in nodes], run_dir)
         for name, content in processes.files.items():
             (run_dir / name).write_bytes(content)
+        if cfg.health.preflight:
+            for text in preflight(cfg, deployment, nodes, run_dir, launcher):
+                log.warning("preflight: %s", text)
         specs = with_environment(processes.specs, cfg, nodes)
         url = f"http://{deployment.frontend.client_host}:{deployment.frontend.http_port}"
         say(console, f"Starting {len(specs)} processes: {deployment.mapping}, frontend at {url}")
