@@ -74,7 +74,7 @@ def panels(samples: pd.DataFrame) -> list[Panel]:
 
 
 def throttled(samples: pd.DataFrame) -> dict[str, float]:
-    """Share of the samples in which a GPU's clock was held down by heat or a power brake, for each GPU where it ever was."""
+    """Share of the samples in which heat or a power brake held a GPU's clock down, for each GPU where they ever did."""
     gpus = samples[samples["gpu"] != HOST]
     if gpus.empty:
         return {}

@@ -27,9 +27,9 @@ BUILDS = ("smollm2_moe",)
 # Names that the engine's registries offer; those that need torch are not asked here (a test compares them).
 NAMES = {
     "engine.backend": ("native",),
-    "engine.attention_backend": ("auto", "sdpa"),
-    "engine.moe_a2a_backend": ("allgather", "all_to_all"),
-    "engine.moe_runner_backend": ("auto", "torch"),
+    "engine.attention_backend": ("auto", "fa3", "flash_mla", "sdpa", "varlen"),
+    "engine.moe_a2a_backend": ("allgather", "all_to_all", "deepep"),
+    "engine.moe_runner_backend": ("auto", "torch", "grouped_mm", "deep_gemm"),
     "deploy.router": tuple(ROUTERS),
 }
 GB = 10**9
@@ -84,7 +84,7 @@ def memory(cfg: ExpConfig) -> dict[str, int]:
         return {}
     if shapes.check(arch, dims, cfg.engine):
         return {}
-    return shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype)
+    return shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype, cfg.cluster.device)
 
 
 def _names(cfg: ExpConfig) -> Iterator[str]:
@@ -202,7 +202,7 @@ def _health(health: HealthConfig) -> Iterator[str]:
 
 
 def _memory(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:
-    by_kind = shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype)
+    by_kind = shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype, cfg.cluster.device)
     rank = sum(by_kind.values())
     largest = max(by_kind, key=lambda kind: by_kind[kind])
     detail = f"{rank / GB:.1f} GB a rank ({largest} {by_kind[largest] / GB:.1f})"
