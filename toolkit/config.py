@@ -154,7 +154,6 @@ class HealthConfig:
 
     stall_s: float = opt(180.0, "silence that ends a run: no progress in loading, or no step with requests in flight")
     preflight: bool = opt(True, "look at every node before ranks start: GPUs, links, memory, disk, ports, clock")
-    exclude_bad_nodes: bool = opt(False, "a node that fails the preflight is left out and the job submitted again")
     min_disk_gb: float = opt(1.0, "preflight: free space that run folder and temporary folder must have, 10^9 bytes")
     max_clock_offset_ms: float = opt(50.0, "preflight: most that a node's clock may differ from the first node's")
     sample_interval_s: float = opt(
@@ -200,6 +199,7 @@ class ClusterConfig:
     )
     gpu_type: str = opt("", "type in that request: h100 gives gpu:h100:8; empty: any")
     segment: int = opt(0, "nodes that must share an NVLink domain (--segment, Slurm 23.11 and later); 0: no matter")
+    exclude_bad_nodes: bool = opt(False, "a node that fails the preflight is left out and the job submitted again")
     requeue: bool = opt(
         False, "after preemption, a lost node or the time limit the job starts again and the sweep goes on"
     )
