@@ -46,8 +46,8 @@ STEPS = "steps"
 NODES = "nodes.parquet"
 REBALANCES = "rebalances.jsonl"
 
-RunState = Literal["running", "done", "failed", "cancelled"]
-PointState = Literal["pending", "running", "done", "failed", "cancelled"]
+RunState = Literal["queued", "running", "done", "failed", "cancelled"]
+PointState = Literal["pending", "running", "done", "invalid", "failed", "cancelled"]
 
 
 def log_name(role: str, index: int) -> str:
@@ -93,6 +93,10 @@ class PointStatus:
     request_rate: float = 0.0  # requests a second; 0: as fast as ``concurrency`` allows
     good_share: float | None = None  # of the measured requests that met the objectives; null: none were given
     client: ClientProof | None = None
+    repeat: int = 0  # which of load.repeat passes over the sweep it belongs to
+    key: str = ""  # hash of what matters to its figures (point_files.py); empty: not known
+    attempt: int = 1  # of the run, in which it was measured
+    ended: float = 0.0  # Unix seconds
 
 
 @dataclass
@@ -321,8 +325,12 @@ SWEEP_COLUMNS: tuple[str, ...] = (
     "output_tok_s", "output_tok_s_per_gpu", "output_tok_s_per_user", "total_tok_s",
     "balancedness_mean", "imbalance_max", "steady_s", "steady_output_tok_s",
     "request_rate",
-    *(f"{name}_sched_{stat}_ms" for name in ("ttft", "e2e") for stat in ("mean", "p50", "p90", "p99")),
+    *(f"{name}_{stat}_ms" for name in ("ttft_sched", "e2e_sched", "ttfb", "ttfo", "icl")
+      for stat in ("mean", "p50", "p90", "p99")),
+    *(f"steady_{name}_{stat}_ms" for name in ("ttft", "itl", "tpot", "e2e") for stat in ("p50", "p99")),
+    "power_w", "output_tok_s_per_w", "repeat", "state", "reason",
 )  # fmt: skip
+SWEEP_TEXTS = ("state", "reason")
 
 
 def write_sweep(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -337,12 +345,15 @@ def write_sweep(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
 def read_sweep(folder: Path) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.read_csv(folder / SWEEP)
+    table = pd.read_csv(folder / SWEEP)
+    return table.assign(**{name: table[name].fillna("").astype(str) for name in SWEEP_TEXTS if name in table})
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else float(f"{value:.6g}")
+    if isinstance(value, str):
+        return " ".join(value.split())  # a reason may quote a server; one line a load point
     return value
 
 

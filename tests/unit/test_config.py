@@ -121,7 +121,7 @@ def test_a_choice_keeps_the_defaults_of_its_group() -> None:
     cfg = compose("parallel=tep4", "cluster=h100", "load=smoke")
     assert (cfg.parallel.tp_size, cfg.parallel.ep_size, cfg.parallel.dp_size) == (4, 4, 1)
     assert (cfg.cluster.launcher, cfg.cluster.gpu_memory_gb, cfg.cluster.time_min) == ("slurm", 80, 60)
-    assert cfg.load == LoadConfig(concurrency=[1, 2, 4, 8], osl=16)
+    assert cfg.load == LoadConfig(concurrency=[1, 2, 4, 8], osl=16, max_client_verdict="client_limited")
 
 
 @pytest.mark.parametrize("exp", choices("exp"))

@@ -17,8 +17,9 @@ from toolkit.config import ClusterConfig, DeployConfig, ExpConfig, ModelConfig
 from toolkit.engine import arch as shapes
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.frontend.router import ROUTERS
-from toolkit.launch import ports, provenance
-from toolkit.launch.plan import num_ports
+from toolkit.launch import ports, provenance, queue
+from toolkit.launch.check_slurm import check_slurm
+from toolkit.launch.plan import num_ports, pools
 from toolkit.loadgen.options import check_load
 from toolkit.registry import unknown
 
@@ -53,9 +54,11 @@ def check(cfg: ExpConfig) -> list[str]:
         dims = ParallelDims.of(cfg.parallel)
     except ValueError as error:
         return [*errors, str(error)]
-    errors += _nodes(cfg.cluster, dims)
+    errors += [*_nodes(cfg.cluster, dims), *_loadgen(cfg)]
     if cfg.cluster.launcher == "local":
         errors += _ports(cfg)
+    elif cfg.cluster.gpus_per_node > 0:
+        errors += check_slurm(cfg, sum(size for kind, size in memory(cfg).items() if "kv" not in kind))
     return errors if will_build(cfg.model) else [*errors, *check_model(cfg)]
 
 
@@ -95,10 +98,10 @@ def _cluster(cfg: ExpConfig) -> Iterator[str]:
     c = cfg.cluster
     if not cfg.exp or "/" in cfg.exp or cfg.exp.startswith("."):
         yield f"exp={cfg.exp!r} must be a folder name without / and not start with a dot: it names results/<exp>/"
-    if c.launcher == "slurm" and not cfg.dry_run:
+    if c.launcher == "slurm" and not cfg.dry_run and not cfg.emit and not queue.here():
         yield (
-            "cluster.launcher=slurm: this version plans Slurm jobs but cannot submit them yet: add dry_run=true to see "
-            "the plan, or cluster=local to run here"
+            "cluster.launcher=slurm: sbatch or srun is not installed here: run this on a login node, or use "
+            "emit=sbatch for a script to take there, dry_run=true to see the plan, cluster=local to run here"
         )
     if c.cpu_threads_per_rank < 1:
         yield f"cluster.cpu_threads_per_rank={c.cpu_threads_per_rank} must be at least 1"
@@ -125,6 +128,19 @@ def _nodes(cluster: ClusterConfig, dims: ParallelDims) -> Iterator[str]:
         yield (
             f"parallel.tp_size={ranks} does not fill nodes of cluster.gpus_per_node={per_node} evenly: "
             f"use a multiple of {per_node}"
+        )
+
+
+def _loadgen(cfg: ExpConfig) -> Iterator[str]:
+    if cfg.cluster.launcher == "local" or cfg.load.nodes == 1 or cfg.cluster.gpus_per_node < 1:
+        return
+    have = sum(pool.num_nodes for pool in pools(cfg))
+    if cfg.load.nodes > have:
+        yield f"load.nodes={cfg.load.nodes} is more than the {have} nodes of the deployment: use at most {have}"
+    if cfg.deploy.host in ("127.0.0.1", "localhost", "::1"):
+        yield (
+            f"deploy.host={cfg.deploy.host} is not reached from other nodes, which load.nodes={cfg.load.nodes} sends "
+            "from: use deploy.host=0.0.0.0, with deploy.api_key_env on a shared network, or load.nodes=1"
         )
 
 

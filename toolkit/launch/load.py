@@ -1,13 +1,16 @@
-"""The load phase: ``python -m toolkit.loadgen`` as a process beside the deployment, its progress shown here.
+"""The load phase: ``python -m toolkit.loadgen`` as one more process of the launcher, its progress shown here.
 
 Knows the load generator's command line and progress file; what it measures is its own affair.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import secrets
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,28 +18,45 @@ import msgspec
 
 from toolkit import records
 from toolkit.config import ExpConfig, to_mapping
-from toolkit.launch import child
-from toolkit.launch.launcher import STATE_DIR
+from toolkit.engine.args import TOKEN_ENV
+from toolkit.launch.interrupts import Interrupts
+from toolkit.launch.launcher import STATE_DIR, Launcher, Node, ProcessSpec, ProcessState, with_environment
 from toolkit.launch.plan import DeploymentPlan
-from toolkit.launch.watch import RunFailed, Watch, exit_text
+from toolkit.launch.watch import RunFailed, Watch, describe
 
 if TYPE_CHECKING:
     from toolkit.loadgen.progress import ProgressBars
 
 POLL_S = 0.25
+PROGRESS = "progress.json"  # inside STATE_DIR
 GRACE_S = 20.0  # to write down what was measured
 
 
-def command(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path) -> list[str]:
-    """The load generator's command line: every ``load.*`` key as ``key=<JSON>``."""
+def processes(cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir: Path) -> list[ProcessSpec]:
+    """The load generator: one process, or one on each of several nodes, the first of which leads."""
+    meet = f"{nodes[plan.loadgen.nodes[0]].host}:{plan.loadgen.port}" if len(plan.loadgen.nodes) > 1 else ""
+    lead = command(cfg, plan, nodes, run_dir, meet)
+    join = (sys.executable, "-m", "toolkit.loadgen", "join", meet)
+    env = {"no_proxy": "*", "NO_PROXY": "*"}  # a proxy of the site is not for what is on the cluster's own network
+    return [
+        ProcessSpec("loadgen", i, join if i else tuple(lead), env, node, grace_s=GRACE_S)
+        for i, node in enumerate(plan.loadgen.nodes)
+    ]
+
+
+def command(cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir: Path, meet: str) -> list[str]:
+    """The leader's command line: every ``load.*`` key as ``key=<JSON>``."""
+    host = nodes[plan.frontend.node].host if meet else plan.frontend.client_host
     target = {
-        "url": f"http://{plan.frontend.client_host}:{plan.frontend.http_port}",
+        "url": f"http://{host}:{plan.frontend.http_port}",
         "model": cfg.model.name,
         "tokenizer": cfg.model.tokenizer,
         "out": str(run_dir),
         "num_gpus": str(plan.num_gpus),
-        "progress": str(run_dir / STATE_DIR / "progress.json"),
+        "progress": str(run_dir / STATE_DIR / PROGRESS),
     }
+    if meet:
+        target["listen"] = meet
     if cfg.deploy.api_key_env:
         target["api_key_env"] = cfg.deploy.api_key_env
     load = {key: json.dumps(value) for key, value in to_mapping(cfg.load).items()}
@@ -44,7 +64,15 @@ def command(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path) -> list[str]:
     return [sys.executable, "-m", "toolkit.loadgen", *words]
 
 
-def run_load(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path, watch: Watch) -> None:
+def run_load(
+    cfg: ExpConfig,
+    plan: DeploymentPlan,
+    nodes: Sequence[Node],
+    run_dir: Path,
+    launcher: Launcher,
+    watch: Watch,
+    interrupts: Interrupts,
+) -> None:
     """Runs the sweep to its end.
 
     Raises:
@@ -53,24 +81,29 @@ def run_load(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path, watch: Watch) 
     """
     from toolkit.loadgen.progress import ProgressBars
 
-    log, progress = run_dir / records.log_name("loadgen", 0), run_dir / STATE_DIR / "progress.json"
-    process = child.start(command(cfg, plan, run_dir), log)
+    progress = run_dir / STATE_DIR / PROGRESS
+    specs = with_environment(processes(cfg, plan, nodes, run_dir), cfg, nodes)
+    job = None
     try:
+        with interrupts.held():
+            job = launcher.start(specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
         with ProgressBars() as bars:
-            while (code := process.poll()) is None:
+            while (state := job.poll()[0]).alive:
                 if not watch.all_alive():
-                    process.terminate()  # what it sends from now on can only fail
+                    job.stop(GRACE_S)  # what it sends from now on can only fail
                     watch.check()
                 _show(progress, bars)
                 time.sleep(POLL_S)
             _show(progress, bars)
-        if code != 0:
+        if state.returncode != 0:
             time.sleep(POLL_S)  # a process whose death is the reason may not have been reported yet
         watch.check()
-        if code != 0:
-            raise RunFailed(_reason(run_dir, code), log)
+        if state.returncode != 0:
+            raise RunFailed(_reason(run_dir, state), run_dir / specs[0].log)
     finally:
-        child.end(process, GRACE_S)
+        with interrupts.ignored():
+            if job is not None:
+                job.stop(GRACE_S)
 
 
 def _show(progress: Path, bars: ProgressBars) -> None:
@@ -79,13 +112,13 @@ def _show(progress: Path, bars: ProgressBars) -> None:
         bars.update(state)
 
 
-def _reason(run_dir: Path, code: int) -> str:
+def _reason(run_dir: Path, state: ProcessState) -> str:
     """Why the load generator failed: its own words in status.json, which it keeps, or else its exit code."""
     try:
         status = records.read_status(run_dir)
     except (OSError, msgspec.DecodeError):
         status = records.RunStatus()
-    return status.reason or exit_text("the load generator", code)
+    return status.reason or describe(dataclasses.replace(state, name="the load generator"))
 
 
 def read_progress(progress: Path) -> dict[str, Any] | None:
