@@ -34,9 +34,13 @@ class VarlenAttention(PagedAttention):
         from torch.nn.attention.varlen import varlen_attn
 
         k, v = self.cache.pages(layer)
+        # With one query a request it packs the heads that share a key, if it need not mask; with a window and one
+        # query it masks wrongly (torch 2.14), so that two are announced.
+        alone = segment.max_q == 1
+        window = (-1, -1) if alone and not kind.window else window_of(kind.window)
         out = varlen_attn(
-            q, k, v, segment.cu_q, segment.cu_kv, segment.max_q, segment.max_kv, scale=scale,
-            window_size=window_of(kind.window), enable_gqa=q.shape[1] != k.shape[2],
+            q, k, v, segment.cu_q, segment.cu_kv, 2 if alone and kind.window else segment.max_q, segment.max_kv,
+            scale=scale, window_size=window, enable_gqa=q.shape[1] != k.shape[2],
             seqused_k=segment.lens_n, block_table=segment.tables_nP,
         )  # fmt: skip
         assert isinstance(out, torch.Tensor)

@@ -165,7 +165,8 @@ def _report(job: Job, folder: Path) -> None:
         msgspec.json.decode((folder / f"rank-{rank}.json").read_bytes(), type=RankResult)
         for rank in range(job.parallel.tp_size)
     ]
-    roofline = Roofline(read_arch(job.model), ParallelDims.of(job.parallel), job.engine, job.model.dtype)
+    arch, dims = read_arch(job.model), ParallelDims.of(job.parallel)
+    roofline = Roofline(arch, dims, job.engine, job.model.dtype, job.device)
     rows = figures(job, results, roofline)
     (folder / "bench.json").write_bytes(msgspec.json.format(msgspec.json.encode(rows)))
     (folder / "kernels.csv").write_text(kernels_csv(job, results))

@@ -21,7 +21,7 @@ import torch
 from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
 from toolkit.engine import device as devices
 from toolkit.engine.agree import Proposal, agree
-from toolkit.engine.arch import read_arch
+from toolkit.engine.arch import read_arch, wants_fp8
 from toolkit.engine.bench.roofline import measure
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.dims import ParallelDims
@@ -162,8 +162,9 @@ def run(job: Job, rank: int) -> None:
     device = devices.use(job.device, rank)
     dims = ParallelDims.of(job.parallel)
     groups = Groups.connect(dims, rank, job.host, job.port, device)
-    rates = measure(device)
-    runner = ModelRunner(job.model, read_arch(job.model), job.engine, groups, device)
+    arch = read_arch(job.model)
+    rates = measure(device, wants_fp8(arch, job.engine, device))
+    runner = ModelRunner(job.model, arch, job.engine, groups, device)
     memory = prepare(runner, lambda stage, done, total: None)
     load_s = time.perf_counter() - begin
     log.info("rank %d is ready after %.1f s", rank, load_s)
