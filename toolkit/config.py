@@ -298,6 +298,10 @@ class ExpConfig:
     cluster: ClusterConfig = opt(ClusterConfig(), "")
     load: LoadConfig = opt(LoadConfig(), "")
     rehearsal: dict[str, dict[str, Any]] = opt({}, "group -> keys that a CPU rehearsal of a GPU experiment replaces")
+    variants: dict[str, dict[str, Any]] = opt(
+        {}, "name -> group -> keys: run this experiment once for each, as <exp>-<name>, and compare with the first"
+    )
+    compare_with: str = opt("", "run folder (results/<exp>/latest) that the report compares this run with")
     dry_run: bool = opt(False, "print the plan and exit")
     emit: Literal["", "sbatch"] = opt(
         "", "sbatch: make the run folder and the job script in it, print the script, submit nothing"
@@ -326,6 +330,26 @@ def from_omegaconf(node: Any) -> ExpConfig:
 
     plain = OmegaConf.to_container(node, resolve=True)
     return from_mapping(typing.cast(dict[str, Any], plain), ExpConfig)
+
+
+def variants(node: Any, overrides: list[str]) -> list[tuple[Any, list[str]]]:
+    """What Hydra composed, once for each of its ``variants``; itself where it has none.
+
+    A variant's keys replace the experiment's; its name is added to ``exp``; all but the first are compared with it.
+    """
+    from omegaconf import OmegaConf
+
+    names = list(node.get("variants") or {})
+    found: list[tuple[Any, list[str]]] = []
+    for name in names:
+        made = OmegaConf.create(OmegaConf.to_container(node, resolve=True))
+        made.variants = {}
+        made = OmegaConf.merge(made, node.variants[name] or {})
+        made.exp = f"{node.exp}-{name}"
+        if name != names[0]:
+            made.compare_with = str(Path(node.cluster.results_dir).absolute() / f"{node.exp}-{names[0]}" / "latest")
+        found.append((made, [*overrides, f"variant={name}"]))
+    return found or [(node, overrides)]
 
 
 def from_mapping(values: dict[str, Any], cls: type[C]) -> C:
