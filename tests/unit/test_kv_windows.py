@@ -61,14 +61,11 @@ def test_a_context_of_32k_holds_what_the_formula_says() -> None:
 
 @pytest.mark.parametrize("running", [1, 8])
 def test_the_cache_allocates_windows_and_one_step(running: int) -> None:
-    """Global layers: every token. Sliding ones: the blocks that ``running`` windows lie in and a step's tokens.
-
-    And a spare block each.
-    """
+    """Global layers: every token. Sliding ones: the blocks that ``running`` windows lie in and a step's tokens."""
     engine = options(max_running_requests=running)
     cache = KVCache(SPEC, kinds_27b(engine), PAGE, torch.bfloat16, "meta")
     sliding = running * (WINDOW + 2 * PAGE) + CHUNK
-    assert cache.num_bytes == TOKEN * (GLOBAL * (CONTEXT + 2 * PAGE) + LOCAL * (sliding + PAGE))
+    assert cache.num_bytes == TOKEN * (GLOBAL * (CONTEXT + PAGE) + LOCAL * sliding)
     arch, one_rank = read_arch(compose("model=gemma3_27b").model), ParallelDims(1, 1, 1, 1, None)
     assert memory_by_kind(arch, one_rank, engine, "bfloat16")["kv_cache"] == cache.num_bytes
     everything = TOKEN * (GLOBAL + LOCAL) * (CONTEXT + PAGE)
@@ -86,7 +83,7 @@ def test_a_cache_takes_the_memory_it_reports() -> None:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*cache.k, *cache.v)}
     assert len(storages) == 4  # keys and values of two kinds
     assert sum(storages.values()) == cache.num_bytes
-    assert [len(k) // 4 for k in cache.k] == [kinds[i].num_blocks + 1 for i in (1, 0, 1)]
+    assert [len(k) // 4 for k in cache.k] == [kinds[1].num_blocks, kinds[0].num_blocks, kinds[1].num_blocks]
 
 
 @pytest.mark.parametrize(("window", "most"), [(1, 1), (2, 2), (16, 2), (17, 2), (18, 3), (1024, 65)])

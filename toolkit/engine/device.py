@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
 
 import torch
 
@@ -35,9 +34,7 @@ def use(name: str, local_rank: int) -> str:
             "cluster.gpus_per_node as the host has them, or cluster.device=cpu"
         )
     torch.cuda.set_device(local_rank)
-    torch.backends.cudnn.enabled = False  # nothing convolves
-    with suppress(RuntimeError):  # a cuDNN older than torch's: it says so once, here instead of in a step
-        torch.backends.cudnn.version()
+    torch.backends.cudnn.enabled = False  # nothing convolves, and an older cuDNN than torch's stops it
     return f"cuda:{local_rank}"
 
 

@@ -130,7 +130,7 @@ class _Loop:
             scheduled = scheduler.schedule()
             half = split(scheduled)[0].num_tokens if engine.enable_two_batch_overlap else -1
             tokens, rows = scheduled.num_tokens, scheduled.num_logit_rows
-            mine = Proposal(tokens, rows, bool(scheduled.prefill), half, *[0] * 7)
+            mine = Proposal(tokens, rows, bool(scheduled.prefill), half)
             ctx = agree(self.groups.tp_cpu, dims, self.step, mine).ctx
             if not any(ctx.dp_tokens):
                 pipeline.drain()
