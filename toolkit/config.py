@@ -102,8 +102,32 @@ class EngineConfig:
     attention_dp_config: AttentionDpConfig = opt(AttentionDpConfig(), "when DP ranks start prefills together")
     disable_radix_cache: bool = opt(False, "turn prefix reuse off")
     ep_num_redundant_experts: int = opt(0, "expert replicas beyond one of each; slots = experts + redundant")
-    expert_distribution_recorder_mode: Literal["stat"] | None = opt("stat", "stat: counts a window; null: off")
+    init_expert_location: str = opt(
+        "trivial", "where experts start: trivial, a .pt or .json file, or JSON (physical_to_logical_map, logical_count)"
+    )
+    ep_dispatch_algorithm: Literal["static", "dynamic", "weighted"] | None = opt(
+        None, "replica a token goes to: static (nearest), dynamic (in turn), weighted (levels each batch); null: static"
+    )
+    enable_eplb: bool = opt(False, "move experts between ranks while serving, so that their load stays even")
+    eplb_algorithm: Literal["auto", "global", "hierarchical", "spill"] = opt(
+        "auto", "placements: global, hierarchical (a group's experts on one node), spill; auto: what nodes allow"
+    )
+    eplb_rebalance_num_iterations: int = opt(1000, "forward passes between two looks at the balance")
+    eplb_rebalance_layers_per_chunk: int | None = opt(
+        None, "layers moved at a time; null: as many as the spare buffers (one layer's slots) hold"
+    )
+    eplb_min_rebalancing_utilization_threshold: float = opt(
+        1.0, "no rebalance while balancedness (mean / busiest rank) is above this; 1: always look for one"
+    )
+    eplb_transfer_budget: float = opt(
+        0.05, "largest share of the slots that a rebalance moves; the first one, from a trivial placement, may move all"
+    )
+    expert_distribution_recorder_mode: Literal["stat", "stat_approx", "per_pass", "per_token"] | None = opt(
+        "stat",
+        "stat: counts by top-k ids, a window; stat_approx: by rows received; per_pass, per_token: each pass; null: off",
+    )
     expert_distribution_recorder_window: int = opt(8, "forward passes a recorder window")
+    expert_distribution_recorder_buffer_size: int = opt(256, "per_pass, per_token: passes kept for a dump, the newest")
     random_seed: int = opt(0, "seed for requests that bring none")
 
 

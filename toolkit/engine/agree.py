@@ -28,6 +28,7 @@ class Proposal:
         messages: frontend messages it has seen since start.
         controls: control operations that have reached it and are not carried out.
         shutdown: 1 when it was asked to.
+        experts: what its EPLB manager says (``eplb/manager.py``); 0: nothing.
         prompts: waiting requests. generating: requests that decode. slots: requests it could still admit.
     """
 
@@ -39,6 +40,7 @@ class Proposal:
     messages: int
     controls: int
     shutdown: int
+    experts: int
     prompts: int
     generating: int
     slots: int
@@ -51,6 +53,7 @@ class Agreement:
     Attributes:
         asleep: nothing to do anywhere, and all have seen the same number of messages.
         controls: so many control operations have reached all; all carry them out now. shutdown: all end now.
+        experts: what every rank's EPLB manager says, by rank.
         by_dp: the proposals of the DP ranks' leaders.
     """
 
@@ -58,6 +61,7 @@ class Agreement:
     asleep: bool
     controls: int
     shutdown: bool
+    experts: tuple[int, ...]
     by_dp: tuple[Proposal, ...]
 
 
@@ -75,9 +79,10 @@ def agree(comm: Comm, dims: ParallelDims, step: int, mine: Proposal) -> Agreemen
     )
     busy = any(p.busy for p in everyone)
     seen = {p.messages for p in everyone}
-    quiet = not busy and not any(p.controls or p.shutdown for p in everyone) and len(seen) == 1
+    quiet = not busy and not any(p.controls or p.shutdown or p.experts for p in everyone) and len(seen) == 1
     controls = min(p.controls for p in everyone)
-    return Agreement(ctx, quiet, controls, all(p.shutdown for p in everyone) and not busy, by_dp)
+    experts = tuple(p.experts for p in everyone)
+    return Agreement(ctx, quiet, controls, all(p.shutdown for p in everyone) and not busy, experts, by_dp)
 
 
 def _first_halves(by_dp: tuple[Proposal, ...]) -> tuple[int, ...] | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.eplb.check import check_eplb
 from toolkit.engine.experts_check import check_experts
 from toolkit.engine.kv.kinds import layer_kinds, window_blocks
 from toolkit.registry import unknown
@@ -61,6 +62,11 @@ class Arch:
         """True when the checkpoint holds its matrices in FP8, in blocks that GEMMs on FP8 can use."""
         config = self.hf.get("quantization_config") or {}
         return config.get("quant_method") == "fp8" and list(config.get("weight_block_size", ())) == [128, 128]
+
+    @property
+    def expert_groups(self) -> int:
+        """Groups that the gate chooses experts by (consecutive experts form one); 1: it knows none."""
+        return int(self.hf.get("n_group") or 1)
 
     def slots(self, engine: EngineConfig) -> int:
         """Physical experts a layer."""
@@ -157,7 +163,8 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"moe_a2a_backend={engine.moe_a2a_backend} with ep_size={dims.ep_size} has none: use all_to_all and "
             "ep_size > 1, or enable_two_batch_overlap=false"
         )
-    return errors + check_experts(arch, dims, engine) + _check_engine(arch, engine)
+    errors += check_eplb(engine, arch, dims.ep_size) + check_experts(arch, dims, engine)
+    return errors + _check_engine(arch, engine)
 
 
 def _check_head(arch: Arch, dims: ParallelDims, fits: list[int]) -> list[str]:
@@ -265,6 +272,7 @@ def memory_by_kind(
         "dense_ffn": int(matrix * dense_layers * 3 * d * arch.dense_intermediate // dims.dense_tp),
         "shared_experts": int(matrix * len(arch.moe_layers) * 3 * d * arch.shared_intermediate),
         "experts": int(matrix * len(arch.moe_layers) * arch.slots(engine) // dims.ep_size * expert),
+        "eplb_spare": int(matrix * arch.slots(engine) // dims.ep_size * expert) if engine.enable_eplb else 0,
         "kv_cache": size * kv_rows * arch.kv_values * arch.kv_heads // kv_shards,
     }
 

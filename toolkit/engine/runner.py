@@ -34,6 +34,7 @@ class ModelRunner:
 
     Args:
         progress: called with the bytes of weights loaded so far.
+        nodes: that the ranks of one set of experts are on.
 
     Raises:
         ValueError: the checkpoint is incomplete or does not match its config.
@@ -47,10 +48,11 @@ class ModelRunner:
         groups: Groups,
         device: str,
         progress: Callable[[int], None] = lambda done: None,
+        nodes: int = 1,
     ) -> None:
         self.arch, self.groups, self.device = arch, groups, device
         self.padding = engine.dp_padding_mode
-        self.moe = MoEContext.create(arch, engine, groups, device)
+        self.moe = MoEContext.create(arch, engine, groups, device, nodes)
         weights = open_weights(model, device, progress, keeps_fp8(arch, engine, device))
         self.model = make_model(arch, weights, groups, self.moe, device)
         kinds = layer_kinds(arch.windows, engine)

@@ -30,7 +30,7 @@ from toolkit.engine.args import WorkerArgs, read_worker_args, run_token
 from toolkit.engine.control import Controller, process_bytes
 from toolkit.engine.core import Batch, SamplingParams, StepContext
 from toolkit.engine.dims import ParallelDims
-from toolkit.engine.eplb.recorder import Recorder
+from toolkit.engine.eplb.setup import make_manager, make_recorder, num_nodes
 from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import (
     Abort,
@@ -132,26 +132,23 @@ class Worker:
         self._progress("connect", 0, self.dims.tp_size)
         self.groups = Groups.connect(self.dims, self.rank, args.rank_hosts[0], args.dist_port, args.device)
         memory = memory_by_kind(arch, self.dims, engine, args.model.dtype, args.device)
-        total = sum(memory.values()) - memory["kv_cache"]
+        total = sum(memory.values()) - memory["kv_cache"] - memory["eplb_spare"]
         self.runner = ModelRunner(
-            args.model, arch, engine, self.groups, args.device, lambda done: self._progress("load", done, total)
-        )
+            args.model, arch, engine, self.groups, args.device, lambda done: self._progress("load", done, total),
+            num_nodes(args.rank_hosts, self.dims),
+        )  # fmt: skip
         self.max_len = context_length(arch, engine)
         self._progress("warm-up", 0, 1)
         self._warm_up()
         self.scheduler = self._new_scheduler()
-        self.recorder: Recorder | None = None
-        if engine.expert_distribution_recorder_mode and arch.moe_layers:
-            path = Path(args.experts_path) if self.rank == 0 and args.experts_path else None
-            self.recorder = Recorder(
-                arch.moe_layers, self.runner.moe.placement, engine.expert_distribution_recorder_window,
-                self.groups.tp_cpu.all_reduce, path, args.device,
-            )  # fmt: skip
-            self.runner.moe.recorder = self.recorder
+        self.recorder = make_recorder(arch, self.runner.moe, args.experts_path, args.device)
+        self.runner.moe.recorder = self.recorder
+        folder = Path(args.experts_path).parent if args.experts_path else None
+        self.eplb = make_manager(arch, self.runner.moe, self.recorder, folder)
         self.step_log: StepLog | None = None
         if self.leads and args.steps_dir:
             self.step_log = StepLog(steps_path(Path(args.steps_dir), self.rank), self.dp_rank, engine.page_size)
-        self.control = Controller(self.rank, self.scheduler, self.recorder, args.profile_dir, args.device)
+        self.control = Controller(self.rank, self.scheduler, self.recorder, args.profile_dir, args.device, self.eplb)
         info = {
             "max_model_len": self.max_len,
             "max_total_tokens": self.runner.cache.num_blocks * engine.page_size,
@@ -159,6 +156,7 @@ class Worker:
             "memory_bytes": memory | {"kv_cache": self.runner.cache.num_bytes, "process": process_bytes(args.device)},
         }
         self.link.send(Ready(self.rank, info))
+        self._send_stats()  # figures exist from the first moment
         log.info("rank %d ready: %s", self.rank, info)
 
     def _new_scheduler(self) -> Scheduler:
@@ -190,8 +188,12 @@ class Worker:
             batch = self.scheduler.schedule(hold)
             agreed = self._agree(batch)
             asleep, hold = agreed.asleep, self._balance.hold(agreed.by_dp)
+            if self.eplb is not None:
+                self.eplb.turn(agreed.experts, self._steps)
             if any(agreed.ctx.dp_tokens):
                 self._step(batch, agreed.ctx)
+            elif self.eplb is not None and any(agreed.experts):
+                self.eplb.nap()
             if agreed.controls and self.step_log is not None:
                 self.step_log.flush()  # a dump is of everything until now
             for reply in self.control.apply(agreed.controls):
@@ -201,6 +203,8 @@ class Worker:
             if agreed.shutdown:
                 if self.step_log is not None:
                     self.step_log.close()
+                if self.eplb is not None:
+                    self.eplb.close()
                 self._reply(self._shutdown)
                 return
 
@@ -215,6 +219,7 @@ class Worker:
             messages=self.link.messages_seen,
             controls=self.control.num_pending,
             shutdown=self._shutdown is not None,
+            experts=self.eplb.proposal if self.eplb is not None else 0,
             prompts=scheduler.num_waiting,
             generating=len(batch.decode),
             slots=scheduler.max_running - scheduler.num_running,
@@ -224,6 +229,8 @@ class Worker:
     def _step(self, batch: Batch, ctx: StepContext) -> None:
         self.link.nap(self.control.forward_sleep_s)
         began, begin = time.time(), time.perf_counter()
+        if self.recorder is not None:
+            self.recorder.begin_pass(batch)
         sampled = self.runner.step(batch, ctx)
         outputs = self.scheduler.finish(batch, sampled.tokens, sampled.logprobs)
         if outputs and self.leads:
@@ -284,7 +291,8 @@ class Worker:
                 cached_tokens_total=stats.cached_tokens,
                 generated_tokens_total=stats.generated_tokens,
                 preemptions_total=stats.preemptions,
-                balancedness=self.recorder.last_balancedness if self.recorder is not None else math.nan,
+                balancedness=self.recorder.history.last_balancedness if self.recorder is not None else math.nan,
+                eplb=self.eplb.stats() if self.eplb is not None and self.rank == 0 else None,
             )
         )
 

@@ -6,6 +6,7 @@ corrects everything at once. No torch, and nothing is changed. Read next: ``run.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +70,7 @@ def check_model(cfg: ExpConfig) -> list[str]:
     except ValueError as error:
         return [str(error)]
     errors = shapes.check(arch, dims, cfg.engine)
-    return errors or [*_memory(cfg, arch, dims), *_context(cfg, arch)]
+    return errors or [*_memory(cfg, arch, dims), *_context(cfg, arch), *_experts(cfg, arch, dims)]
 
 
 def memory(cfg: ExpConfig) -> dict[str, int]:
@@ -210,6 +211,26 @@ def _memory(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[s
             f"{dims.tp_size} ranks on this machine need {rank * dims.tp_size / GB:.1f} GB, {detail}, and it has "
             f"{total / GB:.1f} GB: use a smaller model (model=tiny) or a smaller engine.max_total_tokens"
         )
+
+
+def _experts(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:
+    """Balancing that this machine or device cannot do, and a placement that does not fit the model."""
+    engine = cfg.engine
+    if engine.enable_eplb and importlib.util.find_spec("scipy") is None:
+        yield "engine.enable_eplb=true needs scipy: pip install 'wideep-toolkit[eplb]' (numba, too, to plan fast)"
+    if engine.ep_dispatch_algorithm == "weighted" and cfg.cluster.device == "cuda":
+        yield (
+            "engine.ep_dispatch_algorithm=weighted splits each batch on the host, which on GPUs would stop every "
+            "layer: use dynamic, or static"
+        )
+    if engine.init_expert_location != "trivial" and arch.moe_layers:
+        from toolkit.engine.eplb.formats import read_placement  # numpy, and torch for a .pt file
+
+        slots, groups = arch.slots(engine), arch.expert_groups
+        try:
+            read_placement(engine.init_expert_location, arch.moe_layers, arch.num_experts, slots, dims.ep_size, groups)
+        except ValueError as error:
+            yield f"engine.{error}"
 
 
 def _context(cfg: ExpConfig, arch: shapes.Arch) -> Iterator[str]:

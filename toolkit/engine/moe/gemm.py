@@ -94,20 +94,29 @@ class AutoGemm:
 
     alignment, decode_alignment = 128, 64
 
+    def __init__(self) -> None:
+        self.gemm: ExpertGemm | None = None
+
     def pack(self, weights: ExpertWeights) -> None:
+        if self.gemm is None:
+            self.gemm = self._choose(weights)
+        self.gemm.pack(weights)
+
+    def _choose(self, weights: ExpertWeights) -> ExpertGemm:
         # DeepGEMM's tiles are 64 columns wide in bf16; torch wants rows of 16 bytes
         sizes = weights.down.shape[1:]
         if weights.gate_up.dtype == torch.float32 or any(size % 8 for size in sizes):
             name = "torch"
         else:
             name = "deep_gemm" if has_deep_gemm() and not any(size % 64 for size in sizes) else "grouped_mm"
-        self.gemm = GEMMS[name]()
-        self.gemm.pack(weights)
+        return GEMMS[name]()
 
     def __call__(self, rows: Dispatched) -> Tensor:
+        assert self.gemm is not None, "rows before weights"
         return self.gemm(rows)
 
     def shapes(self, most: int) -> Iterator[int]:
+        assert self.gemm is not None, "shapes before weights"
         return self.gemm.shapes(most)
 
 
