@@ -92,10 +92,10 @@ class AutoGemm:
     Slots are aligned for the strictest of them, before the weights are known.
     """
 
-    alignment, decode_alignment = 128, 64
-
     def __init__(self) -> None:
         self.gemm: ExpertGemm | None = None
+        strictest = GEMMS["deep_gemm" if has_deep_gemm() else "grouped_mm"]()
+        self.alignment, self.decode_alignment = strictest.alignment, strictest.decode_alignment
 
     def pack(self, weights: ExpertWeights) -> None:
         if self.gemm is None:
