@@ -75,7 +75,7 @@ class EngineConfig:
     """The engine of every rank; SGLang's words."""
 
     backend: str = opt("native", "engine adapter: native")
-    attention_backend: str = opt("auto", "auto, sdpa")
+    attention_backend: str = opt("auto", "auto, sdpa; on GPUs: fa3, flash_mla (latent attention), varlen")
     moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all, deepep (GPU)")
     deepep_mode: Literal["auto", "normal", "low_latency"] = opt(
         "auto", "auto: low_latency for steps without prefill; normal waits for row counts, low_latency fits CUDA graphs"
@@ -88,6 +88,13 @@ class EngineConfig:
     moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch, grouped_mm, deep_gemm (GPU)")
     page_size: int = opt(16, "tokens a KV block")
     max_total_tokens: int = opt(8192, "KV cache capacity of one DP rank, tokens")
+    mem_fraction_static: float = opt(
+        0.0, "share of a GPU's memory that may be taken: after weights, buffers and graphs the KV cache gets the rest; "
+        "0: max_total_tokens as given"
+    )  # fmt: skip
+    disable_cuda_graph: bool = opt(False, "GPUs: launch every kernel of a decode step, instead of one captured graph")
+    cuda_graph_max_bs: int = opt(0, "GPUs: largest decode batch that is captured; 0: max_running_requests")
+    disable_overlap_schedule: bool = opt(False, "GPUs: wait for each step's tokens before the next is prepared")
     swa_full_tokens_ratio: float = opt(
         0.0, "KV capacity of sliding-window layers as a share of max_total_tokens; 0: what max_running_requests need"
     )
@@ -147,7 +154,7 @@ class ClusterConfig:
     """Where the processes run."""
 
     launcher: Literal["local", "slurm"] = opt("local", "local: processes of this machine; slurm: a Slurm job")
-    device: Literal["cpu", "cuda"] = opt("cpu", "what a rank computes on")
+    device: Literal["auto", "cpu", "cuda"] = opt("cpu", "what a rank computes on; auto: cuda where this host has one")
     gpus_per_node: int = opt(8, "ranks a node (GPUs, or CPU ranks where device=cpu)")
     gpu_memory_gb: float = opt(0.0, "memory of one GPU, 10^9 bytes; 0: not checked")
     cpu_threads_per_rank: int = opt(1, "torch threads of a CPU rank")
@@ -291,6 +298,10 @@ class ExpConfig:
     cluster: ClusterConfig = opt(ClusterConfig(), "")
     load: LoadConfig = opt(LoadConfig(), "")
     rehearsal: dict[str, dict[str, Any]] = opt({}, "group -> keys that a CPU rehearsal of a GPU experiment replaces")
+    variants: dict[str, dict[str, Any]] = opt(
+        {}, "name -> group -> keys: run this experiment once for each, as <exp>-<name>, and compare with the first"
+    )
+    compare_with: str = opt("", "run folder (results/<exp>/latest) that the report compares this run with")
     dry_run: bool = opt(False, "print the plan and exit")
     emit: Literal["", "sbatch"] = opt(
         "", "sbatch: make the run folder and the job script in it, print the script, submit nothing"
@@ -321,6 +332,26 @@ def from_omegaconf(node: Any) -> ExpConfig:
     return from_mapping(typing.cast(dict[str, Any], plain), ExpConfig)
 
 
+def variants(node: Any, overrides: list[str]) -> list[tuple[Any, list[str]]]:
+    """What Hydra composed, once for each of its ``variants``; itself where it has none.
+
+    A variant's keys replace the experiment's; its name is added to ``exp``; all but the first are compared with it.
+    """
+    from omegaconf import OmegaConf
+
+    names = list(node.get("variants") or {})
+    found: list[tuple[Any, list[str]]] = []
+    for name in names:
+        made = OmegaConf.create(OmegaConf.to_container(node, resolve=True))
+        made.variants = {}
+        made = OmegaConf.merge(made, node.variants[name] or {})
+        made.exp = f"{node.exp}-{name}"
+        if name != names[0]:
+            made.compare_with = str(Path(node.cluster.results_dir).absolute() / f"{node.exp}-{names[0]}" / "latest")
+        found.append((made, [*overrides, f"variant={name}"]))
+    return found or [(node, overrides)]
+
+
 def from_mapping(values: dict[str, Any], cls: type[C]) -> C:
     """A plain dict -> the config dataclass ``cls``.
 
@@ -342,6 +373,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
 def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     """Fills in what depends on other keys and returns a new config; every change is logged.
 
+    - ``cluster.device=auto`` becomes cuda where this host has NVIDIA's driver, cpu elsewhere.
     - ``cluster.device=cpu``: the keys of ``rehearsal`` replace the experiment's, except those in ``explicit``
       (what the user named on the command line: ``model``, ``load.osl``).
     - ``engine.moe_a2a_backend=none`` (SGLang's word) becomes ``allgather``.
@@ -349,13 +381,17 @@ def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     - ``model.path`` and ``cluster.results_dir`` lose ``~``; an empty ``model.tokenizer`` becomes ``model.path``.
     """
     values = to_mapping(config)
+    device = config.cluster.device
+    if device == "auto":
+        device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
     def put(group: str, key: str, value: Any) -> None:
         if values[group].get(key) != value:
             log.info("resolved %s.%s: %s -> %s", group, key, values[group].get(key), value)
             values[group][key] = value
 
-    if config.cluster.device == "cpu":
+    put("cluster", "device", device)
+    if device == "cpu":
         for group, keys in config.rehearsal.items():
             if group not in GROUPS:
                 raise ValueError(f"rehearsal.{group} is not a config group{_closest(group, list(GROUPS))}")
@@ -365,7 +401,7 @@ def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     if values["engine"]["moe_a2a_backend"] == "none":
         put("engine", "moe_a2a_backend", "allgather")
     if values["model"]["dtype"] == "auto":
-        put("model", "dtype", "float32" if config.cluster.device == "cpu" else "bfloat16")
+        put("model", "dtype", "float32" if device == "cpu" else "bfloat16")
     for group, key in (("model", "path"), ("cluster", "results_dir")):
         if values[group][key]:
             put(group, key, str(Path(values[group][key]).expanduser()))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from toolkit.engine import device as devices
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Groups
 from toolkit.launch import ports
@@ -25,7 +26,7 @@ _context.set_forkserver_preload(["torch", "toolkit.engine.runner", "toolkit.engi
 
 
 def run_ranks(dims: ParallelDims, function: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
-    """``function(groups, *args)`` on ``dims.tp_size`` ranks -> its results, by rank."""
+    """``function(groups, *args)`` on ``dims.tp_size`` ranks, with a GPU each if ``device`` is cuda -> its results."""
     port = ports.free_range(1)
     pipes, processes = [], []
     for rank in range(dims.tp_size):
@@ -54,14 +55,17 @@ def run_ranks(dims: ParallelDims, function: Callable[..., Any], *args: Any, devi
 
 
 def _rank(
-    pipe: Connection, dims: ParallelDims, rank: int, port: int, device: str, function: Callable[..., Any],
+    pipe: Connection,
+    dims: ParallelDims,
+    rank: int,
+    port: int,
+    device: str,
+    function: Callable[..., Any],
     args: tuple[Any, ...],
-) -> None:  # fmt: skip
+) -> None:
     torch.set_num_threads(1)
-    if device == "cuda":
-        torch.cuda.set_device(rank)
     try:
-        groups = Groups.connect(dims, rank, "127.0.0.1", port, device)
+        groups = Groups.connect(dims, rank, "127.0.0.1", port, devices.use(device, rank))
         with torch.inference_mode():
             result = function(groups, *args)
         pipe.send((True, result))

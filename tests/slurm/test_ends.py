@@ -79,7 +79,7 @@ def test_the_time_limit_ends_a_run_before_slurm_does(cluster: Cluster, tmp_path:
     code, _ = run.end(120)
     assert code == 130
     status = run.status()
-    assert (status.state, "time limit" in status.reason) == ("cancelled", True)
+    assert (status.state, "time limit is near" in status.reason) == ("cancelled", True)
     assert kept(run)
 
 

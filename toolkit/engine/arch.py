@@ -163,8 +163,12 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"moe_a2a_backend={engine.moe_a2a_backend} with ep_size={dims.ep_size} has none: use all_to_all and "
             "ep_size > 1, or enable_two_batch_overlap=false"
         )
-    errors += check_eplb(engine, arch, dims.ep_size) + check_experts(arch, dims, engine)
-    return errors + _check_engine(arch, engine)
+    return (
+        errors
+        + check_eplb(engine, arch, dims.ep_size)
+        + check_experts(arch, dims, engine)
+        + _check_engine(arch, engine)
+    )
 
 
 def _check_head(arch: Arch, dims: ParallelDims, fits: list[int]) -> list[str]:

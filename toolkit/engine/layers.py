@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit.engine import fused
 from toolkit.engine.fp8 import Matrix, stack_rows
 from toolkit.engine.parallel import Comm, Groups, TokenLayout, gather_rows, reduce_rows
 from toolkit.engine.weights import Shard, Weights
@@ -33,10 +34,19 @@ class RMSNorm:
         self.add_one = add_one
 
     def __call__(self, x: Tensor) -> Tensor:
+        if fused.supported(x):
+            return fused.rms_norm(x, self)
         normed = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
         if self.add_one:
             return (normed * self.weight).to(x.dtype)
         return normed.to(x.dtype) * self.weight
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + delta, the norm of that)."""
+        if fused.supported(x):
+            return fused.add_rms_norm(x, delta, self)
+        total = x + delta
+        return total, self(total)
 
 
 class Rotary:

@@ -34,6 +34,8 @@ def main() -> int:
 
         print(help.text(CONF))  # noqa: T201
         return 0
+    if "-m" in words:  # Hydra's parser wants its options before the overrides; people do not
+        sys.argv[1:] = ["--multirun", *(word for word in words if word != "-m")]
     set_up_logging()
     mistakes = [mistake for word in words if (mistake := explain(word))]
     if mistakes:
@@ -69,7 +71,7 @@ def compose() -> list[tuple[Any, list[str]]]:
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def keep(node: Any) -> None:
-        composed.append((node, list(HydraConfig.get().overrides.task)))
+        composed.extend(config.variants(node, list(HydraConfig.get().overrides.task)))
 
     keep()
     return composed

@@ -17,10 +17,11 @@ import yaml
 from toolkit import config, records
 from toolkit.config import ExpConfig
 from toolkit.launch import job_file, queue
-from toolkit.launch.interrupts import NEAR_LIMIT
+from toolkit.launch.interrupts import NOTICE
 from toolkit.launch.run import EXIT_CODES, run
 
 LOG = records.log_name("launcher", 0)
+FRUITLESS = 3  # starts without a point done that are put down to preemption
 CANCELLED = EXIT_CODES["cancelled"]
 
 
@@ -71,10 +72,14 @@ def read_config(run_dir: Path) -> ExpConfig:
 
 
 def goes_on(run_dir: Path, done_before: int) -> bool:
-    """Whether to start again after the time limit: where it is asked for, and only if this time brought a point."""
+    """Whether to start again after Slurm's notice: where that is asked for, and as long as starts bring points.
+
+    A preemption that brings no SIGUSR2, and a lost node, are Slurm's own to requeue.
+    """
     status = records.read_status(run_dir)
-    wanted = read_config(run_dir).cluster.requeue and status.reason.startswith(NEAR_LIMIT)
-    return wanted and points_done(run_dir) > done_before
+    wanted = read_config(run_dir).cluster.requeue and status.reason.startswith(NOTICE)
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return wanted and (points_done(run_dir) > done_before or restarts < FRUITLESS)
 
 
 def points_done(run_dir: Path) -> int:

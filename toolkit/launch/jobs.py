@@ -39,6 +39,7 @@ from toolkit.launch.watch import tail
 
 USER_ERROR = 2
 LIVE = ("queued", "running")
+WIDE = 250  # where lines may be as long as they are: a pipe, a file
 REFRESH_S = 1.0
 ASK_S = 5.0  # between two questions to Slurm
 HELP = """\
@@ -65,7 +66,7 @@ class Seen:
 
 def main() -> int:
     args = _parse()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     folders = job_file.find(args.results.absolute())
     try:
         if args.action == "list":

@@ -63,9 +63,11 @@ class LatentAttention:
     def attend(self, prepared: tuple[Tensor, Tensor], step: Forward) -> Tensor:
         """Attention over the cache and the output projection, [S, D]."""
         q, cached = prepared
-        step.attention.write(cached, self.layer, step.plan)
+        step.attention.write(cached, None, self.layer, step.plan)
         plan = step.plan.layers[self.layer]
-        out = torch.cat([self._decode(q[plan.decode.tokens], step), self._prefill(q, step)])
+        parts = [self._decode(q[plan.decode.tokens], step)] if plan.decode.q_lens or not plan.prefill.q_lens else []
+        parts += [self._prefill(q, step)] if plan.prefill.q_lens else []
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return step.layout.reduce_scatter(linear(out.flatten(1), self.o))
 
     def _queries(self, x: Tensor, positions_T: Tensor) -> Tensor:
@@ -118,15 +120,14 @@ class DeepseekV3:
             )
         for i in range(arch.num_layers, arch.num_layers + (hf.get("num_nextn_predict_layers") or 0)):
             weights.skip(f"model.layers.{i}.", "multi-token prediction, which is not served")
-        self.layers = Decoder(layers)
-        self.norm = RMSNorm(weights, "model.norm", d, eps)
+        self.decoder = Decoder(layers, RMSNorm(weights, "model.norm", d, eps))
         tied = self.embed if arch.tied else None
         self.head = LMHead.load(weights, "lm_head", arch.vocab_size, d, groups, tied)
         self.kv_spec = KVSpec(1, arch.kv_values, 0)
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
         x = step.layout.scatter(self.embed(tokens_T))
-        return self.norm(self.layers(x, step))
+        return self.decoder(x, step)
 
     def logits(self, hidden_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
         return self.head(hidden_ND, dp_rows)
