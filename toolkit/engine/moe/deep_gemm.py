@@ -19,6 +19,10 @@ from toolkit.engine.gpu_libraries import import_gpu_library, scales_are_powers_o
 from toolkit.engine.moe.dispatch import Dispatched
 from toolkit.engine.moe.gemm import GEMMS, ExpertWeights
 
+# DeepGEMM chooses tiles by the rows expected of a slot. Fewer than a tile's height are one tile, and beyond it the
+# choice hardly changes: sizes between are rounded up, so that few kernels are compiled.
+STEP = 4
+
 
 @GEMMS.register("deep_gemm")
 class DeepGemm:
@@ -60,17 +64,17 @@ class DeepGemm:
             return self._kernels.Real(rows.counts, rows.ends)
         return self._kernels.Real(rows.ends[-1:])
 
-    def shapes(self, most: int) -> Iterator[int]:
-        """Tiles are chosen by ``expected``, rounded up to a power of two."""
-        size = 1
-        while size < 2 * most:
+    def shapes(self, most: int, alignment: int) -> Iterator[int]:
+        size = alignment
+        yield size
+        while size < most:
+            size *= STEP
             yield size
-            size *= 2
 
     def _multiply(self, a: Any, weight: Tensor, scales: Tensor | None, out: Tensor, rows: Dispatched) -> None:
         b = weight if scales is None else (weight, scales)
         kind = "bf16" if scales is None else "fp8"
-        expected = 1 << (rows.expected - 1).bit_length()
+        expected = next(size for size in self.shapes(rows.expected, rows.alignment) if size >= rows.expected)
         if rows.layout == "masked":
             masked = getattr(self._library, f"m_grouped_{kind}_gemm_nt_masked")
             masked(a, b, out, rows.counts, min(expected, out.shape[1]))

@@ -38,6 +38,8 @@ class _Handle:
 
 
 class LegacyTransport:
+    masked = True
+
     def __init__(self, library: Any, comm: Comm, settings: Settings, ways: tuple[Way, ...]) -> None:
         self.settings, shape = settings, settings.shape
         buffer, size = library.Buffer, comm.size

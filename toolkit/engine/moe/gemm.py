@@ -61,8 +61,12 @@ class ExpertGemm(Protocol):
         """
         ...
 
-    def shapes(self, most: int) -> Iterator[int]:
-        """Values of ``Dispatched.expected`` up to ``most`` that need code of their own; each is run once at start."""
+    def shapes(self, most: int, alignment: int) -> Iterator[int]:
+        """Values of ``Dispatched.expected`` that need code of their own; each is run once at start.
+
+        Args:
+            most: the largest value. alignment: of slots, where they are told apart by it.
+        """
         ...
 
 
@@ -115,9 +119,9 @@ class AutoGemm:
         assert self.gemm is not None, "rows before weights"
         return self.gemm(rows)
 
-    def shapes(self, most: int) -> Iterator[int]:
+    def shapes(self, most: int, alignment: int) -> Iterator[int]:
         assert self.gemm is not None, "shapes before weights"
-        return self.gemm.shapes(most)
+        return self.gemm.shapes(most, alignment)
 
 
 @GEMMS.register("torch")
@@ -144,7 +148,7 @@ class TorchGemm:
             (out[slot] if rows.layout == "masked" else out)[start:end] = done
         return out
 
-    def shapes(self, most: int) -> Iterator[int]:
+    def shapes(self, most: int, alignment: int) -> Iterator[int]:
         return iter(())
 
     def _without_waiting(self, rows: Dispatched, x: Tensor) -> Tensor:

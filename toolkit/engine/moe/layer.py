@@ -78,7 +78,8 @@ class MoEContext:
         """
         if self.layers:  # all have the same shapes
             first, where = self.layers[0], self.groups.rank / self.groups.dims.tp_size
-            warm_up(first.gemm, first.experts, self.shape, self.groups.moe.size, where, progress)
+            ranks, masked = self.groups.moe.size, self.dispatcher.masked
+            warm_up(first.gemm, first.experts, self.shape, ranks, where, masked, progress)
 
     def step_rows(self, layout: TokenLayout) -> StepRows:
         """Rows of each rank of the expert group in this step."""
