@@ -17,7 +17,8 @@ PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c
 PARALLEL := tests/unit tests/process tests/eplb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check fmt hooks slurm-install slurm-up slurm-down test-slurm test-slurm-all bench-scheduler bench-analysis bench-loadgen bench-eplb bench-recorder
+.PHONY: help demo test unit check fmt hooks slurm-install slurm-up slurm-down test-slurm test-slurm-all test-gpu
+.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-recorder
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +39,12 @@ check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the 
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL) $(ARGS)
 	$(BIN)/python -m pytest tests/contract tests/dist $(ARGS)
+
+test-gpu: $(STAMP)  ## backends, layers and the engine on this machine's GPUs against the CPU (pip install -e '.[gpu]' first)
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+bench-moe: $(STAMP)  ## dispatch, experts and combine on this machine's GPUs, beside DeepEP's own calls
+	$(BIN)/python -m toolkit.engine.moe.bench $(ARGS)
 
 bench-analysis: $(STAMP)  ## time and memory of reading runs of up to a million requests
 	$(BIN)/python -m tests.bench.analysis_scale $(ARGS)

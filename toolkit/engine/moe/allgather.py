@@ -30,6 +30,8 @@ class _Handle:
 
 @DISPATCHERS.register("allgather")
 class AllGatherDispatcher:
+    masked = False
+
     def __init__(self, comm: Comm, shape: ExpertShape, engine: EngineConfig) -> None:
         self.comm, self.shape = comm, shape
         self.num_local = shape.num_local
