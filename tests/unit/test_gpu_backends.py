@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,12 +31,13 @@ SHAPE = ExpertShape(
 def test_the_way_follows_what_all_ranks_know(
     rows: tuple[int, ...], is_extend: bool, both: str, normal: str, low_latency: str
 ) -> None:
-    step, some = StepRows(rows, is_extend), object()
+    step, some = StepRows(rows, is_extend), SimpleNamespace(masked=True)
     for ways, wanted in ((("normal", "low_latency"), both), (("normal",), normal), (("low_latency",), low_latency)):
         transports: Any = dict.fromkeys(ways, some)
         dispatcher = DeepEPDispatcher(transports, {"normal": 512, "low_latency": 64})
         assert dispatcher.way(step) == wanted
         assert dispatcher.capturable(step) == (wanted == "low_latency")
+        assert dispatcher.masked == ("low_latency" in ways)
 
 
 def test_room_of_the_low_latency_way() -> None:
@@ -71,8 +73,8 @@ def test_every_shape_is_run_once_with_no_rows(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("WIDEEP_CACHE", str(tmp_path))
 
     class Recording(TorchGemm):
-        def shapes(self, most: int) -> Any:
-            return iter([1, most])
+        def shapes(self, most: int, alignment: int) -> Any:
+            return iter([alignment, most])
 
         def __call__(self, rows: Dispatched) -> torch.Tensor:
             assert not rows.counts.any() and not rows.ends.any()
@@ -85,15 +87,18 @@ def test_every_shape_is_run_once_with_no_rows(monkeypatch: pytest.MonkeyPatch, t
     for where in (0.0, 0.5):
         seen: list[tuple[str, int, int]] = []
         told: list[tuple[int, int]] = []
-        warm_up(gemm, experts, SHAPE, 2, where, lambda done, total, told=told: told.append((done, total)))
+        warm_up(gemm, experts, SHAPE, 2, where, True, lambda done, total, told=told: told.append((done, total)))
         orders.append(seen)
         assert told == [(n, 6) for n in range(1, 7)]
     most, decode = 512 * 2 * 2 // 8, 64 * 2 * 2 // 8
     assert set(orders[0]) == set(orders[1]) and orders[0][0] != orders[1][0]
     assert orders[0] == [
-        ("contiguous", 1, 128), ("contiguous", most, 128), ("contiguous", 1, 64), ("contiguous", decode, 64),
-        ("masked", 1, 64), ("masked", decode, 64),
+        ("contiguous", 128, 128), ("contiguous", most, 128), ("contiguous", 64, 64), ("contiguous", decode, 64),
+        ("masked", 64, 64), ("masked", decode, 64),
     ]  # fmt: skip
+    seen = []
+    warm_up(gemm, experts, SHAPE, 2, 0.0, False, lambda done, total: None)
+    assert seen == orders[0][:4], "no masked layout where no dispatcher brings it"
 
 
 def test_one_rank_of_a_node_compiles_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

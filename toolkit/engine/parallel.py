@@ -200,6 +200,7 @@ class TokenLayout:
     ) -> None:
         tp = groups.dims.attn_tp
         self.num_valid = num_valid
+        self._is_padding: Tensor | None = None
         self.comm = groups.attn_tp
         self.num_tokens = ctx.dp_tokens[groups.dims.dp_rank(groups.rank)]
         rows_by_dp = [-(-tokens // tp) for tokens in ctx.dp_tokens]
@@ -220,8 +221,10 @@ class TokenLayout:
     def drop_padding(self, ids_SK: Tensor) -> Tensor:
         """-1 in place of the ids of rows that are no tokens; may be done in place."""
         if self.num_valid is not None:
-            rows = torch.arange(self.first, self.first + self.rows, device=ids_SK.device)
-            return ids_SK.masked_fill_((rows >= self.num_valid)[:, None], -1)
+            if self._is_padding is None:  # in the first layer, for all
+                rows = torch.arange(self.first, self.first + self.rows, device=ids_SK.device)
+                self._is_padding = (rows >= self.num_valid)[:, None]
+            return ids_SK.masked_fill_(self._is_padding, -1)
         ids_SK[self.valid :] = -1
         return ids_SK
 

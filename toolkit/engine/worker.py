@@ -185,6 +185,7 @@ class Worker:
             messages = self.link.receive(wait=asleep)
             self._mark("take")
             self._take(messages)
+            self._mark("results")
             self.pipeline.before_schedule()
             self._mark("schedule")
             batch = self.scheduler.schedule(hold)

@@ -168,7 +168,7 @@ def _put_aside(run_dir: Path, aside: Path) -> None:
             (run_dir / name).rename(aside / name)
     for folder, pattern in ((records.LOGS, "*.log"), (STATE_DIR, "*-[0-9]*.json"), (STATE_DIR, "progress.json")):
         for file in (run_dir / folder).glob(pattern):
-            if not file.name.startswith("launcher-"):  # its writer has it open
+            if not file.name.startswith(("launcher-", "slurm-")):  # their writers have them open
                 (aside / folder).mkdir(parents=True, exist_ok=True)
                 file.rename(aside / folder / file.name)
 

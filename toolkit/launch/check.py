@@ -46,6 +46,7 @@ def check(cfg: ExpConfig) -> list[str]:
     errors = [
         *_names(cfg),
         *_cluster(cfg),
+        *_gpu_backends(cfg),
         *_model(cfg.model),
         *_deploy(cfg.deploy),
         *_health(cfg.health),
@@ -113,6 +114,17 @@ def _cluster(cfg: ExpConfig) -> Iterator[str]:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         yield f"cluster.results_dir={c.results_dir} cannot be made or written to ({folder}): name another folder"
+
+
+def _gpu_backends(cfg: ExpConfig) -> Iterator[str]:
+    """Backends that run on GPUs alone, where there are none or the model's type is not theirs."""
+    for key, name, other in (("moe_a2a_backend", "deepep", "all_to_all"), ("moe_runner_backend", "deep_gemm", "auto")):
+        if getattr(cfg.engine, key) != name:
+            continue
+        if cfg.cluster.device == "cpu":
+            yield f"engine.{key}={name} runs on GPUs, but cluster.device=cpu: use engine.{key}={other}"
+        elif cfg.model.dtype == "float32":
+            yield f"engine.{key}={name} works in bfloat16, but model.dtype=float32: use bfloat16, or {key}={other}"
 
 
 def _nodes(cluster: ClusterConfig, dims: ParallelDims) -> Iterator[str]:

@@ -34,7 +34,7 @@ def text(conf: Path) -> str:
     keys = ["", "Keys, with their defaults (a choice may set others)", "exp=adhoc  name of the experiment"]
     keys += [
         "dry_run=false  print the plan and exit",
-        "emit=''  sbatch: write the job script and exit",
+        "emit=''  sbatch: make the run folder and the job script in it, print the script, submit nothing",
         "resume=false  go on with the newest run of this experiment: run only what is not done there",
         "run_dir=''  run folder; one that holds a run of this experiment is gone on with; empty: a new one",
         help_text(),

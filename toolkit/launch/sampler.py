@@ -49,6 +49,7 @@ def specs(cfg: ExpConfig, num_nodes: int, run_dir: Path) -> list[ProcessSpec]:
             argv=(*words, str(run_dir / records.NODE_SAMPLES / f"node-{node}.arrows")),
             env={"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
             node=node,
+            group="samplers",
             critical=False,
         )
         for node in range(num_nodes)

@@ -32,6 +32,8 @@ class _Handle:
 
 
 class ElasticTransport:
+    masked = False
+
     def __init__(self, library: Any, comm: Comm, settings: Settings, ways: tuple[Way, ...]) -> None:
         self.settings, shape = settings, settings.shape
         self.buffer = library.ElasticBuffer(

@@ -21,6 +21,7 @@ def warm_up(
     shape: ExpertShape,
     ranks: int,
     where: float,
+    masked: bool,
     progress: Callable[[int, int], None],
 ) -> None:
     """Calls ``gemm`` with every shape.
@@ -28,17 +29,19 @@ def warm_up(
     Args:
         ranks: that send rows to these experts.
         where: 0 to 1, the share of the list at which this rank begins.
+        masked: some steps bring their rows in the masked layout.
         progress: called with how many shapes are done, of how many.
     """
     cases: list[tuple[int, int, bool]] = []  # rows a slot, alignment, masked layout
     for most, alignment in ((shape.max_rows, shape.alignment), (shape.max_decode_rows, shape.decode_alignment)):
         rows_a_slot = -(-most * ranks * shape.top_k // shape.num_slots)
-        cases += [(expected, alignment, False) for expected in gemm.shapes(rows_a_slot)]
-    cases += [(expected, alignment, True) for expected in gemm.shapes(rows_a_slot)]
+        cases += [(expected, alignment, False) for expected in gemm.shapes(rows_a_slot, alignment)]
+    if masked:
+        cases += [(expected, alignment, True) for expected in gemm.shapes(rows_a_slot, alignment)]
     first = int(where * len(cases))
-    for done, (expected, alignment, masked) in enumerate(cases[first:] + cases[:first], 1):
-        with compiling(f"experts-{expected}-{alignment}-{masked}"):
-            gemm(no_rows(experts, shape, expected, alignment, masked))
+    for done, (expected, alignment, is_masked) in enumerate(cases[first:] + cases[:first], 1):
+        with compiling(f"experts-{expected}-{alignment}-{is_masked}"):
+            gemm(no_rows(experts, shape, expected, alignment, is_masked))
         progress(done, len(cases))
 
 
