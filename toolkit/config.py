@@ -15,7 +15,7 @@ import logging
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -366,6 +366,19 @@ def variants(node: Any, overrides: list[str]) -> list[tuple[Any, list[str]]]:
             made.compare_with = str(Path(node.cluster.results_dir).absolute() / f"{node.exp}-{names[0]}" / "latest")
         found.append((made, [*overrides, f"variant={name}"]))
     return found or [(node, overrides)]
+
+
+def read_saved(file: Path, overrides: Sequence[str]) -> Any:
+    """A run folder's config.yaml as Hydra would have composed it, with ``overrides`` (``load.osl=8``), for a new run.
+
+    What a rehearsal replaces was replaced when the file was written, and is not replaced again.
+    """
+    from omegaconf import OmegaConf
+
+    new = {"rehearsal": None, "resume": False, "run_dir": "", "dry_run": False}
+    node = OmegaConf.merge(OmegaConf.load(file), new)
+    node.rehearsal = {}
+    return OmegaConf.merge(node, OmegaConf.from_dotlist(list(overrides)))
 
 
 def from_mapping(values: dict[str, Any], cls: type[C]) -> C:

@@ -56,19 +56,13 @@ def main() -> int:
 
 def read_saved(path: str, overrides: list[str]) -> tuple[Any, list[str]]:
     """The experiment of a run folder's config.yaml, every key as it was, and what ``overrides`` change of it."""
-    from omegaconf import OmegaConf
-
     file = Path(path).expanduser()
     file = file / "config.yaml" if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"config={path} is not there: give a run folder, or the config.yaml in one")
     if mistakes := [mistake for word in overrides if (mistake := explain(word))]:
         raise ValueError("\n".join(mistakes))
-    node = OmegaConf.load(file)
-    # What a rehearsal replaces was replaced when the file was written; a new run is made, unless asked otherwise.
-    node = OmegaConf.merge(node, {"rehearsal": None, "resume": False, "run_dir": "", "dry_run": False})
-    node.rehearsal = {}
-    return OmegaConf.merge(node, OmegaConf.from_dotlist(overrides)), overrides
+    return config.read_saved(file, overrides), overrides
 
 
 def explain(word: str) -> str | None:
