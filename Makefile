@@ -17,7 +17,8 @@ PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c
 PARALLEL := tests/unit tests/process tests/eplb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check fmt hooks slurm-install slurm-up slurm-down test-slurm test-slurm-all test-gpu bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb
+.PHONY: help demo test unit check fmt hooks slurm-install slurm-up slurm-down test-slurm test-slurm-all test-gpu
+.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-recorder
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +51,9 @@ bench-analysis: $(STAMP)  ## time and memory of reading runs of up to a million 
 
 bench-loadgen: $(STAMP)  ## the load generator against a server with known send times (a minute)
 	$(BIN)/python -m tests.bench.loadgen $(ARGS)
+
+bench-recorder: $(STAMP)  ## what each mode of the expert recorder costs of a decode step
+	$(BIN)/python -m tests.bench.recorder $(ARGS)
 
 fmt: $(STAMP)  ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix-only .

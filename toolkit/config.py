@@ -146,7 +146,19 @@ class DeployConfig:
     host: str = opt("127.0.0.1", "address the frontend binds; loopback unless told otherwise")
     router: str = opt("round_robin", "which DP rank takes a request: round_robin")
     api_key_env: str = opt("", "environment variable that holds the API key clients must send; empty: none")
-    ready_stall_s: float = opt(180.0, "give up when a rank has reported no progress in loading for so long")
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """How a run is watched."""
+
+    stall_s: float = opt(180.0, "silence that ends a run: no progress in loading, or no step with requests in flight")
+    preflight: bool = opt(True, "look at every node before ranks start: GPUs, links, memory, disk, ports, clock")
+    min_disk_gb: float = opt(1.0, "preflight: free space that run folder and temporary folder must have, 10^9 bytes")
+    max_clock_offset_ms: float = opt(50.0, "preflight: most that a node's clock may differ from the first node's")
+    sample_interval_s: float = opt(
+        1.0, "seconds between two samples of each node's GPUs, CPUs, memory, network; 0: none"
+    )
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,7 @@ class ClusterConfig:
     )
     gpu_type: str = opt("", "type in that request: h100 gives gpu:h100:8; empty: any")
     segment: int = opt(0, "nodes that must share an NVLink domain (--segment, Slurm 23.11 and later); 0: no matter")
+    exclude_bad_nodes: bool = opt(False, "a node that fails the preflight is left out and the job submitted again")
     requeue: bool = opt(
         False, "after preemption, a lost node or the time limit the job starts again and the sweep goes on"
     )
@@ -296,6 +309,7 @@ class ExpConfig:
     engine: EngineConfig = opt(EngineConfig(), "")
     deploy: DeployConfig = opt(DeployConfig(), "")
     cluster: ClusterConfig = opt(ClusterConfig(), "")
+    health: HealthConfig = opt(HealthConfig(), "")
     load: LoadConfig = opt(LoadConfig(), "")
     rehearsal: dict[str, dict[str, Any]] = opt({}, "group -> keys that a CPU rehearsal of a GPU experiment replaces")
     variants: dict[str, dict[str, Any]] = opt(
@@ -303,6 +317,8 @@ class ExpConfig:
     )
     compare_with: str = opt("", "run folder (results/<exp>/latest) that the report compares this run with")
     dry_run: bool = opt(False, "print the plan and exit")
+    resume: bool = opt(False, "go on with the newest run of this experiment: run only what is not done there")
+    run_dir: str = opt("", "run folder; one that holds a run of this experiment is gone on with; empty: a new one")
     emit: Literal["", "sbatch"] = opt(
         "", "sbatch: make the run folder and the job script in it, print the script, submit nothing"
     )

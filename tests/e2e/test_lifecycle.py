@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -16,14 +16,16 @@ import pytest
 
 from toolkit import records
 
+LAUNCHER = (sys.executable, "-m", "toolkit.launch")
+
 
 class Run:
     """The launcher as a user starts it: the tiny model on four CPU ranks, under a load it cannot finish soon."""
 
-    def __init__(self, results: Path) -> None:
+    def __init__(self, results: Path, more: Sequence[str] = (), launcher: Sequence[str] = LAUNCHER) -> None:
         words = ["+exp=dep16", "cluster=local", "parallel=dep4", f"cluster.results_dir={results}"]
         load = ["load.concurrency=[2,4]", "load.num_requests=400", "load.osl=40", "load.warmup_requests=0"]
-        command = [sys.executable, "-m", "toolkit.launch", *words, *load]
+        command = [*launcher, *words, *load, *more]
         self.folder = results / "dep16" / "latest"
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -41,7 +43,7 @@ class Run:
     def pid(self, name: str) -> int:
         return int(json.loads((self.folder / "launch" / f"{name}.json").read_text())["pid"])
 
-    def end(self, within_s: float = 30) -> str:
+    def end(self, within_s: float = 120) -> str:
         """Waits for the end; everything the run started must be gone then."""
         output = self.process.communicate(timeout=within_s)[0]
         assert self.left() == []
@@ -66,15 +68,14 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 def test_a_killed_rank_fails_the_run_by_name(run: Run) -> None:
     os.kill(run.pid("rank-2"), signal.SIGKILL)
-    output = run.end(within_s=30)
+    output = run.end()
     assert run.process.returncode == 1
     assert "rank-2" in output and "SIGKILL" in output
     assert "rank 2 ready" in output, "the end of its log is shown"
     status = records.read_status(run.folder)
     assert status.state == "failed" and "rank-2" in status.reason
-    # a point whose requests had all failed before the launcher saw the death is failed, and says so itself
-    assert {p.state for p in status.points} <= {"cancelled", "failed"}
-    assert all("rank-2" in p.reason for p in status.points if p.state == "cancelled")
+    assert [p.state for p in status.points] == ["cancelled", "cancelled"]
+    assert all("rank-2" in p.reason for p in status.points)
     rows = records.read_requests(run.folder)
     assert (rows.status == "ok").any(), "what was measured before is kept"
 

@@ -64,7 +64,7 @@ def test_with_accounting_the_account_is_checked_and_old_jobs_are_known(accounted
 
     assert errors("research") == []
     (error,) = errors("reserch")
-    assert error == "cluster.account=reserch is not known, use one of: research; did you mean research?"
+    assert error == "cluster.account=reserch is not known, use one of: research, root; did you mean research?"
     run = Run(tmp_path, "parallel=dep2", "cluster.gpus_per_node=1", "cluster.account=research", *SHORT)
     code, output = run.end()
     assert code == 0, output + run.story()

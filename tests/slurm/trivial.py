@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from toolkit.launch.inside import read_config
+from toolkit.launch.attempts import read_config
 from toolkit.launch.launcher import ProcessSpec
 from toolkit.launch.plan import num_ports, plan, pools
 from toolkit.launch.slurm import SlurmLauncher

@@ -23,6 +23,7 @@ from toolkit.analysis.metrics import (
     tok_s_between,
     ttft_s,
 )
+from toolkit.analysis.nodes import throttled
 
 ENOUGH_FOR_P99 = 100  # requests: with fewer, linear p99 lies between the two slowest
 HELD = 0.9  # share of the asked concurrency below which the client, not the server, set the load
@@ -40,6 +41,10 @@ def warnings(run: Run) -> list[str]:
         if not point.valid:
             found.append(f"concurrency {point.concurrency} is invalid and left out: {point.row['reason']}")
         found += [f"concurrency {point.concurrency}: {text}" for text in _point(point)]
+    found += [
+        f"{name}: its clock was held down by heat or a power brake in {share:.0%} of the samples"
+        for name, share in throttled(run.nodes).items()
+    ]
     few = [
         f"{point.concurrency} ({ok})"
         for point in run.points

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from toolkit.config import ClusterConfig, DeployConfig, ExpConfig, ModelConfig
+from toolkit.config import ClusterConfig, DeployConfig, ExpConfig, HealthConfig, ModelConfig
 from toolkit.engine import arch as shapes
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.frontend.router import ROUTERS
@@ -49,6 +49,7 @@ def check(cfg: ExpConfig) -> list[str]:
         *_gpu_backends(cfg),
         *_model(cfg.model),
         *_deploy(cfg.deploy),
+        *_health(cfg.health),
         *(f"load.{error}" for error in check_load(cfg.load)),
     ]
     try:
@@ -201,8 +202,15 @@ def _deploy(deploy: DeployConfig) -> Iterator[str]:
             f"deploy.api_key_env={deploy.api_key_env}: that environment variable is not set: export it, "
             "or leave api_key_env empty"
         )
-    if deploy.ready_stall_s <= 0:
-        yield f"deploy.ready_stall_s={deploy.ready_stall_s} must be positive"
+
+
+def _health(health: HealthConfig) -> Iterator[str]:
+    for name in ("stall_s", "max_clock_offset_ms"):
+        if getattr(health, name) <= 0:
+            yield f"health.{name}={getattr(health, name):g} must be positive"
+    for name in ("sample_interval_s", "min_disk_gb"):
+        if getattr(health, name) < 0:
+            yield f"health.{name}={getattr(health, name):g} is negative; use 0 for none"
 
 
 def _memory(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import yaml
 
-from toolkit import config, records
-from toolkit.config import ExpConfig
+from toolkit import records
 from toolkit.launch import job_file, queue
+from toolkit.launch.attempts import read_config
 from toolkit.launch.interrupts import NOTICE
 from toolkit.launch.run import EXIT_CODES, run
 
@@ -64,11 +64,6 @@ def run_one(run_dir: Path) -> int:
         except Exception as error:  # its own faults are in status.json; this is one of ours or the disk's
             sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
             raise
-
-
-def read_config(run_dir: Path) -> ExpConfig:
-    """The experiment of a run folder, as it was resolved."""
-    return config.from_mapping(yaml.safe_load((run_dir / records.CONFIG).read_text()), ExpConfig)
 
 
 def goes_on(run_dir: Path, done_before: int) -> bool:

@@ -31,11 +31,10 @@ from toolkit.launch.follow import follow as follow_jobs
 from toolkit.launch.follow import settle
 from toolkit.launch.inside import LOG
 from toolkit.launch.job_file import JobRecord
-from toolkit.launch.launcher import STATE_DIR, ProcessState
+from toolkit.launch.launcher import STATE_DIR, ProcessState, tail
 from toolkit.launch.load import PROGRESS, read_progress
 from toolkit.launch.queue import JobState
 from toolkit.launch.run import EXIT_CODES
-from toolkit.launch.watch import tail
 
 USER_ERROR = 2
 LIVE = ("queued", "running")
