@@ -17,10 +17,12 @@ PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c
 PARALLEL := tests/unit tests/process tests/eplb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check fmt hooks slurm-install slurm-up slurm-down test-slurm test-slurm-all test-slurm-segment bench-scheduler bench-analysis bench-loadgen bench-eplb
+.PHONY: help demo test unit check fmt hooks test-gpu
+.PHONY: slurm-install slurm-up slurm-down test-slurm test-slurm-all test-slurm-segment
+.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-recorder
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the charts (minutes)
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
@@ -39,11 +41,20 @@ check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the 
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL) $(ARGS)
 	$(BIN)/python -m pytest tests/contract tests/dist $(ARGS)
 
+test-gpu: $(STAMP)  ## backends, layers and the engine on this machine's GPUs against the CPU (pip install -e '.[gpu]' first)
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+bench-moe: $(STAMP)  ## dispatch, experts and combine on this machine's GPUs, beside DeepEP's own calls
+	$(BIN)/python -m toolkit.engine.moe.bench $(ARGS)
+
 bench-analysis: $(STAMP)  ## time and memory of reading runs of up to a million requests
 	$(BIN)/python -m tests.bench.analysis_scale $(ARGS)
 
 bench-loadgen: $(STAMP)  ## the load generator against a server with known send times (a minute)
 	$(BIN)/python -m tests.bench.loadgen $(ARGS)
+
+bench-recorder: $(STAMP)  ## what each mode of the expert recorder costs of a decode step
+	$(BIN)/python -m tests.bench.recorder $(ARGS)
 
 fmt: $(STAMP)  ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix-only .

@@ -84,7 +84,7 @@ def test_a_stopped_rank_is_named(run: Run) -> None:
     pid = run.pid("rank-2")
     os.kill(pid, signal.SIGSTOP)
     try:
-        output = run.end(within_s=90)
+        output = run.end(within_s=150)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -94,7 +94,7 @@ def test_a_stopped_rank_is_named(run: Run) -> None:
 
 def test_a_rank_that_blocks_in_python_is_named_with_the_line(run: Run, tmp_path: Path) -> None:
     (tmp_path / "block").touch()
-    output = run.end(within_s=90)
+    output = run.end(within_s=150)
     log = check(run, output, 1)
     assert "waits_for_a_lock" in log.partition("--- stacks of")[2]
     assert "waits_for_a_lock" in output, "the stack of the one that is behind is shown"

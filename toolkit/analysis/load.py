@@ -238,6 +238,26 @@ class Run:
         return window_loads(self.experts) if self.experts is not None else None
 
     @cached_property
+    def rebalances(self) -> list[records.RebalanceRecord]:
+        """Rebalances of experts, in order; none where ``engine.enable_eplb`` was off."""
+        if not (self.path / records.REBALANCES).exists():
+            return []
+        return self._read(records.REBALANCES, lambda: records.read_rebalances(self.path), [])
+
+    @cached_property
+    def baseline(self) -> Run | None:
+        """The run that the config asks to compare this one with (``compare_with``); None: none, or it is not there."""
+        named = self.config.get("compare_with")
+        if not isinstance(named, str) or not named:
+            return None
+        try:
+            found = Run(named)
+        except ValueError as error:
+            self.warnings.append(f"compare_with: {error}")
+            return None
+        return found if found.path != self.path else None
+
+    @cached_property
     def point_loads(self) -> list[PointLoad | None]:
         """Expert load in the measured interval of each load point; None where nothing was recorded in it."""
         return [self._load_between(*interval(point.requests)) for point in self.points]
@@ -271,7 +291,7 @@ class Run:
     def read_all(self) -> None:
         """Reads every part now, so that ``warnings`` and ``missing`` are complete."""
         _ = (self.status, self.manifest, self.plan, self.config, self.overrides, self.points, self.point_loads)
-        _ = (self.steps, self.server_metrics, self.nodes, self.slo)
+        _ = (self.steps, self.server_metrics, self.nodes, self.slo, self.rebalances, self.baseline)
 
     def _read(self, name: str, read: Callable[[], T], otherwise: T) -> T:
         if not attempts.present(self.path, name):

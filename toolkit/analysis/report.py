@@ -17,6 +17,7 @@ import jinja2
 import yaml
 
 from toolkit import records
+from toolkit.analysis import against, rebalances
 from toolkit.analysis.charts import Drawn
 from toolkit.analysis.findings import best_row, expert_summary, number, verdict
 from toolkit.analysis.load import COUNT_COLUMNS, Run
@@ -81,7 +82,10 @@ def write_report(run: Run, charts: Iterable[Drawn]) -> Path:
         warnings=warnings(run),
         groups=_groups(run),
         sweep=_sweep_rows(run),
-        experts=expert_summary(run),
+        experts=[*expert_summary(run), *rebalances.sentences(run)],
+        rebalances=rebalances.table(run),
+        against=(against.TITLES, against.table(run)),
+        against_names=(run.baseline.name, run.name, _changed(run)) if run.baseline is not None else None,
         charts=[
             {
                 "name": chart.name,
@@ -99,6 +103,18 @@ def write_report(run: Run, charts: Iterable[Drawn]) -> Path:
     with records.replacing(path, "wb") as out:
         out.write(page.encode())
     return path
+
+
+def _changed(run: Run) -> list[str]:
+    """The settings in which the run differs from the one that it is compared with."""
+    assert run.baseline is not None
+    left, right = run.baseline.settings, run.settings
+    names = sorted(set(left) | set(right))
+    return [
+        f"{name}: {left.get(name)!r} → {right.get(name)!r}"
+        for name in names
+        if left.get(name) != right.get(name) and name not in ("run", "exp", "compare_with", "cluster.port")
+    ]
 
 
 def _subtitle(run: Run) -> str:

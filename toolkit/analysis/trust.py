@@ -42,7 +42,7 @@ def warnings(run: Run) -> list[str]:
             found.append(f"concurrency {point.concurrency} is invalid and left out: {point.row['reason']}")
         found += [f"concurrency {point.concurrency}: {text}" for text in _point(point)]
     found += [
-        f"{name}: its clock was held down by heat or power in {share:.0%} of the samples"
+        f"{name}: its clock was held down by heat or a power brake in {share:.0%} of the samples"
         for name, share in throttled(run.nodes).items()
     ]
     few = [

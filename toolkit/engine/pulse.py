@@ -32,7 +32,7 @@ class Beat(msgspec.Struct, frozen=True):
         turn: times round the worker's loop; all ranks make the same turns while any has work.
         step: forward passes since start.
         collectives: collective operations it has begun; ranks that wait for another have begun one more than it.
-        phase: idle (asleep until a message), take, schedule, agree, step, reply.
+        phase: idle (asleep until a message), take, results, schedule, agree, step, reply.
         requests: it holds.
         time: Unix seconds.
     """

@@ -21,6 +21,7 @@ import yaml
 from toolkit import config, heartbeat, point_files, records
 from toolkit.config import ExpConfig, to_mapping
 from toolkit.engine import pulse
+from toolkit.launch import provenance_files
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.loadgen import resume
 from toolkit.loadgen.options import Options
@@ -32,7 +33,8 @@ MODEL = ("hf_config", "load_format", "dtype", "seed")
 DEPLOY = ("mode", "router")
 CLUSTER = ("device", "gpus_per_node", "cpu_threads_per_rank", "container_image")
 PULSES = f"{STATE_DIR}/{pulse.FOLDER}"
-MOVED = (records.STEPS, records.NODE_SAMPLES, records.EXPERTS, records.SERVER_METRICS, records.NODES, PULSES)
+MOVED = (records.STEPS, records.NODE_SAMPLES, records.EXPERTS, records.SERVER_METRICS, records.NODES, PULSES,
+         provenance_files.FOLDER)  # fmt: skip
 
 
 def deployment_settings(cfg: ExpConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ Takes an experiment to a running MoE deployment, loads it, and leaves a folder o
   python -m toolkit.launch.jobs                               list, follow, attach, cancel
   python -m toolkit.launch +exp=dep16 cluster=local           rehearse 16 GPUs with 16 small CPU ranks
   python -m toolkit.launch +exp=dep16 resume=true             go on with its newest run: only what is not done there
+  python -m toolkit.launch config=results/dep16/latest        the very same experiment again, in a new run folder
   python -m toolkit.launch +exp=smoke --cfg job               the composed experiment, nothing more
 
 An experiment (+exp=NAME) chooses one file of each group; GROUP=CHOICE replaces a choice, GROUP.KEY=VALUE a key.

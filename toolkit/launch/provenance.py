@@ -67,15 +67,15 @@ def clean(word: str) -> str:
 
 def git_state(folder: Path) -> dict[str, Any]:
     """Commit and whether the working tree differs from it; nulls outside a git checkout."""
-    commit = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
-    changes = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
+    commit = output(["git", "-C", str(folder), "rev-parse", "HEAD"])
+    changes = output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
     return {"commit": commit or None, "dirty": None if not commit else bool(changes)}
 
 
 def gpus() -> list[str]:
     """Name, memory and driver of each NVIDIA GPU of this machine."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    return (_output(query) or "").splitlines()
+    return (output(query) or "").splitlines()
 
 
 def _versions() -> dict[str, str]:
@@ -106,12 +106,12 @@ def _cpu_model() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _output(command: list[str]) -> str | None:
+def output(command: list[str]) -> str | None:
     """What a command prints, or None where it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, errors="replace")
     except subprocess.TimeoutExpired:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

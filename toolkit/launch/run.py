@@ -22,7 +22,7 @@ from toolkit import point_files, records
 from toolkit.config import ExpConfig, to_mapping
 from toolkit.engine.args import TOKEN_ENV
 from toolkit.heartbeat import beating
-from toolkit.launch import attempts, child, job_file, provenance, queue, sampler
+from toolkit.launch import attempts, child, job_file, provenance, provenance_files, queue, sampler
 from toolkit.launch.adapters import adapters
 from toolkit.launch.check import check_model, will_build
 from toolkit.launch.health import LoadingBars, http, wait_ready
@@ -30,6 +30,7 @@ from toolkit.launch.interrupts import Cancelled, Interrupts
 from toolkit.launch.launcher import STATE_DIR, launchers, with_environment
 from toolkit.launch.load import run_load
 from toolkit.launch.plan import num_ports, plan, pools
+from toolkit.launch.preflight import preflight
 from toolkit.launch.stall import StallWatch
 from toolkit.launch.watch import RunFailed, Watch, exit_text
 
@@ -135,7 +136,9 @@ def anything_to_do(cfg: ExpConfig, run_dir: Path, console: Console) -> bool:
 
 def deploy_and_load(cfg: ExpConfig, run_dir: Path, interrupts: Interrupts, console: Console) -> None:
     """Starts the deployment, runs the sweep against it, and ends every process, however it goes."""
-    attempt = attempts.begin(run_dir, provenance.manifest(sys.orig_argv))
+    made_of = provenance.manifest(sys.orig_argv) | {"container": provenance_files.container(cfg.cluster)}
+    attempt = attempts.begin(run_dir, made_of)
+    provenance_files.write(run_dir, Path(__file__).parent)
     launcher, job = launchers()[cfg.cluster.launcher](cfg), None
     say(console, f"Run folder: {run_dir}")
     try:
@@ -146,6 +149,9 @@ def deploy_and_load(cfg: ExpConfig, run_dir: Path, interrupts: Interrupts, conso
         processes = adapters()[cfg.engine.backend](deployment, cfg, [node.host for node in nodes], run_dir)
         for name, content in processes.files.items():
             (run_dir / name).write_bytes(content)
+        if cfg.health.preflight:
+            for text in preflight(cfg, deployment, nodes, run_dir, launcher):
+                log.warning("preflight: %s", text)
         specs = with_environment(processes.specs, cfg, nodes)
         url = f"http://{deployment.frontend.client_host}:{deployment.frontend.http_port}"
         say(console, f"Starting {len(specs)} processes: {deployment.mapping}, frontend at {url}")
