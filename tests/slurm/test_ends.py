@@ -63,6 +63,7 @@ def test_a_closed_terminal_does_not_end_the_job(cluster: Cluster, tmp_path: Path
     assert [p.state for p in run.status().points] == ["done", "done"]
 
 
+@pytest.mark.slow
 def test_the_time_limit_ends_a_run_before_slurm_does(cluster: Cluster, tmp_path: Path) -> None:
     run = Run(tmp_path, *TWO, *LONG, "cluster.time_min=1", "cluster.signal_s=30")
     run.wait_for_load()
