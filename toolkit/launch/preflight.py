@@ -88,6 +88,11 @@ def preflight(
     return [f"{names[i]}: {text}" for i, report in sorted(reports.items()) for text in report.warnings]
 
 
+def forget(run_dir: Path) -> None:
+    """What an earlier life of the run found is of no matter to the next one."""
+    (run_dir / STATE_DIR / FOLDER / BAD).unlink(missing_ok=True)
+
+
 def specs(num_nodes: int, run_dir: Path) -> list[ProcessSpec]:
     ask = str(run_dir / STATE_DIR / FOLDER / ASK)
     command = (sys.executable, "-m", "toolkit.launch.preflight", "--ask", ask, "--node")
