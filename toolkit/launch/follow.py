@@ -78,6 +78,10 @@ class Follower:
                 job, asked = self._ask(), time.monotonic()
                 if job is not None and not job.active:
                     self._show_log()
+                    note = job_file.read(self._run_dir)
+                    if note and note.job_id not in ("", self._job_id):  # submitted again, without a bad node
+                        self._job_id, asked = note.job_id, -ASK_S
+                        continue
                     return settle(self._run_dir, job)
             self._show_log()
             time.sleep(LOOK_S)
