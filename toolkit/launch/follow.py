@@ -66,7 +66,7 @@ class Follower:
         note = job_file.read(run_dir)
         assert note and note.job_id, f"{run_dir} is not of a Slurm job"
         self._run_dir, self._console, self._job_id = run_dir, console, note.job_id
-        self._shown = 0  # bytes of the launcher's log
+        self._shown = self._size() if self._pending() else 0  # bytes of the log; what an earlier job left is not news
         self._said = ""
 
     def run(self) -> int:
@@ -84,6 +84,13 @@ class Follower:
                     return settle(self._run_dir, job)
             self._show_log()
             time.sleep(LOOK_S)
+
+    def _pending(self) -> bool:
+        return records.read_status(self._run_dir).state == "queued"
+
+    def _size(self) -> int:
+        log = self._run_dir / LOG
+        return log.stat().st_size if log.exists() else 0
 
     def _ask(self) -> JobState | None:
         """How the job stands; None while Slurm's controller does not answer, which ends nothing."""

@@ -2,6 +2,7 @@
 
 DeepGEMM and Triton compile a kernel when a shape of it is first seen, which takes seconds. Every shape is called here
 once, with no rows. Ranks of a node begin at different shapes and find the rest in the cache that they share.
+Projections have ``linear_warm_up.py``.
 """
 
 from __future__ import annotations
