@@ -8,7 +8,6 @@ tells, and clocks of different hosts are trusted to a minute, no more. Imports n
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import threading
 import time
