@@ -156,7 +156,8 @@ def roles(run_dir: Path) -> str:
     states = []
     for file in sorted((run_dir / STATE_DIR).glob("*-*.json")):
         try:
-            states.append(msgspec.json.decode(file.read_bytes(), type=ProcessState))
+            if not file.name.startswith("preflight-"):  # over when the others begin
+                states.append(msgspec.json.decode(file.read_bytes(), type=ProcessState))
         except msgspec.DecodeError:
             continue  # arguments of a role, not a state
     started = Counter(s.name.rpartition("-")[0] for s in states)
