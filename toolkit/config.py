@@ -15,7 +15,7 @@ import logging
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,11 +75,26 @@ class EngineConfig:
     """The engine of every rank; SGLang's words."""
 
     backend: str = opt("native", "engine adapter: native")
-    attention_backend: str = opt("auto", "auto, sdpa")
-    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all")
-    moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch")
+    attention_backend: str = opt("auto", "auto, sdpa; on GPUs: fa3, flash_mla (latent attention), varlen")
+    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all, deepep (GPU)")
+    deepep_mode: Literal["auto", "normal", "low_latency"] = opt(
+        "auto", "auto: low_latency for steps without prefill; normal waits for row counts, low_latency fits CUDA graphs"
+    )
+    deepep_buffer: Literal["auto", "v2", "legacy"] = opt("auto", "DeepEP's ElasticBuffer or Buffer; auto: the faster")
+    deepep_dispatch_dtype: Literal["auto", "fp8", "bf16"] = opt("auto", "rows on their way to FP8 experts; auto: fp8")
+    deepep_num_max_dispatch_tokens_per_rank: int = opt(
+        0, "rows of a rank for which low_latency has room; 0: what a step without prefill may have"
+    )
+    moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch, grouped_mm, deep_gemm (GPU)")
     page_size: int = opt(16, "tokens a KV block")
     max_total_tokens: int = opt(8192, "KV cache capacity of one DP rank, tokens")
+    mem_fraction_static: float = opt(
+        0.0, "share of a GPU's memory that may be taken: after weights, buffers and graphs the KV cache gets the rest; "
+        "0: max_total_tokens as given"
+    )  # fmt: skip
+    disable_cuda_graph: bool = opt(False, "GPUs: launch every kernel of a decode step, instead of one captured graph")
+    cuda_graph_max_bs: int = opt(0, "GPUs: largest decode batch that is captured; 0: max_running_requests")
+    disable_overlap_schedule: bool = opt(False, "GPUs: wait for each step's tokens before the next is prepared")
     swa_full_tokens_ratio: float = opt(
         0.0, "KV capacity of sliding-window layers as a share of max_total_tokens; 0: what max_running_requests need"
     )
@@ -131,7 +146,19 @@ class DeployConfig:
     host: str = opt("127.0.0.1", "address the frontend binds; loopback unless told otherwise")
     router: str = opt("round_robin", "which DP rank takes a request: round_robin")
     api_key_env: str = opt("", "environment variable that holds the API key clients must send; empty: none")
-    ready_stall_s: float = opt(180.0, "give up when a rank has reported no progress in loading for so long")
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """How a run is watched."""
+
+    stall_s: float = opt(180.0, "silence that ends a run: no progress in loading, or no step with requests in flight")
+    preflight: bool = opt(True, "look at every node before ranks start: GPUs, links, memory, disk, ports, clock")
+    min_disk_gb: float = opt(1.0, "preflight: free space that run folder and temporary folder must have, 10^9 bytes")
+    max_clock_offset_ms: float = opt(50.0, "preflight: most that a node's clock may differ from the first node's")
+    sample_interval_s: float = opt(
+        1.0, "seconds between two samples of each node's GPUs, CPUs, memory, network; 0: none"
+    )
 
 
 @dataclass(frozen=True)
@@ -139,7 +166,7 @@ class ClusterConfig:
     """Where the processes run."""
 
     launcher: Literal["local", "slurm"] = opt("local", "local: processes of this machine; slurm: a Slurm job")
-    device: Literal["cpu", "cuda"] = opt("cpu", "what a rank computes on")
+    device: Literal["auto", "cpu", "cuda"] = opt("cpu", "what a rank computes on; auto: cuda where this host has one")
     gpus_per_node: int = opt(8, "ranks a node (GPUs, or CPU ranks where device=cpu)")
     gpu_memory_gb: float = opt(0.0, "memory of one GPU, 10^9 bytes; 0: not checked")
     cpu_threads_per_rank: int = opt(1, "torch threads of a CPU rank")
@@ -172,6 +199,7 @@ class ClusterConfig:
     )
     gpu_type: str = opt("", "type in that request: h100 gives gpu:h100:8; empty: any")
     segment: int = opt(0, "nodes that must share an NVLink domain (--segment, Slurm 23.11 and later); 0: no matter")
+    exclude_bad_nodes: bool = opt(False, "a node that fails the preflight is left out and the job submitted again")
     requeue: bool = opt(
         False, "after preemption, a lost node or the time limit the job starts again and the sweep goes on"
     )
@@ -281,6 +309,7 @@ class ExpConfig:
     engine: EngineConfig = opt(EngineConfig(), "")
     deploy: DeployConfig = opt(DeployConfig(), "")
     cluster: ClusterConfig = opt(ClusterConfig(), "")
+    health: HealthConfig = opt(HealthConfig(), "")
     load: LoadConfig = opt(LoadConfig(), "")
     rehearsal: dict[str, dict[str, Any]] = opt({}, "group -> keys that a CPU rehearsal of a GPU experiment replaces")
     variants: dict[str, dict[str, Any]] = opt(
@@ -288,6 +317,8 @@ class ExpConfig:
     )
     compare_with: str = opt("", "run folder (results/<exp>/latest) that the report compares this run with")
     dry_run: bool = opt(False, "print the plan and exit")
+    resume: bool = opt(False, "go on with the newest run of this experiment: run only what is not done there")
+    run_dir: str = opt("", "run folder; one that holds a run of this experiment is gone on with; empty: a new one")
     emit: Literal["", "sbatch"] = opt(
         "", "sbatch: make the run folder and the job script in it, print the script, submit nothing"
     )
@@ -337,6 +368,19 @@ def variants(node: Any, overrides: list[str]) -> list[tuple[Any, list[str]]]:
     return found or [(node, overrides)]
 
 
+def read_saved(file: Path, overrides: Sequence[str]) -> Any:
+    """A run folder's config.yaml as Hydra would have composed it, with ``overrides`` (``load.osl=8``), for a new run.
+
+    What a rehearsal replaces was replaced when the file was written, and is not replaced again.
+    """
+    from omegaconf import OmegaConf
+
+    new = {"rehearsal": None, "resume": False, "run_dir": "", "dry_run": False}
+    node = OmegaConf.merge(OmegaConf.load(file), new)
+    node.rehearsal = {}
+    return OmegaConf.merge(node, OmegaConf.from_dotlist(list(overrides)))
+
+
 def from_mapping(values: dict[str, Any], cls: type[C]) -> C:
     """A plain dict -> the config dataclass ``cls``.
 
@@ -358,6 +402,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
 def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     """Fills in what depends on other keys and returns a new config; every change is logged.
 
+    - ``cluster.device=auto`` becomes cuda where this host has NVIDIA's driver, cpu elsewhere.
     - ``cluster.device=cpu``: the keys of ``rehearsal`` replace the experiment's, except those in ``explicit``
       (what the user named on the command line: ``model``, ``load.osl``).
     - ``engine.moe_a2a_backend=none`` (SGLang's word) becomes ``allgather``.
@@ -365,13 +410,17 @@ def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     - ``model.path`` and ``cluster.results_dir`` lose ``~``; an empty ``model.tokenizer`` becomes ``model.path``.
     """
     values = to_mapping(config)
+    device = config.cluster.device
+    if device == "auto":
+        device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
     def put(group: str, key: str, value: Any) -> None:
         if values[group].get(key) != value:
             log.info("resolved %s.%s: %s -> %s", group, key, values[group].get(key), value)
             values[group][key] = value
 
-    if config.cluster.device == "cpu":
+    put("cluster", "device", device)
+    if device == "cpu":
         for group, keys in config.rehearsal.items():
             if group not in GROUPS:
                 raise ValueError(f"rehearsal.{group} is not a config group{_closest(group, list(GROUPS))}")
@@ -381,7 +430,7 @@ def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     if values["engine"]["moe_a2a_backend"] == "none":
         put("engine", "moe_a2a_backend", "allgather")
     if values["model"]["dtype"] == "auto":
-        put("model", "dtype", "float32" if config.cluster.device == "cpu" else "bfloat16")
+        put("model", "dtype", "float32" if device == "cpu" else "bfloat16")
     for group, key in (("model", "path"), ("cluster", "results_dir")):
         if values[group][key]:
             put(group, key, str(Path(values[group][key]).expanduser()))

@@ -26,6 +26,7 @@ from toolkit.analysis.trust import warnings
 from toolkit.records import PointStatus, RunStatus
 
 CHART_NAMES = {
+    "nodes",
     "latency_vs_concurrency", "latency_distributions", "throughput_vs_latency", "goodput_vs_load", "timeline",
     "imbalance_vs_latency", "expert_load_heatmap", "rank_imbalance", "balancedness_over_time", "co_activation",
     "cross_node_traffic",

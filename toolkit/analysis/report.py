@@ -57,8 +57,14 @@ GROUPS: tuple[Group, ...] = (
             Column("per user", "output_tok_s_per_user"),
         ),
     ),
+    Group("power", (Column("W", "power_w"), Column("tok/s/W", "output_tok_s_per_w"))),
     Group("GPU load", (Column("balance", "balancedness_mean"), Column("max/mean", "imbalance_max"))),
 )
+
+
+def _groups(run: Run) -> list[Group]:
+    """Columns that say something: power is known on few machines."""
+    return [group for group in GROUPS if group.title != "power" or run.sweep["power_w"].notna().any()]
 
 
 def write_report(run: Run, charts: Iterable[Drawn]) -> Path:
@@ -74,7 +80,7 @@ def write_report(run: Run, charts: Iterable[Drawn]) -> Path:
         subtitle=_subtitle(run),
         verdict=verdict(run),
         warnings=warnings(run),
-        groups=GROUPS,
+        groups=_groups(run),
         sweep=_sweep_rows(run),
         experts=[*expert_summary(run), *rebalances.sentences(run)],
         rebalances=rebalances.table(run),
@@ -119,7 +125,7 @@ def _subtitle(run: Run) -> str:
               if key in parallel]  # fmt: skip
     parts += [str(engine["moe_a2a_backend"])] if "moe_a2a_backend" in engine else []
     parts += [f"{run.num_gpus} GPUs or ranks"] if run.num_gpus else []
-    parts += [f"state: {run.status.state}"] if run.status else []
+    parts += [f"state: {run.state}"] if run.status else []
     return " · ".join(parts)
 
 
@@ -134,7 +140,7 @@ def _sweep_rows(run: Run) -> list[dict[str, Any]]:
         {
             "best": position == best,
             "invalid": row["reason"] or "no reason was given" if row["state"] == "invalid" else "",
-            "groups": [[_cell(column.key, row[column.key]) for column in group.columns] for group in GROUPS],
+            "groups": [[_cell(column.key, row[column.key]) for column in group.columns] for group in _groups(run)],
         }
         for position, (_, row) in enumerate(run.sweep.iterrows())
     ]

@@ -29,6 +29,7 @@ class Comm:
     def __init__(self, ranks: list[int], rank: int, group: dist.ProcessGroup | None) -> None:
         assert group is not None or len(ranks) == 1, f"no process group for {ranks}"
         self.ranks, self.size, self.rank, self.group = ranks, len(ranks), ranks.index(rank), group
+        self.begun = 0  # collectives, for whoever looks at ranks that wait for each other (pulse.py)
 
     @classmethod
     def split(cls, world: int, rank: int, size: int, backend: str | None = None) -> Comm:
@@ -45,6 +46,7 @@ class Comm:
         """[n, ...] on every rank -> [size * n, ...], in rank order."""
         if self.size == 1:
             return x
+        self.begun += 1
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         dist.all_gather_single(out, x.contiguous(), group=self.group)
         return out
@@ -53,6 +55,7 @@ class Comm:
         """[size * n, ...] -> the sum over ranks of this rank's [n, ...]."""
         if self.size == 1:
             return x
+        self.begun += 1
         out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
         dist.reduce_scatter_single(out, x.contiguous(), group=self.group)
         return out
@@ -60,6 +63,7 @@ class Comm:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums ``x`` over the ranks, in place."""
         if self.size > 1:
+            self.begun += 1
             dist.all_reduce(x, group=self.group)
         return x
 
@@ -67,6 +71,7 @@ class Comm:
         """Rows to every rank: ``send[r]`` rows go to rank r, ``recv[r]`` come from it. Wait on the work before use."""
         if self.size == 1:
             return x, None
+        self.begun += 1
         out = x.new_empty(sum(recv), *x.shape[1:])
         return out, dist.all_to_all_single(out, x.contiguous(), recv, send, group=self.group, async_op=True)
 
@@ -83,6 +88,7 @@ class Comm:
         """What the first rank passes, on every rank."""
         if self.size == 1:
             return data
+        self.begun += 1
         length = torch.tensor([len(data)])
         dist.broadcast(length, self.ranks[0], group=self.group)
         if not length.item():
@@ -118,6 +124,10 @@ class Groups:
     counts: Comm
     experts: Comm
 
+    def collectives(self) -> int:
+        """How many this rank has begun, in all its groups."""
+        return sum(comm.begun for comm in {id(c): c for c in vars(self).values() if isinstance(c, Comm)}.values())
+
     @classmethod
     def single(cls) -> Groups:
         """One rank, no process group."""
@@ -132,7 +142,7 @@ class Groups:
         watchdog's to find, since an idle rank may rightly wait for hours.
         """
         world = dims.tp_size
-        if world == 1 and device == "cpu":
+        if world == 1:
             return cls.single()
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host, port, world, is_master=rank == 0, timeout=timedelta(minutes=10)
@@ -181,11 +191,16 @@ class TokenLayout:
         num_tokens: T.
         rows: S.
         valid: leading rows of the slice that are tokens; the rest is padding.
+        num_valid: where the step has a fixed shape (a CUDA graph): the group's real tokens, int32 [1] on the device.
         rows_by_rank: S of every rank of the worker.
     """
 
-    def __init__(self, ctx: StepContext, groups: Groups, padding: PaddingMode = "auto") -> None:
+    def __init__(
+        self, ctx: StepContext, groups: Groups, padding: PaddingMode = "auto", num_valid: Tensor | None = None
+    ) -> None:
         tp = groups.dims.attn_tp
+        self.num_valid = num_valid
+        self._is_padding: Tensor | None = None
         self.comm = groups.attn_tp
         self.num_tokens = ctx.dp_tokens[groups.dims.dp_rank(groups.rank)]
         rows_by_dp = [-(-tokens // tp) for tokens in ctx.dp_tokens]
@@ -202,6 +217,16 @@ class TokenLayout:
             return x_T
         mine = x_T[self.first : self.first + self.valid]
         return torch.cat([mine, x_T.new_zeros(self.rows - self.valid, *x_T.shape[1:])])
+
+    def drop_padding(self, ids_SK: Tensor) -> Tensor:
+        """-1 in place of the ids of rows that are no tokens; may be done in place."""
+        if self.num_valid is not None:
+            if self._is_padding is None:  # in the first layer, for all
+                rows = torch.arange(self.first, self.first + self.rows, device=ids_SK.device)
+                self._is_padding = (rows >= self.num_valid)[:, None]
+            return ids_SK.masked_fill_(self._is_padding, -1)
+        ids_SK[self.valid :] = -1
+        return ids_SK
 
     def gather(self, x_S: Tensor) -> Tensor:
         """This rank's [S, ...] -> the group's [T, ...]."""

@@ -11,6 +11,7 @@ each message of the frontend reaches every rank (as itself or as ``Wake``), so w
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import math
 import os
@@ -24,14 +25,14 @@ import torch
 import torch.distributed as dist
 import zmq
 
+from toolkit.engine import device
 from toolkit.engine.agree import Agreement, AttentionDpBalance, Proposal, agree
 from toolkit.engine.arch import check, context_length, memory_by_kind, read_arch
 from toolkit.engine.args import WorkerArgs, read_worker_args, run_token
 from toolkit.engine.control import Controller, process_bytes
-from toolkit.engine.core import Batch, SamplingParams, StepContext
+from toolkit.engine.core import Batch, StepContext
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.eplb.setup import make_manager, make_recorder, num_nodes
-from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import (
     Abort,
     Control,
@@ -49,8 +50,10 @@ from toolkit.engine.messages import (
 )
 from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups
+from toolkit.engine.pipeline import Pipeline, Step
+from toolkit.engine.prepare import prepare
+from toolkit.engine.pulse import Pulse
 from toolkit.engine.runner import ModelRunner
-from toolkit.engine.scheduler import Scheduler
 from toolkit.engine.steplog import StepLog
 from toolkit.records import steps_path
 
@@ -116,7 +119,7 @@ class Worker:
         self.dp_rank = self.dims.dp_rank(rank)
         self.leads = self.dims.leader(self.dp_rank) == rank
         self._progress_sent = 0.0
-        self._steps, self._step_s, self._stats_sent = 0, 0.0, 0.0
+        self._launched, self._steps, self._step_s, self._stats_sent = 0, 0, 0.0, 0.0
         self._shutdown: Control | None = None
         self._balance = AttentionDpBalance(args.engine.attention_dp_config)
         self._load()
@@ -129,48 +132,42 @@ class Worker:
         errors = check(arch, self.dims, engine)
         if errors:
             raise ValueError("; ".join(errors))
+        self.device = device.use(args.device, args.local_ranks[self.rank])
         self._progress("connect", 0, self.dims.tp_size)
-        self.groups = Groups.connect(self.dims, self.rank, args.rank_hosts[0], args.dist_port, args.device)
-        memory = memory_by_kind(arch, self.dims, engine, args.model.dtype)
+        self.groups = Groups.connect(self.dims, self.rank, args.rank_hosts[0], args.dist_port, self.device)
+        self.pulse = Pulse(Path(args.pulse_dir), self.rank, self.groups.collectives) if args.pulse_dir else None
+        memory = memory_by_kind(arch, self.dims, engine, args.model.dtype, args.device)
         total = sum(memory.values()) - memory["kv_cache"] - memory["eplb_spare"]
         self.runner = ModelRunner(
-            args.model, arch, engine, self.groups, args.device, lambda done: self._progress("load", done, total),
+            args.model, arch, engine, self.groups, self.device, lambda done: self._progress("load", done, total),
             num_nodes(args.rank_hosts, self.dims),
         )  # fmt: skip
-        self.max_len = context_length(arch, engine)
-        self._progress("warm-up", 0, 1)
-        self._warm_up()
-        self.scheduler = self._new_scheduler()
-        self.recorder = make_recorder(arch, self.runner.moe, args.experts_path, args.device)
-        self.runner.moe.recorder = self.recorder
+        self.recorder = make_recorder(arch, self.runner.moe, args.experts_path, self.device)
+        self.runner.moe.recorder = self.recorder  # before graphs are captured, which then count as well
+        if self.recorder is not None:
+            self.recorder.recording = False
+        used = prepare(self.runner, self._progress)
+        if self.recorder is not None:
+            self.recorder.start()
+        self.max_len = context_length(arch, self.runner.engine)
+        self.scheduler = self.runner.new_scheduler()
         folder = Path(args.experts_path).parent if args.experts_path else None
         self.eplb = make_manager(arch, self.runner.moe, self.recorder, folder)
         self.step_log: StepLog | None = None
         if self.leads and args.steps_dir:
             self.step_log = StepLog(steps_path(Path(args.steps_dir), self.rank), self.dp_rank, engine.page_size)
-        self.control = Controller(self.rank, self.scheduler, self.recorder, args.profile_dir, args.device, self.eplb)
+        self.control = Controller(self.rank, self.scheduler, self.recorder, args.profile_dir, self.device, self.eplb)
+        ahead = self.device != "cpu" and not engine.disable_overlap_schedule
+        self.pipeline = Pipeline(self.runner, self.scheduler, ahead, self._over)
         info = {
             "max_model_len": self.max_len,
             "max_total_tokens": self.runner.cache.num_blocks * engine.page_size,
             "mapping": self.dims.mapping,
-            "memory_bytes": memory | {"kv_cache": self.runner.cache.num_bytes, "process": process_bytes(args.device)},
+            "memory_bytes": memory | used | {"process": process_bytes(self.device)},
         }
         self.link.send(Ready(self.rank, info))
         self._send_stats()  # figures exist from the first moment
         log.info("rank %d ready: %s", self.rank, info)
-
-    def _new_scheduler(self) -> Scheduler:
-        engine = self.args.engine
-        tables = BlockTables(self.runner.cache.kinds, engine.page_size, not engine.disable_radix_cache)
-        budget, running = engine.chunked_prefill_size, engine.max_running_requests
-        return Scheduler(tables, budget, running, self.max_len)
-
-    def _warm_up(self) -> None:
-        """One token on every rank, through every layer and collective, before the first request."""
-        scheduler = self._new_scheduler()
-        scheduler.add("warm-up", [0], SamplingParams(max_tokens=1))
-        ones = (1,) * self.dims.dp_size
-        self.runner.step(scheduler.schedule(), StepContext(0, ones, ones, is_extend=True))
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -184,16 +181,29 @@ class Worker:
         """Serves until every rank has been told to shut down."""
         asleep, hold = True, False
         while True:
-            self._take(self.link.receive(wait=asleep))
+            self._mark("idle" if asleep else "take")
+            messages = self.link.receive(wait=asleep)
+            self._mark("take")
+            self._take(messages)
+            self._mark("results")
+            self.pipeline.before_schedule()
+            self._mark("schedule")
             batch = self.scheduler.schedule(hold)
+            self._mark("agree")
             agreed = self._agree(batch)
             asleep, hold = agreed.asleep, self._balance.hold(agreed.by_dp)
             if self.eplb is not None:
-                self.eplb.turn(agreed.experts, self._steps)
+                self.eplb.turn(agreed.experts, self._launched)
             if any(agreed.ctx.dp_tokens):
+                self._mark("step")
                 self._step(batch, agreed.ctx)
-            elif self.eplb is not None and any(agreed.experts):
-                self.eplb.nap()
+            else:
+                self.pipeline.drain()
+                if self.eplb is not None and any(agreed.experts):
+                    self.eplb.nap()
+            self._mark("reply")
+            if agreed.controls:
+                self.pipeline.drain()  # they happen between two steps
             if agreed.controls and self.step_log is not None:
                 self.step_log.flush()  # a dump is of everything until now
             for reply in self.control.apply(agreed.controls):
@@ -207,6 +217,15 @@ class Worker:
                     self.eplb.close()
                 self._reply(self._shutdown)
                 return
+
+    def _mark(self, phase: str) -> None:
+        """Where this rank is in its turn, for its pulse: plain stores, no call into the system."""
+        if (pulse := self.pulse) is None:
+            return
+        pulse.phase = phase
+        if phase == "agree":
+            pulse.turn += 1
+            pulse.step, pulse.requests = self._steps, self.scheduler.num_running + self.scheduler.num_waiting
 
     def _agree(self, batch: Batch) -> Agreement:
         scheduler = self.scheduler
@@ -224,25 +243,26 @@ class Worker:
             generating=len(batch.decode),
             slots=scheduler.max_running - scheduler.num_running,
         )
-        return agree(self.groups.tp_cpu, self.dims, self._steps, mine)
+        return agree(self.groups.tp_cpu, self.dims, self._launched, mine)
 
     def _step(self, batch: Batch, ctx: StepContext) -> None:
         self.link.nap(self.control.forward_sleep_s)
-        began, begin = time.time(), time.perf_counter()
         if self.recorder is not None:
             self.recorder.begin_pass(batch)
-        sampled = self.runner.step(batch, ctx)
-        outputs = self.scheduler.finish(batch, sampled.tokens, sampled.logprobs)
-        if outputs and self.leads:
-            self.link.send(Outputs(self.dp_rank, outputs))
+        self.pipeline.launch(batch, ctx)
+        self._launched += 1
         if self.recorder is not None:
             self.recorder.end_of_pass()
         self.control.end_of_pass()
+
+    def _over(self, step: Step) -> None:
+        """Replies to a step whose tokens are there."""
+        if step.outputs and self.leads:
+            self.link.send(Outputs(self.dp_rank, step.outputs))
         self._steps += 1
-        duration = time.perf_counter() - begin
-        self._step_s += duration
+        self._step_s += step.duration_s
         if self.step_log is not None:
-            self.step_log.add(ctx.step, began, duration, batch, self.scheduler)
+            self.step_log.add(step.number, step.began, step.duration_s, step.batch, self.scheduler)
 
     # --- messages ---------------------------------------------------------------------------------
 
@@ -304,6 +324,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # its stacks, on demand
     args = read_worker_args(options.args)
     torch.set_num_threads(args.cpu_threads)
     link = Link(args, options.rank, run_token())

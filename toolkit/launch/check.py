@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from toolkit.config import ClusterConfig, DeployConfig, ExpConfig, ModelConfig
+from toolkit.config import ClusterConfig, DeployConfig, ExpConfig, HealthConfig, ModelConfig
 from toolkit.engine import arch as shapes
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.frontend.router import ROUTERS
@@ -27,9 +27,9 @@ BUILDS = ("smollm2_moe",)
 # Names that the engine's registries offer; those that need torch are not asked here (a test compares them).
 NAMES = {
     "engine.backend": ("native",),
-    "engine.attention_backend": ("auto", "sdpa"),
-    "engine.moe_a2a_backend": ("allgather", "all_to_all"),
-    "engine.moe_runner_backend": ("auto", "torch"),
+    "engine.attention_backend": ("auto", "fa3", "flash_mla", "sdpa", "varlen"),
+    "engine.moe_a2a_backend": ("allgather", "all_to_all", "deepep"),
+    "engine.moe_runner_backend": ("auto", "torch", "grouped_mm", "deep_gemm"),
     "deploy.router": tuple(ROUTERS),
 }
 GB = 10**9
@@ -46,8 +46,10 @@ def check(cfg: ExpConfig) -> list[str]:
     errors = [
         *_names(cfg),
         *_cluster(cfg),
+        *_gpu_backends(cfg),
         *_model(cfg.model),
         *_deploy(cfg.deploy),
+        *_health(cfg.health),
         *(f"load.{error}" for error in check_load(cfg.load)),
     ]
     try:
@@ -83,7 +85,7 @@ def memory(cfg: ExpConfig) -> dict[str, int]:
         return {}
     if shapes.check(arch, dims, cfg.engine):
         return {}
-    return shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype)
+    return shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype, cfg.cluster.device)
 
 
 def _names(cfg: ExpConfig) -> Iterator[str]:
@@ -112,6 +114,17 @@ def _cluster(cfg: ExpConfig) -> Iterator[str]:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         yield f"cluster.results_dir={c.results_dir} cannot be made or written to ({folder}): name another folder"
+
+
+def _gpu_backends(cfg: ExpConfig) -> Iterator[str]:
+    """Backends that run on GPUs alone, where there are none or the model's type is not theirs."""
+    for key, name, other in (("moe_a2a_backend", "deepep", "all_to_all"), ("moe_runner_backend", "deep_gemm", "auto")):
+        if getattr(cfg.engine, key) != name:
+            continue
+        if cfg.cluster.device == "cpu":
+            yield f"engine.{key}={name} runs on GPUs, but cluster.device=cpu: use engine.{key}={other}"
+        elif cfg.model.dtype == "float32":
+            yield f"engine.{key}={name} works in bfloat16, but model.dtype=float32: use bfloat16, or {key}={other}"
 
 
 def _nodes(cluster: ClusterConfig, dims: ParallelDims) -> Iterator[str]:
@@ -189,12 +202,19 @@ def _deploy(deploy: DeployConfig) -> Iterator[str]:
             f"deploy.api_key_env={deploy.api_key_env}: that environment variable is not set: export it, "
             "or leave api_key_env empty"
         )
-    if deploy.ready_stall_s <= 0:
-        yield f"deploy.ready_stall_s={deploy.ready_stall_s} must be positive"
+
+
+def _health(health: HealthConfig) -> Iterator[str]:
+    for name in ("stall_s", "max_clock_offset_ms"):
+        if getattr(health, name) <= 0:
+            yield f"health.{name}={getattr(health, name):g} must be positive"
+    for name in ("sample_interval_s", "min_disk_gb"):
+        if getattr(health, name) < 0:
+            yield f"health.{name}={getattr(health, name):g} is negative; use 0 for none"
 
 
 def _memory(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:
-    by_kind = shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype)
+    by_kind = shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype, cfg.cluster.device)
     rank = sum(by_kind.values())
     largest = max(by_kind, key=lambda kind: by_kind[kind])
     detail = f"{rank / GB:.1f} GB a rank ({largest} {by_kind[largest] / GB:.1f})"

@@ -20,6 +20,7 @@ from toolkit.config import ExpConfig
 from toolkit.launch.plan import PoolPlan
 from toolkit.registry import Registry
 
+TAIL_LINES = 20
 STATE_DIR = "launch"  # inside the run folder: arguments and state of every process, the launcher's own files
 GRACE_S = 10.0  # between SIGTERM and SIGKILL of a process
 
@@ -44,6 +45,7 @@ class ProcessSpec:
         node: index into the launcher's nodes.
         group: what runs together as one job step on Slurm, e.g. the ranks of a worker; empty: it is on its own.
         grace_s: between SIGTERM and SIGKILL, to write down what it has.
+        critical: its end ends the run.
     """
 
     role: str
@@ -53,6 +55,7 @@ class ProcessSpec:
     node: int = 0
     group: str = ""
     grace_s: float = GRACE_S
+    critical: bool = True
 
     @property
     def name(self) -> str:
@@ -143,6 +146,16 @@ def read_state(spec: ProcessSpec, run_dir: Path) -> ProcessState:
         return msgspec.json.decode(spec.state_file(run_dir).read_bytes(), type=ProcessState)
     except FileNotFoundError:
         return ProcessState(spec.name)
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> Sequence[str]:
+    """The last lines of a log, of which only the end is read."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 400 * lines))
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except FileNotFoundError:
+        return []
 
 
 def launchers() -> Registry[Callable[[ExpConfig], Launcher]]:

@@ -12,6 +12,7 @@ import msgspec
 
 from toolkit import records
 from toolkit.config import ExpConfig
+from toolkit.engine import pulse
 from toolkit.engine.args import FrontendArgs, WorkerArgs
 from toolkit.launch.adapters import Processes
 from toolkit.launch.launcher import STATE_DIR, ProcessSpec
@@ -72,6 +73,7 @@ def _worker_args(
         experts_path=str(run_dir / records.EXPERTS),
         steps_dir=str(run_dir),
         profile_dir=str(run_dir / records.PROFILES),
+        pulse_dir=str(run_dir / STATE_DIR / pulse.FOLDER),
     )
 
 
