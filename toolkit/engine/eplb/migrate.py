@@ -1,7 +1,7 @@
 """What has to travel when a placement changes: every rank's transfers, worked out alike from the two maps alone.
 
-Owns the pure part, one layer at a time; ``schedule.py`` cuts whole placements into chunks of it and ``mover.py`` carries
-them out. Slot r is on rank r // (R / ranks), rank g on node g // (ranks / nodes).
+Owns the pure part, one layer at a time; ``schedule.py`` cuts whole placements into chunks of it and ``mover.py``
+carries them out. Slot r is on rank r // (R / ranks), rank g on node g // (ranks / nodes).
 Source of the order of preference: SGLang's expert location updater (own slot, own rank, same node, other node).
 R: slots of a layer.
 """
