@@ -18,7 +18,7 @@ PARALLEL := tests/unit tests/process tests/eplb
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit check fmt hooks slurm-install slurm-up slurm-down test-slurm test-slurm-all test-gpu
-.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-recorder
+.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-engine bench-recorder
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +81,9 @@ test-slurm: $(STAMP) slurm-install  ## the toolkit on a real Slurm: what CI runs
 
 test-slurm-all: $(STAMP) slurm-install  ## all of it
 	$(BIN)/python -m pytest tests/slurm $(ARGS)
+
+bench-engine: $(STAMP)  ## prefill and decode of one rank group beside the floor; ARGS='--model qwen3_30b_a3b --parallel dep4'
+	$(BIN)/python -m toolkit.engine.bench $(ARGS)
 
 hooks: $(STAMP)  ## run ruff and mypy at every git commit
 	$(BIN)/pre-commit install
