@@ -17,11 +17,12 @@ PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c
 PARALLEL := tests/unit tests/process tests/eplb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check fmt hooks slurm-install slurm-up slurm-down test-slurm test-slurm-all test-gpu
+.PHONY: help demo test unit check fmt hooks test-gpu
+.PHONY: slurm-install slurm-up slurm-down test-slurm test-slurm-all test-slurm-segment
 .PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-engine bench-recorder
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the charts (minutes)
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
@@ -81,6 +82,11 @@ test-slurm: $(STAMP) slurm-install  ## the toolkit on a real Slurm: what CI runs
 
 test-slurm-all: $(STAMP) slurm-install  ## all of it
 	$(BIN)/python -m pytest tests/slurm $(ARGS)
+
+test-slurm-segment: $(STAMP) slurm-install  ## NVLink domains on Slurm 24.11, in a Debian 13 that is fetched once (minutes, root)
+	@command -v debootstrap >/dev/null || apt-get install -qy --no-install-recommends debootstrap </dev/null
+	-$(BIN)/python -m tests.slurm.debian13 make
+	$(BIN)/python -m pytest tests/slurm/test_segment.py $(ARGS)
 
 bench-engine: $(STAMP)  ## prefill and decode of one rank group beside the floor; ARGS='--model qwen3_30b_a3b --parallel dep4'
 	$(BIN)/python -m toolkit.engine.bench $(ARGS)

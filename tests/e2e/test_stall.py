@@ -76,7 +76,8 @@ def check(run: Run, output: str, rank: int) -> str:
     for other in range(4):
         assert f"--- stacks of rank-{other}" in (run.folder / "logs" / f"rank-{other}.log").read_text()
     waiting = (run.folder / "logs" / f"rank-{(rank + 1) % 4}.log").read_text()
-    assert "agree" in waiting.partition("--- stacks of")[2], "its peers wait in the collective"
+    stack = waiting.partition("--- stacks of")[2]
+    assert any(name in stack for name in ("agree", "all_to_all", "all_gather", "all_reduce")), "it waits for its peers"
     return (run.folder / "logs" / f"rank-{rank}.log").read_text()
 
 

@@ -21,7 +21,7 @@ from toolkit.launch.launcher import Node
 from toolkit.launch.local import LocalLauncher
 from toolkit.launch.node_checks import STAMP, Ask, Report, measure_offset
 from toolkit.launch.plan import DeploymentPlan, num_ports, plan
-from toolkit.launch.preflight import BadNodes, ask_of, compare, preflight
+from toolkit.launch.preflight import BadNodes, ask_of, compare, preflight, read_bad
 
 
 @pytest.fixture
@@ -42,6 +42,7 @@ def two_nodes(**health: Any) -> tuple[ExpConfig, DeploymentPlan, list[Node]]:
 def test_two_good_nodes_pass_and_leave_what_they_are(run_dir: Path) -> None:
     cfg, deployment, nodes = two_nodes()
     assert preflight(cfg, deployment, nodes, run_dir, LocalLauncher()) == []
+    assert read_bad(run_dir) == []
     first, second = json.loads((run_dir / "nodes.json").read_text())
     assert first["threads"] > 0 and first["memory_bytes"] == second["memory_bytes"] > 0
     assert first["clock_offset_s"] is None
@@ -53,10 +54,10 @@ def test_a_bad_node_is_named_with_every_reason(run_dir: Path) -> None:
     taken = deployment.workers[0].ranks[2].inbox_port
     with socket.create_server(("", taken)), pytest.raises(BadNodes) as found:
         preflight(cfg, deployment, nodes, run_dir, LocalLauncher())
-    assert sorted(found.value.nodes) == [0, 1]
-    reasons = " ".join(found.value.nodes[1])
+    assert [bad.node for bad in found.value.nodes] == [0, 1] and read_bad(run_dir) == found.value.nodes
+    reasons = " ".join(found.value.nodes[1].reasons)
     assert f"port {taken} is in use" in reasons and "health.min_disk_gb=1e+09 are needed" in reasons
-    assert "port" not in " ".join(found.value.nodes[0]), "that one is the other node's"
+    assert "port" not in " ".join(found.value.nodes[0].reasons), "that one is the other node's"
     assert "2 bad nodes" in str(found.value)
 
 
@@ -76,8 +77,9 @@ def test_a_node_that_says_nothing_is_bad(run_dir: Path, monkeypatch: pytest.Monk
     cfg, deployment, nodes = two_nodes()
     with pytest.raises(BadNodes) as found:
         preflight(cfg, deployment, nodes, run_dir, LocalLauncher())
-    assert "no report" in found.value.nodes[0][0] and "could not start /no/such/python" in found.value.nodes[0][0]
-    assert any("not seen" in reason or "does not answer" in reason for reason in found.value.nodes[1])
+    first, second = found.value.nodes
+    assert "no report" in first.reasons[0] and "could not start /no/such/python" in first.reasons[0]
+    assert any("not seen" in reason or "does not answer" in reason for reason in second.reasons)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import Run
+from tests.slurm.runs import Run, rank_process
 from toolkit import records
 
 pytestmark = pytest.mark.slow
@@ -19,10 +19,12 @@ POINTS = ["load.concurrency=[1,2,3]", "load.num_requests=60"]
 
 def wait_for_point(run: Run, done: int) -> None:
     """Until ``done`` points are done and the next one is under way."""
-    run.eventually(lambda: sum(p.state == "done" for p in run.status().points) >= done, f"{done} points are done")
-    run.eventually(
-        lambda: run.progress().get("point", 0) >= done and run.progress().get("done", 0) > 0, "the next runs"
-    )
+
+    def reached() -> bool:
+        states = [point.state for point in run.status().points]
+        return states.count("done") >= done and "running" in states
+
+    run.eventually(reached, f"{done} points are done and the next one runs")
 
 
 def ran_once(run: Run) -> None:
@@ -32,6 +34,23 @@ def ran_once(run: Run) -> None:
     rows = records.read_requests(run.folder)
     assert rows.groupby("point").size().tolist() == [60, 60, 60]
     assert set(rows.status) == {"ok"}
+
+
+def test_a_killed_rank_then_scancel_then_the_rest(cluster: Cluster, tmp_path: Path) -> None:
+    run = Run(tmp_path, *TWO, *POINTS)
+    wait_for_point(run, 1)
+    rank_process(run, 1).kill()
+    assert run.end(120)[0] == 1
+    second = Run(tmp_path, *TWO, *POINTS, "resume=true")
+    wait_for_point(second, 2)
+    cluster.run("scancel", second.job.job_id)
+    assert second.end(120)[0] == 130
+    assert second.status().reason == "cancelled by SIGTERM (Slurm: CANCELLED)"
+    third = Run(tmp_path, *TWO, *POINTS, "resume=true")
+    code, output = third.end(240)
+    assert code == 0, output + third.story()
+    assert len(third.folders()) == 1
+    ran_once(third)
 
 
 def test_a_node_that_goes_down_requeues_the_job_and_the_sweep_goes_on(cluster: Cluster, tmp_path: Path) -> None:
@@ -57,10 +76,12 @@ def test_a_preempted_job_goes_on(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_the_time_limit_is_no_end_where_a_job_may_start_again(cluster: Cluster, tmp_path: Path) -> None:
-    words = ["load.concurrency=[1,2,3]", "load.num_requests=150", "cluster.time_min=1", "cluster.signal_s=25"]
-    run = Run(tmp_path, *TWO, *words)
-    code, output = run.end(400)
+    """Points of a fixed length, two minutes in all, in a job that is told to end after one."""
+    rates = [1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4]
+    load = [f"load.request_rate={rates}", "load.duration_s=15"]
+    run = Run(tmp_path, *TWO, *load, "cluster.time_min=2", "cluster.signal_s=60")
+    code, output = run.end(600)
     assert code == 0, output + run.story()
     assert "start 2" in output
-    assert [p.state for p in run.status().points] == ["done"] * 3
-    assert records.read_requests(run.folder).groupby("point").size().tolist() == [150] * 3
+    assert [p.state for p in run.status().points] == ["done"] * len(rates)
+    assert records.read_requests(run.folder).groupby("point").size().tolist() == [round(15 * rate) for rate in rates]

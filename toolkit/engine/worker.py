@@ -220,10 +220,12 @@ class Worker:
 
     def _mark(self, phase: str) -> None:
         """Where this rank is in its turn, for its pulse: plain stores, no call into the system."""
-        if (pulse := self.pulse) is not None:
-            pulse.turn += phase == "agree"
-            pulse.step, pulse.phase = self._steps, phase
-            pulse.requests = self.scheduler.num_running + self.scheduler.num_waiting
+        if (pulse := self.pulse) is None:
+            return
+        pulse.phase = phase
+        if phase == "agree":
+            pulse.turn += 1
+            pulse.step, pulse.requests = self._steps, self.scheduler.num_running + self.scheduler.num_waiting
 
     def _agree(self, batch: Batch) -> Agreement:
         scheduler = self.scheduler

@@ -66,7 +66,7 @@ class Follower:
         note = job_file.read(run_dir)
         assert note and note.job_id, f"{run_dir} is not of a Slurm job"
         self._run_dir, self._console, self._job_id = run_dir, console, note.job_id
-        self._shown = 0  # bytes of the launcher's log
+        self._shown = self._size() if self._pending() else 0  # bytes of the log; what an earlier job left is not news
         self._said = ""
 
     def run(self) -> int:
@@ -77,9 +77,20 @@ class Follower:
                 job, asked = self._ask(), time.monotonic()
                 if job is not None and not job.active:
                     self._show_log()
+                    note = job_file.read(self._run_dir)
+                    if note and note.job_id not in ("", self._job_id):  # submitted again, without a bad node
+                        self._job_id, asked = note.job_id, -ASK_S
+                        continue
                     return settle(self._run_dir, job)
             self._show_log()
             time.sleep(LOOK_S)
+
+    def _pending(self) -> bool:
+        return records.read_status(self._run_dir).state == "queued"
+
+    def _size(self) -> int:
+        log = self._run_dir / LOG
+        return log.stat().st_size if log.exists() else 0
 
     def _ask(self) -> JobState | None:
         """How the job stands; None while Slurm's controller does not answer, which ends nothing."""

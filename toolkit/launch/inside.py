@@ -15,10 +15,12 @@ from pathlib import Path
 import yaml
 
 from toolkit import records
-from toolkit.launch import job_file, queue
+from toolkit.launch import exclude, job_file, preflight, queue
 from toolkit.launch.attempts import read_config
 from toolkit.launch.interrupts import NOTICE
+from toolkit.launch.launcher import STATE_DIR
 from toolkit.launch.run import EXIT_CODES, run
+from toolkit.launch.submit import SCRIPT
 
 LOG = records.log_name("launcher", 0)
 FRUITLESS = 3  # starts without a point done that are put down to preemption
@@ -38,8 +40,14 @@ def main() -> int:
             continue  # in an earlier life of this job
         job_file.write(run_dir, job_file.of_this_process())  # somebody may have submitted the script by hand
         done_before = points_done(run_dir)
+        preflight.forget(run_dir)
         code = run_one(run_dir)
         worst = max(worst, code)
+        script = run_dirs[0] / STATE_DIR / SCRIPT
+        with output_to(run_dir / LOG):
+            again = "" if array else exclude.submit_again(read_config(run_dir), run_dir, run_dirs[index + 1 :], script)
+        if again:
+            break  # the rest is the new job's
         if code != CANCELLED:
             continue
         if goes_on(run_dir, done_before):

@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from toolkit import records
+from toolkit import heartbeat, records
 from toolkit.launch import child, job_file, queue
 from toolkit.launch.follow import cancel as cancel_jobs
 from toolkit.launch.follow import follow as follow_jobs
@@ -128,14 +128,14 @@ def look(run_dir: Path, job: JobState | None = None) -> Seen | None:
             settle(run_dir, job)
             status = records.read_status(run_dir)
         where = job.nodes or (f"{job.state} {job.reason}".strip().lower() if job.active else "")
-    elif status.state in LIVE and gone(by):
+    elif status.state in LIVE and (gone(by) or heartbeat.run_state(run_dir, status) == "dead"):
         status.state, status.reason = "failed", "its launcher is gone without a word"
     load, rate = _load(run_dir, status)
     return Seen(run_dir, by, status.state, status.reason, where, roles(run_dir), load, rate)
 
 
 def gone(by: JobRecord) -> bool:
-    """Whether a launcher of this machine lives no more; of other machines nothing is known."""
+    """Whether a launcher of this machine lives no more; those of others are known by their heartbeat."""
     return by.host == platform.node() and child.find(by.pid, by.create_time) is None
 
 

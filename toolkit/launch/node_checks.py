@@ -78,7 +78,7 @@ def look(ask: Ask, node: int, folder: Path) -> Report:
     """Everything about this node; what cannot be found out is no problem by itself."""
     memory = psutil.virtual_memory()
     report = Report(
-        host=socket.gethostname() if node or len(ask.hosts) > 1 else ask.hosts[0],
+        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         problems=[],
         warnings=[],
         cpu=platform.processor() or platform.machine(),

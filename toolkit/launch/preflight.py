@@ -22,29 +22,40 @@ import msgspec
 from toolkit import records
 from toolkit.config import ExpConfig
 from toolkit.launch.launcher import STATE_DIR, Launcher, Node, ProcessSpec, tail
-from toolkit.launch.node_checks import Ask, Report, look
+from toolkit.launch.node_checks import FIRST_WORD, Ask, Report, look
 from toolkit.launch.plan import DeploymentPlan
 from toolkit.launch.watch import RunFailed
 
 FOLDER = "preflight"  # inside STATE_DIR
-ASK = "ask.json"
+ASK, BAD = "ask.json", "bad.json"
 PATIENCE_S = 120.0  # for all reports; a file system that hangs is a finding too
 WAIT_S = 30.0  # of a node for the first one
 GRACE_S = 2.0
 NODES_FILE = "nodes.json"  # of the run folder: every node's hardware, as it reported it
 
 
+class BadNode(msgspec.Struct, frozen=True):
+    """A node that ranks must not be started on: its index among the launcher's nodes, what it calls itself, and why."""
+
+    node: int
+    host: str
+    reasons: list[str]
+
+
 class BadNodes(RunFailed):
-    """Nodes that ranks must not be started on.
+    """The run must not begin. ``nodes`` says where and why; bad.json in ``FOLDER`` says it to other processes."""
 
-    Attributes:
-        nodes: index into the launcher's nodes -> every reason; the launcher knows what Slurm calls them.
-    """
-
-    def __init__(self, nodes: Mapping[int, Sequence[str]], names: Mapping[int, str]) -> None:
-        self.nodes = {node: list(reasons) for node, reasons in sorted(nodes.items())}
-        told = "; ".join(f"{names[node]}: {', '.join(reasons)}" for node, reasons in self.nodes.items())
+    def __init__(self, nodes: Sequence[BadNode]) -> None:
+        self.nodes = list(nodes)
+        told = "; ".join(f"{bad.host}: {', '.join(bad.reasons)}" for bad in nodes)
         super().__init__(f"preflight: {len(nodes)} bad node{'s' if len(nodes) > 1 else ''}: {told}")
+
+
+def read_bad(run_dir: Path) -> list[BadNode]:
+    """The bad nodes that the last preflight of a run found; empty where all were good, or none was made."""
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode((run_dir / STATE_DIR / FOLDER / BAD).read_bytes(), type=list[BadNode])
+    return []
 
 
 def preflight(
@@ -57,8 +68,8 @@ def preflight(
     """
     folder = run_dir / STATE_DIR / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("node-*.json"):
-        old.unlink()
+    for old in (*folder.glob("node-*.json"), folder / BAD, folder / FIRST_WORD):
+        old.unlink(missing_ok=True)
     ask = ask_of(cfg, plan, nodes, run_dir)
     (folder / ASK).write_bytes(msgspec.json.encode(ask))
     job = launcher.start(specs(plan.num_nodes, run_dir), run_dir, {})
@@ -70,9 +81,16 @@ def preflight(
     bad = {i: [*report.problems, *compare(i, reports)] for i, report in reports.items()}
     bad |= {i: [_silent(run_dir, spec)] for i, spec in enumerate(job.specs) if i not in reports}
     records.write_json(run_dir / NODES_FILE, [msgspec.to_builtins(report) for _, report in sorted(reports.items())])
-    if any(bad.values()):
-        raise BadNodes({i: reasons for i, reasons in bad.items() if reasons}, names)
+    found = [BadNode(i, names[i], reasons) for i, reasons in sorted(bad.items()) if reasons]
+    records.write_json(folder / BAD, msgspec.to_builtins(found))
+    if found:
+        raise BadNodes(found)
     return [f"{names[i]}: {text}" for i, report in sorted(reports.items()) for text in report.warnings]
+
+
+def forget(run_dir: Path) -> None:
+    """What an earlier life of the run found is of no matter to the next one."""
+    (run_dir / STATE_DIR / FOLDER / BAD).unlink(missing_ok=True)
 
 
 def specs(num_nodes: int, run_dir: Path) -> list[ProcessSpec]:
