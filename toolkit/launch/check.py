@@ -255,7 +255,9 @@ def _experts(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[
 
 def _context(cfg: ExpConfig, arch: shapes.Arch) -> Iterator[str]:
     prompt = cfg.load.isl if cfg.load.dataset == "random" else 1
-    limit = shapes.context_length(arch, cfg.engine)
+    sized_later = cfg.cluster.device == "cuda" and cfg.engine.mem_fraction_static  # by what the GPU has left
+    own = cfg.engine.context_length or arch.max_len
+    limit = own if sized_later else shapes.context_length(arch, cfg.engine)
     if prompt + cfg.load.osl > limit:
         isl = f"load.isl={prompt} + " if cfg.load.dataset == "random" else "a prompt + "
         yield (
