@@ -75,11 +75,26 @@ class EngineConfig:
     """The engine of every rank; SGLang's words."""
 
     backend: str = opt("native", "engine adapter: native")
-    attention_backend: str = opt("auto", "auto, sdpa")
-    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all")
-    moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch")
+    attention_backend: str = opt("auto", "auto, sdpa; on GPUs: fa3, flash_mla (latent attention), varlen")
+    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all, deepep (GPU)")
+    deepep_mode: Literal["auto", "normal", "low_latency"] = opt(
+        "auto", "auto: low_latency for steps without prefill; normal waits for row counts, low_latency fits CUDA graphs"
+    )
+    deepep_buffer: Literal["auto", "v2", "legacy"] = opt("auto", "DeepEP's ElasticBuffer or Buffer; auto: the faster")
+    deepep_dispatch_dtype: Literal["auto", "fp8", "bf16"] = opt("auto", "rows on their way to FP8 experts; auto: fp8")
+    deepep_num_max_dispatch_tokens_per_rank: int = opt(
+        0, "rows of a rank for which low_latency has room; 0: what a step without prefill may have"
+    )
+    moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch, grouped_mm, deep_gemm (GPU)")
     page_size: int = opt(16, "tokens a KV block")
     max_total_tokens: int = opt(8192, "KV cache capacity of one DP rank, tokens")
+    mem_fraction_static: float = opt(
+        0.0, "share of a GPU's memory that may be taken: after weights, buffers and graphs the KV cache gets the rest; "
+        "0: max_total_tokens as given"
+    )  # fmt: skip
+    disable_cuda_graph: bool = opt(False, "GPUs: launch every kernel of a decode step, instead of one captured graph")
+    cuda_graph_max_bs: int = opt(0, "GPUs: largest decode batch that is captured; 0: max_running_requests")
+    disable_overlap_schedule: bool = opt(False, "GPUs: wait for each step's tokens before the next is prepared")
     swa_full_tokens_ratio: float = opt(
         0.0, "KV capacity of sliding-window layers as a share of max_total_tokens; 0: what max_running_requests need"
     )

@@ -54,6 +54,12 @@ class Arch:
     def mla(self) -> bool:
         return "kv_lora_rank" in self.hf
 
+    @property
+    def fp8(self) -> bool:
+        """True when the checkpoint holds its matrices in FP8, in blocks that GEMMs on FP8 can use."""
+        config = self.hf.get("quantization_config") or {}
+        return config.get("quant_method") == "fp8" and list(config.get("weight_block_size", ())) == [128, 128]
+
     def slots(self, engine: EngineConfig) -> int:
         """Physical experts a layer."""
         return self.num_experts + engine.ep_num_redundant_experts

@@ -13,6 +13,8 @@ import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+UNKNOWN = -1  # in ``Request.tokens``: sampled by a step that still runs
+
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the tokens of one request are chosen. The frontend has checked every range.

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit.engine import fused
+from toolkit.engine.fp8 import Matrix, stack_rows
 from toolkit.engine.parallel import Comm, Groups, TokenLayout, gather_rows, reduce_rows
 from toolkit.engine.weights import Shard, Weights
 
@@ -32,10 +34,19 @@ class RMSNorm:
         self.add_one = add_one
 
     def __call__(self, x: Tensor) -> Tensor:
+        if fused.supported(x):
+            return fused.rms_norm(x, self)
         normed = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
         if self.add_one:
             return (normed * self.weight).to(x.dtype)
         return normed.to(x.dtype) * self.weight
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + delta, the norm of that)."""
+        if fused.supported(x):
+            return fused.add_rms_norm(x, delta, self)
+        total = x + delta
+        return total, self(total)
 
 
 class Rotary:
@@ -127,10 +138,11 @@ class DenseFFN:
     ) -> None:
         self.comm, self.activation = comm, activation
         part = Shard(0, comm.rank, comm.size)
-        gate = weights.get(f"{name}.gate_proj.weight", (intermediate, hidden), part)
-        up = weights.get(f"{name}.up_proj.weight", (intermediate, hidden), part)
-        self.gate_up = torch.cat([gate, up])
-        self.down = weights.get(f"{name}.down_proj.weight", (hidden, intermediate), Shard(1, comm.rank, comm.size))
+        gate = weights.get_matrix(f"{name}.gate_proj.weight", (intermediate, hidden), part)
+        up = weights.get_matrix(f"{name}.up_proj.weight", (intermediate, hidden), part)
+        self.gate_up = stack_rows([gate, up])
+        columns = Shard(1, comm.rank, comm.size)
+        self.down = weights.get_matrix(f"{name}.down_proj.weight", (hidden, intermediate), columns)
 
     def __call__(self, x_SD: Tensor, layout: TokenLayout) -> Tensor:
         if self.comm.size == 1:
@@ -143,10 +155,23 @@ class DenseFFN:
         return glu(x, self.gate_up, self.down, self.activation)
 
 
-def glu(x: Tensor, gate_up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def linear(x: Tensor, weight: Matrix) -> Tensor:
+    """x [n, K] times weight [N, K] transposed; x is quantised in groups of 128 where the weight is in FP8."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    from toolkit.engine.gpu_libraries import import_gpu_library
+    from toolkit.engine.kernels import rows
+
+    library = import_gpu_library("deep_gemm", "FP8 weights on a GPU")
+    out = torch.empty(len(x), len(weight.weight_NK), dtype=x.dtype, device=x.device)
+    library.fp8_gemm_nt(rows.quantize(x), (weight.weight_NK, weight.scales), out)
+    return out
+
+
+def glu(x: Tensor, gate_up: Matrix, down: Matrix, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """[n, D] through one gated FFN: gate_up [2F, D], down [D, F]."""
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(activation(gate) * up, down)
+    gate, up = linear(x, gate_up).chunk(2, dim=-1)
+    return linear(activation(gate) * up, down)
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from itertools import accumulate
-from typing import Literal
-
-from torch import Tensor
+from typing import Literal, TypeVar
 
 from toolkit.engine.core import Batch, ScheduledRequest
 
 # Where a layer may be left: its queries are made; its experts are chosen; its rows are under way to the experts; the
 # results are under way back; they have arrived.
 Stage = Literal["prepared", "selected", "dispatched", "combining", "combined"]
-Stages = Generator[Stage, None, Tensor]
+R = TypeVar("R")
+Stages = Generator[Stage, None, R]
 
 PREFILL_TURNS: frozenset[Stage] = frozenset({"dispatched", "combining"})
 DECODE_TURNS: frozenset[Stage] = frozenset({"prepared", "selected", "dispatched", "combining", "combined"})
@@ -26,22 +25,22 @@ DECODE_LEAD = 2  # turns by which the first half is ahead in decode; in prefill 
 THRESHOLD = 0.48  # a prefill half with a smaller share of the tokens: one request is cut in two
 
 
-def finish(stages: Stages) -> Tensor:
+def finish(stages: Stages[R]) -> R:
     """Runs all stages and returns the result."""
     while True:
         try:
             next(stages)
         except StopIteration as end:
-            result: Tensor = end.value
+            result: R = end.value
             return result
 
 
-def interleave(first: Stages, second: Stages, is_extend: bool) -> tuple[Tensor, Tensor]:
+def interleave(first: Stages[R], second: Stages[R], is_extend: bool) -> tuple[R, R]:
     """Runs two equally long halves in turns, ``first`` ahead of ``second``."""
     turns, lead = (PREFILL_TURNS, 0) if is_extend else (DECODE_TURNS, DECODE_LEAD)
-    results: dict[int, Tensor] = {}
+    results: dict[int, R] = {}
 
-    def turn(half: int, stages: Stages) -> None:
+    def turn(half: int, stages: Stages[R]) -> None:
         if half in results:
             return
         try:

@@ -119,7 +119,7 @@ class Groups:
         watchdog's to find, since an idle rank may rightly wait for hours.
         """
         world = dims.tp_size
-        if world == 1 and device == "cpu":
+        if world == 1:
             return cls.single()
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host, port, world, is_master=rank == 0, timeout=timedelta(minutes=10)
@@ -167,11 +167,15 @@ class TokenLayout:
         num_tokens: T.
         rows: S.
         valid: leading rows of the slice that are tokens; the rest is padding.
+        num_valid: where the step has a fixed shape (a CUDA graph): the group's real tokens, int32 [1] on the device.
         rows_by_rank: S of every rank of the worker.
     """
 
-    def __init__(self, ctx: StepContext, groups: Groups, padding: PaddingMode = "auto") -> None:
+    def __init__(
+        self, ctx: StepContext, groups: Groups, padding: PaddingMode = "auto", num_valid: Tensor | None = None
+    ) -> None:
         tp = groups.dims.attn_tp
+        self.num_valid = num_valid
         self.comm = groups.attn_tp
         self.num_tokens = ctx.dp_tokens[groups.dims.dp_rank(groups.rank)]
         rows_by_dp = [-(-tokens // tp) for tokens in ctx.dp_tokens]
@@ -188,6 +192,14 @@ class TokenLayout:
             return x_T
         mine = x_T[self.first : self.first + self.valid]
         return torch.cat([mine, x_T.new_zeros(self.rows - self.valid, *x_T.shape[1:])])
+
+    def drop_padding(self, ids_SK: Tensor) -> Tensor:
+        """-1 in place of the ids of rows that are no tokens; may be done in place."""
+        if self.num_valid is not None:
+            rows = torch.arange(self.first, self.first + self.rows, device=ids_SK.device)
+            return ids_SK.masked_fill_((rows >= self.num_valid)[:, None], -1)
+        ids_SK[self.valid :] = -1
+        return ids_SK
 
     def gather(self, x_S: Tensor) -> Tensor:
         """This rank's [S, ...] -> the group's [T, ...]."""

@@ -1,8 +1,10 @@
 """ModelRunner: a batch of requests -> tensors -> forward -> one sampled token for each request that is due.
 
-Owns the model, the KV cache and the attention backend of one rank. Knows neither the queue nor the network.
+``launch`` returns as soon as the device has been told what to do; ``Launched.result`` waits for the tokens. So the host
+can prepare the next step meanwhile (``pipeline.py``). On CPU everything has happened when ``launch`` returns.
+Owns the model, the KV cache, the attention backend and the graphs of one rank. Knows neither queue nor network.
 T: tokens of the DP group, S: rows of this rank's slice, N: requests that sample.
-Read next: ``worker.py``.
+Read next: ``pipeline.py``, ``worker.py``.
 """
 
 from __future__ import annotations
@@ -14,19 +16,42 @@ import torch
 from torch import Tensor
 
 from toolkit.config import EngineConfig, ModelConfig
-from toolkit.engine.arch import Arch
+from toolkit.engine.arch import Arch, context_length
 from toolkit.engine.attention.backend import make_attention
 from toolkit.engine.core import Batch, Request, StepContext
+from toolkit.engine.graphs import DecodeGraphs, bucket_sizes
+from toolkit.engine.inputs import LastTokens, resolve_tokens, token_arrays
 from toolkit.engine.kv.kinds import layer_kinds
 from toolkit.engine.kv.pool import KVCache
+from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.models.base import Forward, make_model
-from toolkit.engine.moe.layer import MoEContext
+from toolkit.engine.moe.dispatch import StepRows
+from toolkit.engine.moe.layer import MoEContext, keeps_fp8
 from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups, TokenLayout
-from toolkit.engine.sampler import Sampled, Sampler, token_logprobs
+from toolkit.engine.sampler import Chosen, Sampled, Sampler, token_logprobs
+from toolkit.engine.scheduler import Scheduler
+from toolkit.engine.staging import ints, to_device
 from toolkit.engine.weights import DTYPES, open_weights
 
 LOGIT_ROWS = 256  # rows of the vocabulary's size that are held at a time; only logprobs of prompts need more
+
+
+class Launched:
+    """A step under way. ``result`` waits for it."""
+
+    def __init__(self, chosen: Chosen | None) -> None:
+        self._chosen = chosen
+        self._host = None if chosen is None else _to_host(chosen.tokens_N)
+
+    def result(self) -> Sampled:
+        """One token for each request of the batch that ``samples``, in batch order."""
+        if self._chosen is None or self._host is None:
+            return Sampled([], {})
+        tokens, copied = self._host
+        if copied is not None:
+            copied.synchronize()
+        return self._chosen.report(tokens.tolist())
 
 
 class ModelRunner:
@@ -50,20 +75,76 @@ class ModelRunner:
     ) -> None:
         self.arch, self.groups, self.device = arch, groups, device
         self.padding = engine.dp_padding_mode
+        self._dtype = DTYPES[model.dtype]
         self.moe = MoEContext.create(arch, engine, groups, device)
-        self.model = make_model(arch, open_weights(model, device, progress), groups, self.moe, device)
-        kinds = layer_kinds(arch.windows, engine)
-        self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, DTYPES[model.dtype], device)
-        self.attention = make_attention(engine.attention_backend, self.cache, device)
+        weights = open_weights(model, device, progress, keeps_fp8(arch, engine, device))
+        self.model = make_model(arch, weights, groups, self.moe, device)
         self.sampler = Sampler()
+        self.last = LastTokens(engine.chunked_prefill_size, device)
+        self.graphs: DecodeGraphs | None = None
+        self.allocate(engine)
+
+    def allocate(self, engine: EngineConfig) -> None:
+        """Makes the KV cache for ``engine``; what another held is forgotten."""
+        self.graphs = None
+        self.__dict__.pop("cache", None)
+        self.__dict__.pop("attention", None)
+        self.engine = engine
+        kinds = layer_kinds(self.arch.windows, engine)
+        self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, self._dtype, self.device)
+        self.attention = make_attention(engine.attention_backend, self.cache, self.device)
+
+    def new_scheduler(self) -> Scheduler:
+        """A scheduler of this rank's KV blocks, with nothing in them."""
+        engine = self.engine
+        tables = BlockTables(self.cache.kinds, engine.page_size, not engine.disable_radix_cache)
+        max_len = context_length(self.arch, engine)
+        return Scheduler(tables, engine.chunked_prefill_size, engine.max_running_requests, max_len)
+
+    def graphs_needed(self) -> tuple[int, ...]:
+        """Batch sizes whose decode steps are to be captured; none where it is off or a backend cannot."""
+        if self.device == "cpu" or self.engine.disable_cuda_graph or not self.attention.capturable:
+            return ()
+        sizes = bucket_sizes(self.engine.cuda_graph_max_bs or self.engine.max_running_requests)
+        if not self.arch.moe_layers:
+            return sizes
+        ranks, tp = self.groups.moe.size, self.groups.dims.attn_tp
+        return tuple(
+            size
+            for size in sizes
+            if self.moe.dispatcher.capturable(StepRows((-(-size // tp),) * ranks, is_extend=False))
+        )
 
     @torch.inference_mode()
-    def step(self, batch: Batch, ctx: StepContext) -> Sampled:
-        """Runs the agreed step; ranks without tokens pass an empty batch.
+    def capture(self, sizes: tuple[int, ...], done: Callable[[int], None] = lambda count: None) -> None:
+        """Captures decode graphs of ``sizes``; all ranks alike."""
+        max_len = context_length(self.arch, self.engine)
+        self.graphs = DecodeGraphs(
+            self.model, self.attention, self.groups, self.last, max_len, sizes, self.padding, self.device, done
+        )
 
-        Returns:
-            One token for each request of the batch that ``samples``, in batch order.
-        """
+    @torch.inference_mode()
+    def launch(self, batch: Batch, ctx: StepContext) -> Launched:
+        """Starts the agreed step; ranks without tokens pass an empty batch."""
+        size = self.graphs.size_for(ctx) if self.graphs is not None else None
+        requests = [s.request for s in batch.scheduled if s.samples]
+        if size is not None and self.graphs is not None:
+            logits, greedy = self.graphs.run(size, batch)
+            chosen = self.sampler.choose(logits, requests, greedy) if requests else None
+        else:
+            due = self._logits(batch, ctx)
+            chosen = self.sampler.choose(due, requests) if requests else None
+        if chosen is not None and (size is None or chosen.tokens_N is not greedy):
+            self.last.values[: len(requests)] = chosen.tokens_N.int()
+        self.last.sampled(requests)
+        return Launched(chosen)
+
+    def step(self, batch: Batch, ctx: StepContext) -> Sampled:
+        """``launch`` and wait."""
+        return self.launch(batch, ctx).result()
+
+    def _logits(self, batch: Batch, ctx: StepContext) -> Tensor:
+        """Logits [N, V] of the requests that sample; scores the prompts that ask for it on the way."""
         hidden_TD = self.hidden(batch, ctx)
         scored: list[tuple[Request, int]] = []  # and the position before the token to be scored
         scored_rows, due_rows, first = [], [], 0
@@ -72,7 +153,8 @@ class ModelRunner:
             scored_rows += [first + position - s.begin for position in s.scored]
             first += s.num_tokens
             due_rows += [first - 1] if s.samples else []
-        hidden_ND = hidden_TD[torch.tensor(scored_rows + due_rows, dtype=torch.long, device=self.device)]
+        (rows,) = to_device([ints(scored_rows + due_rows)], self.device)
+        hidden_ND = hidden_TD.index_select(0, rows)
         due: list[Tensor] = []
         for begin in range(0, max(ctx.dp_logit_rows), LOGIT_ROWS):
             dp_rows = tuple(max(0, min(rows - begin, LOGIT_ROWS)) for rows in ctx.dp_logit_rows)
@@ -81,28 +163,40 @@ class ModelRunner:
             _score(part, logits[: len(part)])
             if len(logits) > len(part):
                 due.append(logits[len(part) :])
-        requests = [s.request for s in batch.scheduled if s.samples]
-        return self.sampler(torch.cat(due), requests) if requests else Sampled([], {})
+        return torch.cat(due) if due else hidden_ND.new_empty(0, 1)
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, ctx: StepContext) -> Tensor:
         """Final hidden states [T, D] of all tokens of the DP group."""
-        step = self._forward(batch, ctx)
+        ids_T, positions_T, rows_T = to_device(token_arrays(batch, self.last), self.device)
+        step = self._forward(batch, ctx, positions_T)
         if ctx.first_half is not None:
             rest = tuple(all_ - first for all_, first in zip(ctx.dp_tokens, ctx.first_half))
             contexts = (replace(ctx, dp_tokens=ctx.first_half), replace(ctx, dp_tokens=rest))
-            first, second = (self._forward(half, c) for half, c in zip(split(batch), contexts))
+            halves, cut = split(batch), split(batch)[0].num_tokens
+            first, second = (
+                self._forward(half, c, positions)
+                for half, c, positions in zip(halves, contexts, (positions_T[:cut], positions_T[cut:]))
+            )
             step = replace(step, halves=(first, second))
-        tokens = [token for s in batch.scheduled for token in s.request.tokens[s.begin : s.end]]
-        tokens_T = torch.tensor(tokens, dtype=torch.long, device=self.device)
+        tokens_T = resolve_tokens(ids_T, rows_T, self.last)
         return step.layout.gather(self.model.forward(tokens_T, step))
 
-    def _forward(self, batch: Batch, ctx: StepContext) -> Forward:
+    def _forward(self, batch: Batch, ctx: StepContext, positions_T: Tensor) -> Forward:
         layout = TokenLayout(ctx, self.groups, self.padding)
         assert layout.num_tokens == batch.num_tokens, f"agreed on {layout.num_tokens}, batch has {batch.num_tokens}"
-        positions = [position for s in batch.scheduled for position in range(s.begin, s.end)]
-        positions_T = torch.tensor(positions, dtype=torch.long, device=self.device)
         return Forward(positions_T, layout, self.attention.plan(batch), self.attention)
+
+
+def _to_host(tokens_N: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and the event after which it is there."""
+    if not tokens_N.is_cuda:
+        return tokens_N.clone(), None
+    host = torch.empty(tokens_N.shape, dtype=tokens_N.dtype, pin_memory=True)
+    host.copy_(tokens_N, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return host, copied
 
 
 def _score(scored: list[tuple[Request, int]], logits_NV: Tensor) -> None:

@@ -30,6 +30,27 @@ class Sampled:
     logprobs: dict[str, TokenLogprobs]
 
 
+class Chosen:
+    """Tokens [N] on the device, and what is asked about them.
+
+    ``report`` gives the result once the tokens are on the host.
+    """
+
+    def __init__(self, tokens_N: Tensor, logits_NV: Tensor, requests: Sequence[Request]) -> None:
+        self.tokens_N = tokens_N
+        self._asking = [
+            (i, r.rid, r.sampling.logprobs) for i, r in enumerate(requests) if r.sampling.logprobs is not None
+        ]
+        self._logits = logits_NV[[i for i, _, _ in self._asking]] if self._asking else None
+
+    def report(self, tokens: list[int]) -> Sampled:
+        if self._logits is None:
+            return Sampled(tokens, {})
+        chosen, tops = [tokens[i] for i, _, _ in self._asking], [top for _, _, top in self._asking]
+        entries = token_logprobs(self._logits, chosen, tops)
+        return Sampled(tokens, {rid: entry for (_, rid, _), entry in zip(self._asking, entries)})
+
+
 class Sampler:
     """One rank's sampler. What it remembers of a request (for penalties) goes when the request goes."""
 
@@ -37,21 +58,25 @@ class Sampler:
         self._histories: WeakKeyDictionary[Request, _History] = WeakKeyDictionary()
 
     def __call__(self, logits_NV: Tensor, requests: Sequence[Request]) -> Sampled:
+        chosen = self.choose(logits_NV, requests)
+        return chosen.report(chosen.tokens_N.tolist())
+
+    def choose(self, logits_NV: Tensor, requests: Sequence[Request], greedy_N: Tensor | None = None) -> Chosen:
+        """A token for each request, without waiting for the device.
+
+        Args:
+            greedy_N: the most likely tokens, where they are known already.
+        """
         scores = self.scores(logits_NV, requests)
-        tokens = scores.argmax(-1)
         drawing = [i for i, r in enumerate(requests) if r.sampling.temperature >= GREEDY_BELOW]
+        tokens = greedy_N if greedy_N is not None and scores is logits_NV else scores.argmax(-1)
         if drawing:
             drawn = [requests[i] for i in drawing]
-            kept = warp(scores[drawing], [r.sampling for r in drawn])
+            rows = _index(drawing, scores.device)
+            kept = warp(scores[rows], [r.sampling for r in drawn])
             noise = gumbel([(r.sampling.seed, r.num_output) for r in drawn], kept.shape[1], kept.device)
-            tokens[drawing] = (kept + noise).argmax(-1)
-        chosen: list[int] = tokens.tolist()
-        asking = [i for i, r in enumerate(requests) if r.sampling.logprobs is not None]
-        if not asking:
-            return Sampled(chosen, {})
-        tops = [requests[i].sampling.logprobs or 0 for i in asking]
-        logprobs = token_logprobs(logits_NV[asking], [chosen[i] for i in asking], tops)
-        return Sampled(chosen, {requests[i].rid: entry for i, entry in zip(asking, logprobs)})
+            tokens = tokens.index_copy(0, rows, (kept + noise).argmax(-1).to(tokens.dtype))
+        return Chosen(tokens, logits_NV, requests)
 
     def scores(self, logits_NV: Tensor, requests: Sequence[Request]) -> Tensor:
         """Logits after penalties, bias and minimum length [N, V]; the argument itself where nobody asked for any."""
@@ -69,11 +94,11 @@ class Sampler:
             scores[penalised] = self._penalise(scores[penalised], [requests[i] for i in penalised])
         if biases:
             rows, tokens, values = zip(*biases)
-            index = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device))
-            scores.index_put_(index, torch.tensor(values, dtype=scores.dtype, device=device), accumulate=True)
+            index = (_index(rows, device), _index(tokens, device))
+            scores.index_put_(index, _moved(values, scores.dtype, device), accumulate=True)
         if barred:
             rows, tokens = zip(*barred)
-            scores[torch.tensor(rows, device=device), torch.tensor(tokens, device=device)] = -torch.inf
+            scores.index_put_((_index(rows, device), _index(tokens, device)), scores.new_full((), -torch.inf))
         return scores
 
     def _penalise(self, scores_PV: Tensor, requests: Sequence[Request]) -> Tensor:
@@ -121,9 +146,10 @@ class _History:
 def warp(scores_MV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Scores over temperature [M, V] float64; -inf where top-k, top-p or min-p rule a token out. One token stays."""
     scaled = scores_MV.double() / _column([p.temperature for p in params], scores_MV)
-    rows = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1 or p.min_p > 0]
-    if rows:
-        scaled[rows] = _truncate(scaled[rows], [params[i] for i in rows])
+    limited = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1 or p.min_p > 0]
+    if limited:
+        rows = _index(limited, scaled.device)
+        scaled = scaled.index_copy(0, rows, _truncate(scaled[rows], [params[i] for i in limited]))
     return scaled
 
 
@@ -150,7 +176,7 @@ def gumbel(keys: Sequence[tuple[int, int]], vocab_size: int, device: torch.devic
     Lea and Flood 2014): integer arithmetic, equal on every device.
     """
     digests = [xxhash.xxh3_64_digest(f"{seed}/{position}".encode()) for seed, position in keys]
-    key = torch.tensor([int.from_bytes(d, "big", signed=True) for d in digests], device=device)[:, None]
+    key = _moved([int.from_bytes(d, "big", signed=True) for d in digests], torch.int64, device)[:, None]
     x = key + torch.arange(vocab_size, device=device) * _signed(0x9E3779B97F4A7C15)
     x.bitwise_xor_(_shift(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
     x.bitwise_xor_(_shift(x, 27)).mul_(_signed(0x94D049BB133111EB))
@@ -174,7 +200,16 @@ def _has_penalties(p: SamplingParams) -> bool:
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     """One value a request, to be broadcast over the vocabulary."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return _moved(values, like.dtype, like.device)[:, None]
+
+
+def _index(rows: Sequence[int], device: torch.device) -> Tensor:
+    return _moved(rows, torch.int64, device)
+
+
+def _moved(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[n] on the device, without waiting for it."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

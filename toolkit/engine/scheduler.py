@@ -2,8 +2,10 @@
 
 Continuous batching under a token budget: every decoding request gets its token, then prefill is cut into chunks.
 First come, first served; when KV blocks run out, the request that arrived last gives its blocks back and is computed
-again later. Work in a step does not grow with the number of waiting requests. Ranks of one attention TP group run the
-same scheduler on the same messages and so stay equal without talking. Knows no tensors. Read next: ``runner.py``.
+again later. A step is taken back in two parts, so that the next one can be scheduled while it runs: ``advance`` at its
+launch (its tokens count as computed, what it samples is UNKNOWN), ``resolve`` when its tokens are there. Work in a step
+does not grow with the number of waiting requests. Ranks of one attention TP group run the same scheduler on the same
+messages and so stay equal without talking. Knows no tensors. Read next: ``runner.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from toolkit.engine.core import Batch, FinishReason, Request, SamplingParams, ScheduledRequest, TokenLogprobs
+from toolkit.engine.core import UNKNOWN, Batch, FinishReason, Request, SamplingParams, ScheduledRequest, TokenLogprobs
 from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import Output
 
@@ -25,6 +27,14 @@ class SchedulerStats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A launched step: its batch, and where in ``request.tokens`` each sampled token belongs, in batch order."""
+
+    batch: Batch
+    sampling: tuple[tuple[Request, int], ...]
 
 
 @dataclass
@@ -74,7 +84,7 @@ class Scheduler:
         return None
 
     def abort(self, rid: str) -> None:
-        """Drops a request wherever it is; an unknown id is ignored. Not to be called between schedule and finish."""
+        """Drops a request wherever it is; an unknown id is ignored. Not to be called between schedule and advance."""
         if rid in self._running:
             self.tables.release(self._running.pop(rid))
         self._waiting.pop(rid, None)
@@ -86,7 +96,7 @@ class Scheduler:
     # --- one step ---------------------------------------------------------------------------------
 
     def schedule(self, hold: bool = False) -> Batch:
-        """The next step's batch; empty when there is nothing to do. Every batch must be given to ``finish``.
+        """The next step's batch; empty when there is nothing to do. Every batch must be given to ``advance``.
 
         ``hold``: admit nobody; running requests go on.
         """
@@ -105,42 +115,73 @@ class Scheduler:
             budget -= self._schedule_chunk(request, budget, prefill)
         return Batch(tuple(decode), tuple(prefill))
 
-    def finish(
-        self, batch: Batch, sampled: Sequence[int], logprobs: Mapping[str, TokenLogprobs] | None = None
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether the next step can be scheduled before the tokens of the one that runs are known.
+
+        Not when a request might have to give way (it would be computed again from tokens that are not known), nor
+        when what is sampled depends on earlier tokens by more than the model, or is reported with logprobs.
+        """
+        if self.tables.num_spare < len(self._running):
+            return False
+        return not any(_needs_tokens(request.sampling) for request in self._running.values())
+
+    def advance(self, batch: Batch) -> InFlight:
+        """The step of ``batch`` was launched: its tokens count as computed; what it samples comes to ``resolve``."""
+        sampling: list[tuple[Request, int]] = []
+        for scheduled in batch.scheduled:
+            request, samples = scheduled.request, scheduled.samples
+            request.num_computed += scheduled.num_tokens
+            if samples:
+                sampling.append((request, len(request.tokens)))
+                request.tokens.append(UNKNOWN)
+        return InFlight(batch, tuple(sampling))
+
+    def resolve(
+        self, step: InFlight, sampled: Sequence[int], logprobs: Mapping[str, TokenLogprobs] | None = None
     ) -> list[Output]:
-        """Takes the step's result: one token for each request of the batch that ``samples``, in batch order.
+        """Takes the step's result: one token for each request that samples, in batch order. Oldest step first.
+
+        A request that has ended meanwhile is passed over: the step was launched before its end was known.
 
         ``logprobs``: those of the tokens, by request id, where they were asked for.
         """
         outputs: list[Output] = []
-        tokens = iter(sampled)
-        for scheduled in batch.scheduled:
-            request, samples = scheduled.request, scheduled.samples
-            request.num_computed += scheduled.num_tokens
-            self.tables.computed(request)
-            if not samples:
+        for (request, index), token in zip(step.sampling, sampled):
+            if self._running.get(request.rid) is not request:
                 continue
-            token = next(tokens)
-            request.tokens.append(token)
+            request.tokens[index] = token
             self.stats.generated_tokens += 1
-            reason = self._finish_reason(request, token)
+            reason = self._finish_reason(request, index)
             if reason is not None:
+                del request.tokens[index + 1 :]
+                self.tables.computed(request, known=index)
                 self.tables.release(self._running.pop(request.rid))
             entry = logprobs.get(request.rid) if logprobs else None
-            of_prompt = request.prompt_logprobs if request.num_output == 1 else []
+            of_prompt = request.prompt_logprobs if index == request.prompt_len else []
             outputs.append(
                 Output(
                     request.rid, [token], reason, request.num_cached,
                     logprobs=[] if entry is None else [entry], prompt_logprobs=of_prompt,
                 )
             )  # fmt: skip
+        for scheduled in step.batch.scheduled:
+            request = scheduled.request
+            if self._running.get(request.rid) is request:
+                self.tables.computed(request, known=len(request.tokens) - (request.tokens[-1] == UNKNOWN))
         return outputs
+
+    def finish(
+        self, batch: Batch, sampled: Sequence[int], logprobs: Mapping[str, TokenLogprobs] | None = None
+    ) -> list[Output]:
+        """``advance`` and ``resolve`` in one, for a step whose result is there at once."""
+        return self.resolve(self.advance(batch), sampled, logprobs)
 
     # --- inside -----------------------------------------------------------------------------------
 
     def _schedule_decode(self) -> list[ScheduledRequest]:
         decode: dict[str, ScheduledRequest] = {}
-        for request in sorted((r for r in self._running.values() if not _is_prefilling(r)), key=lambda r: r.arrival):
+        for request in sorted((r for r in self._running.values() if self._decodes(r)), key=lambda r: r.arrival):
             if request.rid not in self._running:
                 continue  # was preempted for an earlier one
             while not self.tables.grow(request, request.num_computed + 1):
@@ -190,13 +231,20 @@ class Scheduler:
         self._waiting[request.rid] = request
         self._waiting.move_to_end(request.rid, last=False)
 
-    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
-        sampling = request.sampling
-        if token in sampling.stop_token_ids:
+    def _decodes(self, request: Request) -> bool:
+        """Whether the request's next token is to be sampled; not when the one under way will be its last."""
+        last = len(request.tokens) - 1
+        return not _is_prefilling(request) and not (request.tokens[last] == UNKNOWN and self._is_long(request, last))
+
+    def _is_long(self, request: Request, index: int) -> bool:
+        """True when the token at ``index`` is the last one for its length."""
+        return index + 1 - request.prompt_len >= request.sampling.max_tokens or index + 1 >= self.max_len
+
+    def _finish_reason(self, request: Request, index: int) -> FinishReason | None:
+        """Why the request ends with its token at ``index``, if it does."""
+        if request.tokens[index] in request.sampling.stop_token_ids:
             return "stop"
-        if request.num_output >= sampling.max_tokens or len(request.tokens) >= self.max_len:
-            return "length"
-        return None
+        return "length" if self._is_long(request, index) else None
 
     def audit(self) -> None:
         """Asserts that no block is leaked or shared wrongly. For tests."""
@@ -206,3 +254,9 @@ class Scheduler:
 
 def _is_prefilling(request: Request) -> bool:
     return len(request.tokens) - request.num_computed > 1
+
+
+def _needs_tokens(p: SamplingParams) -> bool:
+    """Whether sampling counts the tokens before, or a logprob comes with each token."""
+    penalties = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+    return penalties or p.logprobs is not None or p.prompt_logprobs is not None

@@ -1,7 +1,8 @@
 """Where weights come from: safetensors folders, read by slice, or seeded random ones.
 
 A model asks for each tensor it owns by its checkpoint name, its full shape and the part it wants; nothing else is
-read, and what no model asked for is reported. Tensors in block-quantised FP8 (``fp8.py``) are dequantised.
+read, and what no model asked for is reported. Tensors in block-quantised FP8 (``fp8.py``) are dequantised, but for
+matrices of whole blocks where FP8 is kept: on a GPU that multiplies in it.
 Knows nothing of models. Read next: ``models/mixtral.py``.
 """
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from toolkit.config import ModelConfig
-from toolkit.engine.fp8 import BlockFp8, blocks_of
+from toolkit.engine.fp8 import BlockFp8, Matrix, blocks_of, quantize_blocks
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,10 @@ class Weights(Protocol):
         """Tensor ``name`` of full ``shape`` (or its ``shard``) on the model's device, in ``dtype`` or the model's."""
         ...
 
+    def get_matrix(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Matrix:
+        """The same for a matrix that ``layers.linear`` or experts multiply: in FP8 where it is stored and kept so."""
+        ...
+
     def has(self, name: str) -> bool:
         """True when there is a tensor ``name``."""
         ...
@@ -69,6 +74,7 @@ class SafetensorsWeights:
     Args:
         folder: holds ``model.safetensors`` or ``model.safetensors.index.json`` with its shards.
         progress: called after each tensor with the bytes made so far.
+        keep_fp8: ``get_matrix`` gives FP8 as it is stored.
 
     Raises:
         ValueError: no checkpoint in the folder; from ``get``: a tensor that is missing, of another shape or, in FP8,
@@ -76,10 +82,15 @@ class SafetensorsWeights:
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, device: str, progress: Callable[[int], None] = lambda done: None
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: str,
+        progress: Callable[[int], None] = lambda done: None,
+        keep_fp8: bool = False,
     ) -> None:
         self.folder, self.dtype, self.device = folder, dtype, device
-        self.progress = progress
+        self.progress, self.keep_fp8 = progress, keep_fp8
         self.bytes_read = 0
         self._read: set[str] = set()
         self._skipped: dict[str, str] = {}
@@ -114,9 +125,23 @@ class SafetensorsWeights:
         else:
             # a copy: a slice of a mapped file would keep the file mapped
             made = part[index].to(self.device, dtype or self.dtype, copy=True).contiguous()
-        self.bytes_read += made.nbytes
-        self.progress(self.bytes_read)
+        self._count(made.nbytes)
         return made
+
+    def get_matrix(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Matrix:
+        part, _ = self._find(name, shape, shard)
+        if not self.keep_fp8 or part.get_dtype() != "F8_E4M3":
+            return self.get(name, shape, shard)
+        stored = self.get_quantized(name, shape, shard)
+        if not stored.whole:
+            return self.get(name, shape, shard)
+        made = stored.to(self.device)
+        self._count(made.nbytes)
+        return made
+
+    def _count(self, size: int) -> None:
+        self.bytes_read += size
+        self.progress(self.bytes_read)
 
     def get_quantized(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> BlockFp8:
         """An FP8 matrix, or its ``shard``, as it is stored, on the host; shards need not begin on a block.
@@ -186,34 +211,59 @@ def _any_expert(name: str) -> str:
 
 
 class DummyWeights:
-    """Random weights that depend only on the seed and the tensor's name, so that every mapping gets the same model.
+    """Random weights that depend only on the seed, the tensor's name and the kind of device, so that every mapping gets
+    the same model. They are made where they will be.
 
     Norm weights ("norm" in the name, one dimension) are near one; the rest has the spread of a trained model.
+
+    Args:
+        keep_fp8: ``get_matrix`` gives matrices in FP8, as a checkpoint in FP8 would.
     """
 
     def __init__(
-        self, seed: int, dtype: torch.dtype, device: str, progress: Callable[[int], None] = lambda done: None
+        self,
+        seed: int,
+        dtype: torch.dtype,
+        device: str,
+        progress: Callable[[int], None] = lambda done: None,
+        keep_fp8: bool = False,
     ) -> None:
         self.seed, self.dtype, self.device = seed, dtype, device
-        self.progress = progress
+        self.progress, self.keep_fp8 = progress, keep_fp8
         self.bytes_read = 0
 
     def get(
         self, name: str, shape: tuple[int, ...], shard: Shard | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
+        made = self._make(name, shape, shard).to(dtype or self.dtype, copy=True).contiguous()
+        self._count(made.nbytes)
+        return made
+
+    def get_matrix(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Matrix:
+        whole_blocks = not any(size % 128 for size in shape) and (
+            shard is None or not shape[shard.dim] // shard.count % 128
+        )
+        if not self.keep_fp8 or not whole_blocks:
+            return self.get(name, shape, shard)
+        made = quantize_blocks(self._make(name, shape, shard))
+        self._count(made.nbytes)
+        return made
+
+    def _make(self, name: str, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        full = torch.randn(shape, generator=generator)
+        generator = torch.Generator(self.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        full = torch.randn(shape, generator=generator, device=self.device)
         if len(shape) == 1:
             full = full * 0.02 + (1.0 if "norm" in name else 0.0)
         else:
             full = full / shape[-1] ** 0.5
         if shard is not None:
             full = full.movedim(shard.dim, 0)[shard.of(shape[shard.dim])].movedim(0, shard.dim)
-        made = full.to(self.device, dtype or self.dtype, copy=True).contiguous()
-        self.bytes_read += made.nbytes
+        return full
+
+    def _count(self, size: int) -> None:
+        self.bytes_read += size
         self.progress(self.bytes_read)
-        return made
 
     def has(self, name: str) -> bool:
         return True
@@ -225,9 +275,11 @@ class DummyWeights:
         """There is nothing that is not asked for."""
 
 
-def open_weights(model: ModelConfig, device: str, progress: Callable[[int], None] = lambda done: None) -> Weights:
+def open_weights(
+    model: ModelConfig, device: str, progress: Callable[[int], None] = lambda done: None, keep_fp8: bool = False
+) -> Weights:
     """The weights ``model`` names."""
     dtype = DTYPES[model.dtype]
     if model.load_format == "dummy":
-        return DummyWeights(model.seed, dtype, device, progress)
-    return SafetensorsWeights(Path(model.path), dtype, device, progress)
+        return DummyWeights(model.seed, dtype, device, progress, keep_fp8)
+    return SafetensorsWeights(Path(model.path), dtype, device, progress, keep_fp8)

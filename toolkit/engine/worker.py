@@ -24,14 +24,14 @@ import torch
 import torch.distributed as dist
 import zmq
 
+from toolkit.engine import device
 from toolkit.engine.agree import Agreement, AttentionDpBalance, Proposal, agree
 from toolkit.engine.arch import check, context_length, memory_by_kind, read_arch
 from toolkit.engine.args import WorkerArgs, read_worker_args, run_token
 from toolkit.engine.control import Controller, process_bytes
-from toolkit.engine.core import Batch, SamplingParams, StepContext
+from toolkit.engine.core import Batch, StepContext
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.eplb.recorder import Recorder
-from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import (
     Abort,
     Control,
@@ -49,8 +49,9 @@ from toolkit.engine.messages import (
 )
 from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups
+from toolkit.engine.pipeline import Pipeline, Step
+from toolkit.engine.prepare import prepare
 from toolkit.engine.runner import ModelRunner
-from toolkit.engine.scheduler import Scheduler
 from toolkit.engine.steplog import StepLog
 from toolkit.records import steps_path
 
@@ -116,7 +117,7 @@ class Worker:
         self.dp_rank = self.dims.dp_rank(rank)
         self.leads = self.dims.leader(self.dp_rank) == rank
         self._progress_sent = 0.0
-        self._steps, self._step_s, self._stats_sent = 0, 0.0, 0.0
+        self._launched, self._steps, self._step_s, self._stats_sent = 0, 0, 0.0, 0.0
         self._shutdown: Control | None = None
         self._balance = AttentionDpBalance(args.engine.attention_dp_config)
         self._load()
@@ -129,50 +130,39 @@ class Worker:
         errors = check(arch, self.dims, engine)
         if errors:
             raise ValueError("; ".join(errors))
+        self.device = device.use(args.device, args.local_ranks[self.rank])
         self._progress("connect", 0, self.dims.tp_size)
-        self.groups = Groups.connect(self.dims, self.rank, args.rank_hosts[0], args.dist_port, args.device)
+        self.groups = Groups.connect(self.dims, self.rank, args.rank_hosts[0], args.dist_port, self.device)
         memory = memory_by_kind(arch, self.dims, engine, args.model.dtype)
         total = sum(memory.values()) - memory["kv_cache"]
         self.runner = ModelRunner(
-            args.model, arch, engine, self.groups, args.device, lambda done: self._progress("load", done, total)
+            args.model, arch, engine, self.groups, self.device, lambda done: self._progress("load", done, total)
         )
-        self.max_len = context_length(arch, engine)
-        self._progress("warm-up", 0, 1)
-        self._warm_up()
-        self.scheduler = self._new_scheduler()
+        used = prepare(self.runner, self._progress)
+        self.max_len = context_length(arch, self.runner.engine)
+        self.scheduler = self.runner.new_scheduler()
         self.recorder: Recorder | None = None
         if engine.expert_distribution_recorder_mode and arch.moe_layers:
             path = Path(args.experts_path) if self.rank == 0 and args.experts_path else None
             self.recorder = Recorder(
                 arch.moe_layers, self.runner.moe.placement, engine.expert_distribution_recorder_window,
-                self.groups.tp_cpu.all_reduce, path, args.device,
+                self.groups.tp_cpu.all_reduce, path, self.device,
             )  # fmt: skip
             self.runner.moe.recorder = self.recorder
         self.step_log: StepLog | None = None
         if self.leads and args.steps_dir:
             self.step_log = StepLog(steps_path(Path(args.steps_dir), self.rank), self.dp_rank, engine.page_size)
-        self.control = Controller(self.rank, self.scheduler, self.recorder, args.profile_dir, args.device)
+        self.control = Controller(self.rank, self.scheduler, self.recorder, args.profile_dir, self.device)
+        ahead = self.device != "cpu" and not engine.disable_overlap_schedule
+        self.pipeline = Pipeline(self.runner, self.scheduler, ahead, self._over)
         info = {
             "max_model_len": self.max_len,
             "max_total_tokens": self.runner.cache.num_blocks * engine.page_size,
             "mapping": self.dims.mapping,
-            "memory_bytes": memory | {"kv_cache": self.runner.cache.num_bytes, "process": process_bytes(args.device)},
+            "memory_bytes": memory | used | {"process": process_bytes(self.device)},
         }
         self.link.send(Ready(self.rank, info))
         log.info("rank %d ready: %s", self.rank, info)
-
-    def _new_scheduler(self) -> Scheduler:
-        engine = self.args.engine
-        tables = BlockTables(self.runner.cache.kinds, engine.page_size, not engine.disable_radix_cache)
-        budget, running = engine.chunked_prefill_size, engine.max_running_requests
-        return Scheduler(tables, budget, running, self.max_len)
-
-    def _warm_up(self) -> None:
-        """One token on every rank, through every layer and collective, before the first request."""
-        scheduler = self._new_scheduler()
-        scheduler.add("warm-up", [0], SamplingParams(max_tokens=1))
-        ones = (1,) * self.dims.dp_size
-        self.runner.step(scheduler.schedule(), StepContext(0, ones, ones, is_extend=True))
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -187,11 +177,16 @@ class Worker:
         asleep, hold = True, False
         while True:
             self._take(self.link.receive(wait=asleep))
+            self.pipeline.before_schedule()
             batch = self.scheduler.schedule(hold)
             agreed = self._agree(batch)
             asleep, hold = agreed.asleep, self._balance.hold(agreed.by_dp)
             if any(agreed.ctx.dp_tokens):
                 self._step(batch, agreed.ctx)
+            else:
+                self.pipeline.drain()
+            if agreed.controls:
+                self.pipeline.drain()  # they happen between two steps
             if agreed.controls and self.step_log is not None:
                 self.step_log.flush()  # a dump is of everything until now
             for reply in self.control.apply(agreed.controls):
@@ -219,23 +214,24 @@ class Worker:
             generating=len(batch.decode),
             slots=scheduler.max_running - scheduler.num_running,
         )
-        return agree(self.groups.tp_cpu, self.dims, self._steps, mine)
+        return agree(self.groups.tp_cpu, self.dims, self._launched, mine)
 
     def _step(self, batch: Batch, ctx: StepContext) -> None:
         self.link.nap(self.control.forward_sleep_s)
-        began, begin = time.time(), time.perf_counter()
-        sampled = self.runner.step(batch, ctx)
-        outputs = self.scheduler.finish(batch, sampled.tokens, sampled.logprobs)
-        if outputs and self.leads:
-            self.link.send(Outputs(self.dp_rank, outputs))
+        self.pipeline.launch(batch, ctx)
+        self._launched += 1
         if self.recorder is not None:
             self.recorder.end_of_pass()
         self.control.end_of_pass()
+
+    def _over(self, step: Step) -> None:
+        """Replies to a step whose tokens are there."""
+        if step.outputs and self.leads:
+            self.link.send(Outputs(self.dp_rank, step.outputs))
         self._steps += 1
-        duration = time.perf_counter() - begin
-        self._step_s += duration
+        self._step_s += step.duration_s
         if self.step_log is not None:
-            self.step_log.add(ctx.step, began, duration, batch, self.scheduler)
+            self.step_log.add(step.number, step.began, step.duration_s, step.batch, self.scheduler)
 
     # --- messages ---------------------------------------------------------------------------------
 

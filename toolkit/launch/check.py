@@ -25,9 +25,9 @@ BUILDS = ("smollm2_moe",)
 # Names that the engine's registries offer; those that need torch are not asked here (a test compares them).
 NAMES = {
     "engine.backend": ("native",),
-    "engine.attention_backend": ("auto", "sdpa"),
-    "engine.moe_a2a_backend": ("allgather", "all_to_all"),
-    "engine.moe_runner_backend": ("auto", "torch"),
+    "engine.attention_backend": ("auto", "fa3", "flash_mla", "sdpa", "varlen"),
+    "engine.moe_a2a_backend": ("allgather", "all_to_all", "deepep"),
+    "engine.moe_runner_backend": ("auto", "torch", "grouped_mm", "deep_gemm"),
     "deploy.router": tuple(ROUTERS),
 }
 GB = 10**9

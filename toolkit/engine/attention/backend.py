@@ -2,38 +2,34 @@
 
 T: tokens of this DP group's step, decode tokens first. H: query heads of this rank.
 Backends are made by name (``make_attention``) and know neither models nor requests.
-Read next: ``sdpa.py``.
+Read next: ``sdpa.py``, then ``paged.py``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from toolkit.engine.core import Batch
-from toolkit.engine.kv.kinds import first_token
 from toolkit.engine.kv.pool import KVCache
+from toolkit.engine.staging import Ints
 from toolkit.registry import Registry
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Some requests of a step whose tokens are adjacent.
+    """Some requests of a step whose tokens are adjacent. Backends add what they read.
 
     Attributes:
         first: index of the segment's first token in the step.
         q_lens: tokens of each request in this step.
-        kv_lens: tokens of each request that its queries see, this step's included.
-        kv_rows: their cache rows, [kv_len] of each request.
     """
 
     first: int
     q_lens: tuple[int, ...]
-    kv_lens: tuple[int, ...]
-    kv_rows: tuple[Tensor, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -52,12 +48,14 @@ class KindPlan:
         window: tokens that a query sees, its own included; 0: all.
         rows_T: cache row of each token.
         decode: one token a request. prefill: chunks of any length.
+        scratch: what the backend worked out once for all layers of the kind, by first token of the segment.
     """
 
     window: int
     rows_T: Tensor
     decode: Segment
     prefill: Segment
+    scratch: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,18 +66,27 @@ class AttentionPlan:
 
 
 class AttentionBackend(Protocol):
-    """Causal attention over the paged cache."""
+    """Causal attention over the paged cache.
+
+    Attributes:
+        cache: the rank's keys and values.
+        capturable: ``static_shapes``, ``static_plan`` and ``static_arrays`` are there, so that a decode step can be
+            captured in a CUDA graph.
+    """
+
+    cache: KVCache
+    capturable: bool
 
     def plan(self, batch: Batch) -> AttentionPlan:
         """Reads block tables of the scheduled requests; called once a step, before any layer."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: int, plan: AttentionPlan, scale: float) -> Tensor:
-        """Writes k, v [T, kv heads, dim] to the cache and attends q [T, H, k_dim] over it -> [T, H, v_dim]."""
+    def write(self, k: Tensor, v: Tensor | None, layer: int, plan: AttentionPlan) -> None:
+        """Stores this step's k, v [T, kv heads, dim]; v is None where values are part of the keys (MLA)."""
         ...
 
-    def write(self, k: Tensor, layer: int, plan: AttentionPlan) -> None:
-        """Only stores this step's keys [T, kv heads, k_dim]; for models that attend in two ways (MLA)."""
+    def forward(self, q: Tensor, layer: int, plan: AttentionPlan, scale: float) -> Tensor:
+        """Attends q [T, H, k_dim] over the cache, this step's rows included -> [T, H, v_dim]."""
         ...
 
     def decode(self, q: Tensor, layer: int, plan: AttentionPlan, scale: float, v_dim: int) -> Tensor:
@@ -87,11 +94,27 @@ class AttentionBackend(Protocol):
         ...
 
     def gather(self, layer: int, segment: Segment) -> Tensor:
-        """Cached keys of the segment's requests one after another, [sum(kv_lens), kv heads, k_dim]."""
+        """Cached keys of the segment's requests one after another, [sum of their lengths, kv heads, k_dim]."""
         ...
 
     def ragged(self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, scale: float) -> Tensor:
-        """Attention over given k, v [sum(kv_lens), H, dim] instead of the cache -> [tokens, H, v_dim]."""
+        """Attention over given k, v, laid out as ``gather`` does, instead of the cache -> [tokens, H, v_dim]."""
+        ...
+
+    def static_shapes(self, size: int, max_len: int) -> list[tuple[int, ...]]:
+        """Shapes of the int32 tensors that a plan of ``size`` decoding requests of up to ``max_len`` tokens reads."""
+        ...
+
+    def static_plan(self, size: int, max_len: int, views: list[Tensor]) -> AttentionPlan:
+        """A plan that reads ``views``, whatever they hold when it runs."""
+        ...
+
+    def static_arrays(self, batch: Batch, size: int, max_len: int) -> list[Ints]:
+        """What the views must hold for ``batch``, which only decodes; the rest of ``size`` is padding."""
+        ...
+
+    def begin(self, plan: AttentionPlan) -> None:
+        """Device work that a plan needs once, before any layer. Part of a captured step."""
         ...
 
 
@@ -103,44 +126,20 @@ BACKENDS: Registry[AttentionFactory] = Registry("engine.attention_backend")
 
 
 def make_attention(name: str, cache: KVCache, device: str) -> AttentionBackend:
-    """The backend called ``name``; auto: sdpa."""
-    from toolkit.engine.attention import sdpa  # noqa: F401  (registers itself)
+    """The backend called ``name``; auto: sdpa on CPU, on GPUs the fastest that is installed and takes the cache."""
+    from toolkit.engine.attention import fa3, flash_mla, sdpa, varlen  # noqa: F401  (register themselves)
 
-    return BACKENDS["sdpa" if name == "auto" else name](cache, device)
-
-
-def plan_segments(batch: Batch, cache: KVCache, device: str) -> AttentionPlan:
-    """The plan of a batch, in the form every backend starts from."""
-    by_layer: dict[int, KindPlan] = {}
-    for index, kind in enumerate(cache.kinds):
-        plan = _plan_kind(batch, index, kind.window, cache.page_size, device)
-        by_layer |= dict.fromkeys(kind.layers, plan)
-    return AttentionPlan(tuple(by_layer[layer] for layer in range(len(by_layer))))
+    return BACKENDS[choose(cache, device) if name == "auto" else name](cache, device)
 
 
-def _plan_kind(batch: Batch, kind: int, window: int, page_size: int, device: str) -> KindPlan:
-    rows: list[Tensor] = []
-    segments: list[Segment] = []
-    first = 0
-    for part in (batch.decode, batch.prefill):
-        kv_rows: list[Tensor] = []
-        for scheduled in part:
-            request = scheduled.request
-            begin = first_token(window, scheduled.begin)
-            seen = _rows(request.blocks[kind], begin, scheduled.end, page_size)
-            kv_rows.append(seen.to(device))
-            rows.append(seen[len(seen) - scheduled.num_tokens :])
-        q_lens = tuple(s.num_tokens for s in part)
-        kv_lens = tuple(len(r) for r in kv_rows)
-        segments.append(Segment(first, q_lens, kv_lens, tuple(kv_rows)))
-        first += sum(q_lens)
-    rows_T = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
-    return KindPlan(window, rows_T.to(device), segments[0], segments[1])
+def choose(cache: KVCache, device: str) -> str:
+    """What ``auto`` stands for. The order is measured: docs/performance.md."""
+    from toolkit.engine.attention import fa3, flash_mla, varlen
 
-
-def _rows(table: list[int], begin: int, end: int, page_size: int) -> Tensor:
-    """Cache rows of tokens begin..end-1."""
-    skipped = begin // page_size
-    blocks = torch.tensor(table[skipped : -(-end // page_size)], dtype=torch.long)
-    rows = (blocks[:, None] * page_size + torch.arange(page_size)).flatten()
-    return rows[begin - skipped * page_size : end - skipped * page_size]
+    if device == "cpu" or cache.k[0].dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
+    if flash_mla.fits(cache):
+        return "flash_mla"
+    if fa3.fits(cache):
+        return "fa3"
+    return "varlen" if varlen.fits(cache) else "sdpa"

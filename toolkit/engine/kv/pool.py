@@ -32,9 +32,10 @@ class KVSpec:
 
 
 class KVCache:
-    """Paged keys and values: ``k[layer]`` is [blocks * page_size, heads, k_dim]; block b owns rows from b * page_size.
+    """Paged keys and values: ``k[layer]`` is [rows, heads, k_dim]; block b owns page_size rows from b * page_size.
 
-    Layers of one kind have equally many blocks, in one allocation.
+    Layers of one kind have equally many blocks, in one allocation. After the last there is one more, which belongs to
+    nobody: the padding of a step with a fixed shape is written there.
 
     Raises:
         MemoryError: the device cannot hold it.
@@ -48,7 +49,7 @@ class KVCache:
         def allocate(dim: int) -> list[Tensor]:
             by_layer: dict[int, Tensor] = {}
             for kind in kinds:
-                rows = kind.num_blocks * page_size
+                rows = (kind.num_blocks + 1) * page_size
                 whole = torch.zeros(len(kind.layers), rows, spec.heads, dim, dtype=dtype, device=device)
                 by_layer |= zip(kind.layers, whole)
             return [by_layer[layer] for layer in range(len(by_layer))]
@@ -60,11 +61,17 @@ class KVCache:
         """Blocks of the kind that sees furthest: what limits the length of contexts."""
         return self.kinds[0].num_blocks
 
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer as [blocks, page_size, heads, dim]."""
+        size = self.page_size
+        return self.k[layer].unflatten(0, (-1, size)), self.v[layer].unflatten(0, (-1, size))
+
     def write(self, layer: int, rows_T: Tensor, k: Tensor, v: Tensor | None) -> None:
         """Stores k [T, heads, k_dim] (and v) at the cache rows ``rows_T``."""
-        self.k[layer].index_copy_(0, rows_T, k)
+        rows = rows_T.long()
+        self.k[layer].index_copy_(0, rows, k)
         if v is not None:
-            self.v[layer].index_copy_(0, rows_T, v)
+            self.v[layer].index_copy_(0, rows, v)
 
     @property
     def num_bytes(self) -> int:

@@ -39,6 +39,11 @@ class BlockTables:
         """Unused ones among ``num_blocks``, cached content or not."""
         return self.pools[0].num_free
 
+    @property
+    def num_spare(self) -> int:
+        """Unused blocks of the kind that has fewest."""
+        return min(pool.num_free for pool in self.pools)
+
     def can_hold(self, num_tokens: int) -> bool:
         """True when a request of ``num_tokens``, alone and computed token by token, never lacks a block."""
         return all(
@@ -85,11 +90,17 @@ class BlockTables:
             table.extend(pool.allocate() for _ in range(missing))
         return True
 
-    def computed(self, request: Request) -> None:
-        """After a step: offers the blocks it filled to the prefix cache, and frees those no later token sees."""
-        full = request.num_computed // self.page_size
+    def computed(self, request: Request, known: int) -> None:
+        """After a step: offers the blocks it filled to the prefix cache, and frees those no later token sees.
+
+        A later step may have been launched already. What reads or writes these blocks again comes after it.
+
+        Args:
+            known: leading tokens of the request whose ids are known; the prefix cache is found by ids.
+        """
+        full = min(request.num_computed, known) // self.page_size
         if self.prefix_cache and full > request.num_published:
-            self._hash(request)
+            self._hash(request, known)
             for i in range(request.num_published, full):
                 for pool, table in zip(self.pools, request.blocks):
                     pool.publish(table[i], request.block_hashes[i])
@@ -141,7 +152,7 @@ class BlockTables:
 
     def _match(self, request: Request) -> list[list[int]]:
         """Tables of the longest cached prefix that leaves at least one token to compute, for its logits."""
-        self._hash(request)
+        self._hash(request, len(request.tokens))
         hashes = request.block_hashes[: (len(request.tokens) - 1) // self.page_size]
         usable, runs = 0, [0] * len(self.kinds)
         for i, digest in enumerate(hashes):
@@ -158,10 +169,10 @@ class BlockTables:
             tables.append([NO_BLOCK] * first + [block for block in found if block is not None])
         return tables
 
-    def _hash(self, request: Request) -> None:
-        """Hashes the full blocks of the request's tokens that are not hashed yet."""
+    def _hash(self, request: Request, known: int) -> None:
+        """Hashes the full blocks of the request's first ``known`` tokens that are not hashed yet."""
         if not self.prefix_cache:
             return
         hashes, size = request.block_hashes, self.page_size
-        for i in range(len(hashes), len(request.tokens) // size):
+        for i in range(len(hashes), known // size):
             hashes.append(block_hash(hashes[-1] if hashes else 0, request.tokens[i * size : (i + 1) * size]))

@@ -17,6 +17,9 @@ from toolkit.engine.models.base import Forward
 from toolkit.engine.moe.layer import MoELayer
 from toolkit.engine.overlap import Stages, finish, interleave
 
+# The residual stream [S, D] and what the last layer adds to it, so that one kernel can add and norm.
+Residual = tuple[Tensor, Tensor | None]
+
 
 class LayerAttention(Protocol):
     """Attention in the two parts between which another half batch may run."""
@@ -43,43 +46,55 @@ class DecoderLayer:
         """Whether two halves gain from taking turns; dense layers run the whole batch."""
         return isinstance(self.ffn, MoELayer)
 
-    def stages(self, x_SD: Tensor, step: Forward) -> Stages:
-        prepared = self.attention.prepare(self.attention_norm(x_SD), step)
+    def stages(self, residual: Residual, step: Forward) -> Stages[Residual]:
+        x, h = _enter(residual, self.attention_norm)
+        prepared = self.attention.prepare(h, step)
         yield "prepared"
-        x = x_SD + self.attention.attend(prepared, step)
-        h = self.ffn_norm(x)
+        x, h = self.ffn_norm.add(x, self.attention.attend(prepared, step))
         if isinstance(self.ffn, MoELayer):
-            return x + (yield from self.ffn.stages(h, step.layout))
-        return x + self.ffn(h, step.layout)
+            return x, (yield from self.ffn.stages(h, step.layout))
+        return x, self.ffn(h, step.layout)
 
 
 class Decoder:
-    """Layers, run one after another."""
+    """Layers, run one after another, and the norm after the last."""
 
-    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[DecoderLayer], norm: RMSNorm) -> None:
+        self.layers, self.norm = layers, norm
 
     def __call__(self, x_SD: Tensor, step: Forward) -> Tensor:
+        residual: Residual = (x_SD, None)
         if step.halves is None:
-            return finish(_chain(self.layers, x_SD, step))
+            return _enter(finish(_chain(self.layers, residual, step)), self.norm)[1]
         for overlaps, run in groupby(self.layers, lambda layer: layer.overlaps):
             layers = list(run)
-            x_SD = _in_turns(layers, x_SD, step) if overlaps else finish(_chain(layers, x_SD, step))
-        return x_SD
+            residual = _in_turns(layers, residual, step) if overlaps else finish(_chain(layers, residual, step))
+        return _enter(residual, self.norm)[1]
 
 
-def _in_turns(layers: Sequence[DecoderLayer], x_SD: Tensor, step: Forward) -> Tensor:
+def _enter(residual: Residual, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """The residual stream with what is still to be added to it, and its norm."""
+    x, delta = residual
+    return (x, norm(x)) if delta is None else norm.add(x, delta)
+
+
+def _in_turns(layers: Sequence[DecoderLayer], residual: Residual, step: Forward) -> Residual:
     """The two halves of the batch through ``layers``, taking turns."""
     assert step.halves is not None, "a step without halves"
     a, b = step.halves
-    x_TD, cut = step.layout.gather(x_SD), a.layout.num_tokens
-    first = _chain(layers, a.layout.scatter(x_TD[:cut]), a)
-    second = _chain(layers, b.layout.scatter(x_TD[cut:]), b)
-    x_a, x_b = interleave(first, second, step.layout.is_extend)
-    return step.layout.scatter(torch.cat([a.layout.gather(x_a), b.layout.gather(x_b)]))
+    x_TD, cut = step.layout.gather(_sum(residual)), a.layout.num_tokens
+    first = _chain(layers, (a.layout.scatter(x_TD[:cut]), None), a)
+    second = _chain(layers, (b.layout.scatter(x_TD[cut:]), None), b)
+    r_a, r_b = interleave(first, second, step.layout.is_extend)
+    return step.layout.scatter(torch.cat([a.layout.gather(_sum(r_a)), b.layout.gather(_sum(r_b))])), None
 
 
-def _chain(layers: Sequence[DecoderLayer], x_SD: Tensor, step: Forward) -> Stages:
+def _sum(residual: Residual) -> Tensor:
+    x, delta = residual
+    return x if delta is None else x + delta
+
+
+def _chain(layers: Sequence[DecoderLayer], residual: Residual, step: Forward) -> Stages[Residual]:
     for layer in layers:
-        x_SD = yield from layer.stages(x_SD, step)
-    return x_SD
+        residual = yield from layer.stages(residual, step)
+    return residual

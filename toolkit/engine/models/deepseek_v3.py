@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.engine.arch import Arch
 from toolkit.engine.kv.pool import KVSpec
-from toolkit.engine.layers import DenseFFN, Embedding, LMHead, RMSNorm, Rotary, rope_settings, yarn_mscale
+from toolkit.engine.layers import DenseFFN, Embedding, LMHead, RMSNorm, Rotary, linear, rope_settings, yarn_mscale
 from toolkit.engine.models.base import MODELS, Forward
 from toolkit.engine.models.decoder import Decoder, DecoderLayer
 from toolkit.engine.moe.gate import GroupedSigmoidGate
@@ -40,39 +39,42 @@ class LatentAttention:
         by_head = Shard(0, comm.rank, comm.size)
         q_rows, eps = arch.num_heads * (self.nope + self.rope), hf["rms_norm_eps"]
         q_lora = hf.get("q_lora_rank")
-        self.q_down = weights.get(f"{name}.q_a_proj.weight", (q_lora, d)) if q_lora else None
+        self.q_down = weights.get_matrix(f"{name}.q_a_proj.weight", (q_lora, d)) if q_lora else None
         self.q_norm = RMSNorm(weights, f"{name}.q_a_layernorm", q_lora, eps) if q_lora else None
         q_name = "q_b_proj" if q_lora else "q_proj"
-        self.q_up = weights.get(f"{name}.{q_name}.weight", (q_rows, q_lora or d), by_head)
-        self.kv_down = weights.get(f"{name}.kv_a_proj_with_mqa.weight", (self.latent + self.rope, d))
+        self.q_up = weights.get_matrix(f"{name}.{q_name}.weight", (q_rows, q_lora or d), by_head)
+        self.kv_down = weights.get_matrix(f"{name}.kv_a_proj_with_mqa.weight", (self.latent + self.rope, d))
         self.kv_norm = RMSNorm(weights, f"{name}.kv_a_layernorm", self.latent, eps)
         kv_shape = (arch.num_heads * (self.nope + self.v_dim), self.latent)
         kv_up = weights.get(f"{name}.kv_b_proj.weight", kv_shape, by_head)
         # [H, N, C] and [H, V, C]
         self.k_up, self.v_up = torch.split(kv_up.view(self.heads, -1, self.latent), [self.nope, self.v_dim], dim=1)
-        self.o = weights.get(f"{name}.o_proj.weight", (d, arch.num_heads * self.v_dim), Shard(1, comm.rank, comm.size))
+        o_shape = d, arch.num_heads * self.v_dim
+        self.o = weights.get_matrix(f"{name}.o_proj.weight", o_shape, Shard(1, comm.rank, comm.size))
 
     def prepare(self, x_SD: Tensor, step: Forward) -> tuple[Tensor, Tensor]:
         """Queries [T, H, N + R] and what is cached of each token, [T, 1, C + R]."""
         x = step.layout.gather(x_SD)
         q = self._queries(x, step.positions_T)
-        c, k_rope = F.linear(x, self.kv_down).split([self.latent, self.rope], dim=-1)
+        c, k_rope = linear(x, self.kv_down).split([self.latent, self.rope], dim=-1)
         k_rope = self.rotary(k_rope[:, None], step.positions_T)
         return q, torch.cat([self.kv_norm(c)[:, None], k_rope], dim=-1)
 
     def attend(self, prepared: tuple[Tensor, Tensor], step: Forward) -> Tensor:
         """Attention over the cache and the output projection, [S, D]."""
         q, cached = prepared
-        step.attention.write(cached, self.layer, step.plan)
+        step.attention.write(cached, None, self.layer, step.plan)
         plan = step.plan.layers[self.layer]
-        out = torch.cat([self._decode(q[plan.decode.tokens], step), self._prefill(q, step)])
-        return step.layout.reduce_scatter(F.linear(out.flatten(1), self.o))
+        parts = [self._decode(q[plan.decode.tokens], step)] if plan.decode.q_lens or not plan.prefill.q_lens else []
+        parts += [self._prefill(q, step)] if plan.prefill.q_lens else []
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return step.layout.reduce_scatter(linear(out.flatten(1), self.o))
 
     def _queries(self, x: Tensor, positions_T: Tensor) -> Tensor:
         """[T, H, N + R], the last R rotated."""
         if self.q_down is not None and self.q_norm is not None:
-            x = self.q_norm(F.linear(x, self.q_down))
-        q = F.linear(x, self.q_up).view(len(x), self.heads, self.nope + self.rope)
+            x = self.q_norm(linear(x, self.q_down))
+        q = linear(x, self.q_up).view(len(x), self.heads, self.nope + self.rope)
         nope, rope = q.split([self.nope, self.rope], dim=-1)
         return torch.cat([nope, self.rotary(rope, positions_T)], dim=-1)
 
@@ -118,15 +120,14 @@ class DeepseekV3:
             )
         for i in range(arch.num_layers, arch.num_layers + (hf.get("num_nextn_predict_layers") or 0)):
             weights.skip(f"model.layers.{i}.", "multi-token prediction, which is not served")
-        self.layers = Decoder(layers)
-        self.norm = RMSNorm(weights, "model.norm", d, eps)
+        self.decoder = Decoder(layers, RMSNorm(weights, "model.norm", d, eps))
         tied = self.embed if arch.tied else None
         self.head = LMHead.load(weights, "lm_head", arch.vocab_size, d, groups, tied)
         self.kv_spec = KVSpec(1, arch.kv_values, 0)
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
         x = step.layout.scatter(self.embed(tokens_T))
-        return self.norm(self.layers(x, step))
+        return self.decoder(x, step)
 
     def logits(self, hidden_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
         return self.head(hidden_ND, dp_rows)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit.engine import fused
 from toolkit.engine.arch import Arch
 from toolkit.engine.kv.pool import KVSpec
 from toolkit.engine.layers import RMSNorm, Rotary
@@ -59,19 +60,24 @@ class Attention:
     def __call__(self, x_SD: Tensor, step: Forward) -> Tensor:
         return self.attend(self.prepare(x_SD, step), step)
 
-    def prepare(self, x_SD: Tensor, step: Forward) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of this rank's heads, [T, heads, head_dim] each."""
+    def prepare(self, x_SD: Tensor, step: Forward) -> Tensor:
+        """Queries of this rank's heads, [T, heads, head_dim]; keys and values go into the cache."""
         x = step.layout.gather(x_SD)
         qkv = F.linear(x, self.qkv).unflatten(1, (-1, self.head_dim))
+        if fused.supported(qkv):
+            cache, rows_T = step.attention.cache, step.plan.layers[self.layer].rows_T
+            return fused.rotate_and_write(
+                qkv, self.norms, self.rotary, step.positions_T, cache.k[self.layer], cache.v[self.layer], rows_T
+            )
         q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.norms is not None:
             q, k = self.norms[0](q), self.norms[1](k)
-        return self.rotary(q, step.positions_T), self.rotary(k, step.positions_T), v
+        step.attention.write(self.rotary(k, step.positions_T), v, self.layer, step.plan)
+        return self.rotary(q, step.positions_T)
 
-    def attend(self, prepared: tuple[Tensor, Tensor, Tensor], step: Forward) -> Tensor:
+    def attend(self, q: Tensor, step: Forward) -> Tensor:
         """Attention over the cache and the output projection, [S, D]."""
-        q, k, v = prepared
-        out = step.attention.forward(q, k, v, self.layer, step.plan, self.scale)
+        out = step.attention.forward(q, self.layer, step.plan, self.scale)
         return step.layout.reduce_scatter(F.linear(out.flatten(1), self.o))
 
 

@@ -44,15 +44,14 @@ class Qwen3Moe:
                     else DenseFFN(weights, f"{name}.mlp", d, arch.dense_intermediate, groups.dense),
                 )
             )
-        self.layers = Decoder(layers)
-        self.norm = RMSNorm(weights, "model.norm", d, eps)
+        self.decoder = Decoder(layers, RMSNorm(weights, "model.norm", d, eps))
         tied = self.embed if arch.tied else None
         self.head = LMHead.load(weights, "lm_head", arch.vocab_size, d, groups, tied)
         self.kv_spec = kv_spec(arch, groups.attn_tp)
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
         x = step.layout.scatter(self.embed(tokens_T))
-        return self.norm(self.layers(x, step))
+        return self.decoder(x, step)
 
     def logits(self, hidden_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
         return self.head(hidden_ND, dp_rows)

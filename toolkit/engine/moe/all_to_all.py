@@ -14,10 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, Placed, StepRows, pack_rows, place, unpack_rows
+from toolkit.config import EngineConfig
+from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, ExpertShape, StepRows, pack_rows, unpack_rows
+from toolkit.engine.moe.place import Placed, place
 from toolkit.engine.parallel import Comm
 
 FEW_ROWS = 16  # largest slice for which a collective costs more than the rows sent in vain
+FEW_ROWS_GPU = 256  # over NVLink rows are cheap, and waiting for counts on the host is not
 
 
 @dataclass
@@ -31,29 +34,39 @@ class _Handle:
     dtype: torch.dtype
     hidden: int
     top_k: int
+    alignment: int
     placed: Placed | None = None
 
 
 @DISPATCHERS.register("all_to_all")
 class AllToAllDispatcher:
-    def __init__(self, comm: Comm, num_slots: int, alignment: int, ep_rank: int, ep_size: int) -> None:
-        assert comm.size == ep_size, f"all_to_all needs whole experts: {comm.size} ranks, ep_size {ep_size}"
-        self.comm, self.alignment = comm, alignment
-        self.num_local = num_slots // ep_size
+    def __init__(self, comm: Comm, shape: ExpertShape, engine: EngineConfig) -> None:
+        assert comm.size == shape.ep_size, f"all_to_all needs whole experts: {comm.size} ranks, {shape}"
+        self.comm, self.shape = comm, shape
+        self.num_local = shape.num_local
+
+    def capturable(self, step: StepRows) -> bool:
+        return max(step.rows) <= FEW_ROWS_GPU
 
     def dispatch_start(self, x_SD: Tensor, slot_ids_SK: Tensor, weights_SK: Tensor, step: StepRows) -> _Handle:
-        ranks = torch.arange(self.comm.size, device=x_SD.device)
+        rows, device = len(x_SD), x_SD.device
+        ranks = torch.arange(self.comm.size, device=device)
         owner_SK = torch.where(slot_ids_SK >= 0, slot_ids_SK // self.num_local, -1)
-        few = max(step.rows) <= FEW_ROWS
-        wanted_RS = (owner_SK[None] == ranks[:, None, None]).any(-1) | few
-        dest, sent = torch.nonzero(wanted_RS, as_tuple=True)
-        send, recv = [len(x_SD)] * self.comm.size, list(step.rows)
-        if not few:
+        send, recv = [rows] * self.comm.size, list(step.rows)
+        if self._few(step, device):
+            dest, sent = ranks.repeat_interleave(rows), torch.arange(rows, device=device).repeat(self.comm.size)
+        else:
+            wanted_RS = (owner_SK[None] == ranks[:, None, None]).any(-1)
+            dest, sent = torch.nonzero(wanted_RS, as_tuple=True)
             send, recv = self._exchange_counts(dest)
         local = torch.where(owner_SK[sent] == dest[:, None], slot_ids_SK[sent] % self.num_local, -1)
-        packed = pack_rows(x_SD[sent], local, weights_SK[sent])
-        received, work = self.comm.all_to_all(packed, send, recv)
-        return _Handle(len(x_SD), sent, send, recv, received, work, x_SD.dtype, x_SD.shape[1], slot_ids_SK.shape[1])
+        received, work = self.comm.all_to_all(pack_rows(x_SD[sent], local, weights_SK[sent]), send, recv)
+        hidden, top_k = x_SD.shape[1], slot_ids_SK.shape[1]
+        return _Handle(rows, sent, send, recv, received, work, x_SD.dtype, hidden, top_k, self.shape.align(step))
+
+    @staticmethod
+    def _few(step: StepRows, device: torch.device) -> bool:
+        return max(step.rows) <= (FEW_ROWS_GPU if device.type == "cuda" else FEW_ROWS)
 
     def _exchange_counts(self, dest: Tensor) -> tuple[list[int], list[int]]:
         """Rows this rank sends to and gets from each rank."""
@@ -69,14 +82,13 @@ class AllToAllDispatcher:
         if h.work is not None:
             h.work.wait()
         x, local, weights = unpack_rows(h.received, h.dtype, h.hidden, h.top_k)
-        rows, h.placed = place(x, local, weights, self.num_local, self.alignment)
+        rows, h.placed = place(x, local, weights, self.num_local, h.alignment)
         return rows, h
 
     def combine_start(self, y: Tensor, handle: _Handle) -> tuple[Tensor, _Handle]:
         h = handle
         assert h.placed is not None, "combine before dispatch_finish"
-        partial = h.placed.weighted_sum(y)
-        back, h.work = self.comm.all_to_all(partial.to(h.dtype), h.recv, h.send)
+        back, h.work = self.comm.all_to_all(h.placed.weighted_sum(y, h.dtype), h.recv, h.send)
         return back, h
 
     def combine_finish(self, handle: tuple[Tensor, _Handle]) -> Tensor:

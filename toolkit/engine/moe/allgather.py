@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, Placed, StepRows, pack_rows, place, unpack_rows
+from toolkit.config import EngineConfig
+from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, ExpertShape, StepRows, pack_rows, unpack_rows
+from toolkit.engine.moe.place import Placed, place
 from toolkit.engine.parallel import Comm, gather_rows, reduce_rows
 
 
@@ -27,10 +29,13 @@ class _Handle:
 
 @DISPATCHERS.register("allgather")
 class AllGatherDispatcher:
-    def __init__(self, comm: Comm, num_slots: int, alignment: int, ep_rank: int, ep_size: int) -> None:
-        self.comm, self.alignment = comm, alignment
-        self.num_local = num_slots // ep_size
-        self.first_slot = ep_rank * self.num_local
+    def __init__(self, comm: Comm, shape: ExpertShape, engine: EngineConfig) -> None:
+        self.comm, self.shape = comm, shape
+        self.num_local = shape.num_local
+        self.first_slot = shape.ep_rank * self.num_local
+
+    def capturable(self, step: StepRows) -> bool:
+        return True
 
     def dispatch_start(self, x_SD: Tensor, slot_ids_SK: Tensor, weights_SK: Tensor, step: StepRows) -> _Handle:
         packed = pack_rows(x_SD, slot_ids_SK, weights_SK)
@@ -41,13 +46,13 @@ class AllGatherDispatcher:
         h = handle
         x, slots, weights = unpack_rows(h.gathered, h.dtype, h.hidden, h.top_k)
         local = slots - self.first_slot
-        rows, h.placed = place(x, local, weights, self.num_local, self.alignment)
+        rows, h.placed = place(x, local, weights, self.num_local, self.shape.align(h.step))
         return rows, h
 
     def combine_start(self, y: Tensor, handle: _Handle) -> tuple[Tensor, _Handle]:
         h = handle
         assert h.placed is not None, "combine before dispatch_finish"
-        partial = h.placed.weighted_sum(y)
+        partial = h.placed.weighted_sum(y, h.dtype if self.comm.size == 1 else torch.float32)
         return reduce_rows(self.comm, partial, h.step.rows, h.step.padding), h
 
     def combine_finish(self, handle: tuple[Tensor, _Handle]) -> Tensor:

@@ -2,7 +2,7 @@
 
 S: rows of this rank's slice, D: hidden, K: top-k, R: received rows, e: slots of this rank, M: rows a slot at most.
 Dispatchers speak physical slots; which expert a slot holds is ``eplb/placement.py``'s business.
-The halves (start, finish) are where two-batch overlap interleaves. Read next: ``all_to_all.py``.
+The halves (start, finish) are where two-batch overlap interleaves. Read next: ``place.py``, ``all_to_all.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from toolkit.config import EngineConfig
 from toolkit.engine.parallel import Comm, PaddingMode
 from toolkit.registry import Registry
 
@@ -34,25 +35,40 @@ class StepRows:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows for this rank's experts.
+    """Rows for this rank's experts. Counts stay where ``x`` is: on a GPU nobody may wait for them.
 
     Attributes:
-        x: contiguous: [R, D], slot-major; slot s owns ``counts[s]`` rows from ``starts[s]`` (rows between are padding).
-            masked: [e, M, D]; slot s owns the first ``counts[s]`` rows of x[s].
+        x: contiguous: [R, D], slot-major; slot s owns the ``counts[s]`` rows before ``ends[s]`` (rows between are
+            padding). masked: [e, M, D]; slot s owns the first ``counts[s]`` rows of x[s].
         scales: quantisation scales of ``x``, or None.
-        counts: real rows of each slot, int64 [e], on the host.
-        starts: first row of each slot, int64 [e], on the host; zeros in the masked layout.
+        counts: real rows of each slot, [e].
+        ends: contiguous: the row after the last of each slot, [e]; the next slot begins at the next multiple of
+            ``alignment`` (DeepGEMM calls this psum). masked: ``counts``.
+        weights: contiguous: [R], by which the experts must scale their results; None: the dispatcher does so.
+        expected: about how many rows a slot has, at least 1; GEMMs choose their tiles by it.
     """
 
     layout: Literal["contiguous", "masked"]
     x: Tensor
     scales: Tensor | None
     counts: Tensor
-    starts: Tensor
+    ends: Tensor
+    weights: Tensor | None
+    alignment: int
+    expected: int
+
+    @property
+    def starts(self) -> Tensor:
+        """First row of each slot, [e]."""
+        return self.ends - self.counts
 
 
 class TokenDispatcher(Protocol):
     """One instance carries one batch at a time through its four calls; the handles are its own."""
+
+    def capturable(self, step: StepRows) -> bool:
+        """True when neither half of this step's dispatch waits on the host: a CUDA graph can hold it."""
+        ...
 
     def dispatch_start(self, x_SD: Tensor, slot_ids_SK: Tensor, weights_SK: Tensor, step: StepRows) -> Any:
         """Sends each row to the ranks of its slots. Slot -1 goes nowhere. Every rank must call, rows or not."""
@@ -71,78 +87,50 @@ class TokenDispatcher(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ExpertShape:
+    """What a dispatcher is made for.
+
+    Attributes:
+        num_slots: physical experts of a layer; slot s is on EP rank s // (num_slots / ep_size).
+        alignment, decode_alignment: rows at which slots start in the contiguous layout, in steps with and without
+            prefill.
+        max_rows, max_decode_rows: largest slice of a rank in any step, and in one without prefill.
+        fp8: experts multiply in FP8, so rows may travel in it.
+    """
+
+    num_slots: int
+    ep_rank: int
+    ep_size: int
+    hidden: int
+    top_k: int
+    alignment: int = 1
+    decode_alignment: int = 1
+    max_rows: int = 0
+    max_decode_rows: int = 0
+    fp8: bool = False
+
+    @property
+    def num_local(self) -> int:
+        """Slots of this rank."""
+        return self.num_slots // self.ep_size
+
+    def align(self, step: StepRows) -> int:
+        return self.alignment if step.is_extend else self.decode_alignment
+
+
 class DispatcherFactory(Protocol):
-    def __call__(self, comm: Comm, num_slots: int, alignment: int, ep_rank: int, ep_size: int) -> TokenDispatcher: ...
+    def __call__(self, comm: Comm, shape: ExpertShape, engine: EngineConfig) -> TokenDispatcher: ...
 
 
 DISPATCHERS: Registry[DispatcherFactory] = Registry("engine.moe_a2a_backend")
 
 
-def make_dispatcher(
-    name: str, comm: Comm, num_slots: int, alignment: int, ep_rank: int, ep_size: int
-) -> TokenDispatcher:
-    """The dispatcher called ``name``.
+def make_dispatcher(name: str, comm: Comm, shape: ExpertShape, engine: EngineConfig) -> TokenDispatcher:
+    """The dispatcher called ``name`` over ``comm``, the ranks that hold one whole set of experts."""
+    from toolkit.engine.moe import all_to_all, allgather, deepep  # noqa: F401  (register themselves)
 
-    Args:
-        comm: the ranks that hold one whole set of experts.
-        num_slots: physical experts of the layer; slot s is on EP rank s // (num_slots / ep_size).
-        alignment: rows at which each slot starts in the contiguous layout.
-    """
-    from toolkit.engine.moe import all_to_all, allgather  # noqa: F401  (register themselves)
-
-    return DISPATCHERS[name](comm, num_slots, alignment, ep_rank, ep_size)
-
-
-def expert_major(slots_N: Tensor, num_local: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Orders N (token, slot) pairs by slot.
-
-    Args:
-        slots_N: local slot of each pair, 0..num_local-1.
-
-    Returns:
-        order [N]: the pairs in slot order. rows [N]: the row of each ordered pair, counts and starts [num_local],
-        and the number of rows R with every slot's start aligned.
-    """
-    order = torch.argsort(slots_N, stable=True)
-    counts = torch.bincount(slots_N, minlength=num_local)
-    padded = (counts + alignment - 1) // alignment * alignment
-    starts = padded.cumsum(0) - padded
-    shift = starts - (counts.cumsum(0) - counts)
-    rows = torch.arange(len(order), device=order.device) + shift[slots_N[order]]
-    return order, rows, counts, starts, int(padded.sum())
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Where the rows of each (token, slot) pair lie, kept from dispatch to combine.
-
-    Attributes:
-        rows: of ``Dispatched.x``. tokens: received row of the pair. weights: float32. All [pairs], in slot order.
-        num_tokens: received rows.
-    """
-
-    rows: Tensor
-    tokens: Tensor
-    weights: Tensor
-    num_tokens: int
-
-    def weighted_sum(self, y: Tensor) -> Tensor:
-        """``y`` in the layout of ``Dispatched.x`` -> float32 [num_tokens, D], each token's weighted sum."""
-        out = torch.zeros(self.num_tokens, y.shape[-1], device=y.device)
-        return out.index_add_(0, self.tokens, y[self.rows].float() * self.weights[:, None])
-
-
-def place(x: Tensor, local: Tensor, weights: Tensor, num_local: int, alignment: int) -> tuple[Dispatched, Placed]:
-    """Received rows x [n, D] with local slots and weights [n, K] -> the contiguous layout.
-
-    Slots outside 0..num_local-1 are not this rank's.
-    """
-    tokens, k = torch.nonzero((local >= 0) & (local < num_local), as_tuple=True)
-    order, rows, counts, starts, total = expert_major(local[tokens, k], num_local, alignment)
-    tokens, weights = tokens[order], weights[tokens, k][order]
-    out = x.new_zeros(total, x.shape[1])
-    out[rows] = x[tokens]
-    return Dispatched("contiguous", out, None, counts.cpu(), starts.cpu()), Placed(rows, tokens, weights, len(x))
+    return DISPATCHERS[name](comm, shape, engine)
 
 
 def pack_rows(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

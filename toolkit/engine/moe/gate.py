@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit.engine import fused
+
 
 class Gate(Protocol):
     def __call__(self, x_SD: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +27,10 @@ class SoftmaxGate:
         self.weight_ED, self.top_k, self.renormalize = weight_ED, top_k, renormalize
 
     def __call__(self, x_SD: Tensor) -> tuple[Tensor, Tensor]:
-        probs = F.linear(x_SD, self.weight_ED).float().softmax(-1)
+        logits = F.linear(x_SD, self.weight_ED)
+        if fused.supported(logits):
+            return fused.softmax_topk(logits, self.top_k, self.renormalize)
+        probs = logits.float().softmax(-1)
         weights, ids = probs.topk(self.top_k, dim=-1)
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)

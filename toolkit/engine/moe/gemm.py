@@ -1,15 +1,20 @@
 """The expert GEMM seam: every slot's SwiGLU over its dispatched rows, and the torch reference.
 
 e: slots of this rank, F: expert FFN columns of this rank, D: hidden. Knows nothing of routing.
+Read next: ``deep_gemm.py``, what a GPU uses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from toolkit.engine.fp8 import BLOCK, BlockFp8
+from toolkit.engine.gpu_libraries import has_deep_gemm
 from toolkit.engine.layers import swiglu
 from toolkit.engine.moe.dispatch import Dispatched
 from toolkit.registry import Registry
@@ -17,27 +22,47 @@ from toolkit.registry import Registry
 
 @dataclass
 class ExpertWeights:
-    """Weights of one layer's slots on this rank: gate_up [e, 2F, D] (gate rows first), down [e, D, F]."""
+    """Weights of one layer's slots on this rank: gate_up [e, 2F, D] (gate rows first), down [e, D, F].
+
+    Attributes:
+        gate_up_scales, down_scales: where the weights are float8_e4m3: float32 scales of their 128 x 128 blocks,
+            [e, 2F / 128, D / 128] and [e, D / 128, F / 128].
+    """
 
     gate_up: Tensor
     down: Tensor
+    gate_up_scales: Tensor | None = None
+    down_scales: Tensor | None = None
+
+    @property
+    def fp8(self) -> bool:
+        return self.gate_up_scales is not None
 
 
 class ExpertGemm(Protocol):
     """Runs the experts of one layer.
 
     Attributes:
-        alignment: rows at which slots must start in the contiguous layout.
+        alignment, decode_alignment: rows at which slots must start in the contiguous layout, in steps with and
+            without prefill.
     """
 
     alignment: int
+    decode_alignment: int
 
     def pack(self, weights: ExpertWeights) -> None:
         """Takes the weights; called after loading and again after slots were overwritten."""
         ...
 
     def __call__(self, rows: Dispatched) -> Tensor:
-        """Each slot's FFN over its rows -> the shape of ``rows.x``; padding rows come back as anything."""
+        """Each slot's FFN over its rows, times ``rows.weights`` -> the shape of ``rows.x`` in the model's type.
+
+        Padding rows come back as anything.
+        """
+        ...
+
+    def shapes(self, most: int) -> Iterator[int]:
+        """Values of ``Dispatched.expected`` up to ``most`` that need code of their own; each is run once at start."""
         ...
 
 
@@ -48,26 +73,54 @@ class GemmFactory(Protocol):
 GEMMS: Registry[GemmFactory] = Registry("engine.moe_runner_backend")
 
 
-def make_gemm(name: str) -> ExpertGemm:
-    """A new instance, one a layer; auto: torch."""
-    return GEMMS["torch" if name == "auto" else name]()
+def make_gemm(name: str, device: str = "cpu") -> ExpertGemm:
+    """A new instance, one a layer.
+
+    Args:
+        name: auto: deep_gemm on GPUs that it runs on, where it is installed; grouped_mm on others; torch on CPUs.
+    """
+    from toolkit.engine.moe import deep_gemm, grouped_mm  # noqa: F401  (register themselves)
+
+    if name == "auto":
+        name = "torch" if device == "cpu" else "deep_gemm" if has_deep_gemm() else "grouped_mm"
+    return GEMMS[name]()
 
 
 @GEMMS.register("torch")
 class TorchGemm:
-    """One pair of matmuls a slot that has rows."""
+    """One pair of matmuls a slot that has rows; FP8 weights are multiplied as the model's type."""
 
-    alignment = 1
+    alignment = decode_alignment = 1
 
     def pack(self, weights: ExpertWeights) -> None:
         self.weights = weights
 
     def __call__(self, rows: Dispatched) -> Tensor:
-        out = rows.x.new_zeros(rows.x.shape)
-        w = self.weights
+        x = rows.x if rows.scales is None else dequantize_rows(rows.x, rows.scales)
+        out = x.new_zeros(x.shape)
         for slot, (count, start) in enumerate(zip(rows.counts.tolist(), rows.starts.tolist())):
-            if count:
-                part = out[slot] if rows.layout == "masked" else out[start:]
-                x = rows.x[slot] if rows.layout == "masked" else rows.x[start:]
-                part[:count] = swiglu(x[:count], w.gate_up[slot], w.down[slot])
+            if not count:
+                continue
+            given, end = (x[slot], count) if rows.layout == "masked" else (x, start + count)
+            done = swiglu(given[start:end], *self._slot(slot, x.dtype))
+            if rows.weights is not None:
+                done = done * rows.weights[start:end, None].to(done.dtype)
+            (out[slot] if rows.layout == "masked" else out)[start:end] = done
         return out
+
+    def shapes(self, most: int) -> Iterator[int]:
+        return iter(())
+
+    def _slot(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        w = self.weights
+        if w.gate_up_scales is None or w.down_scales is None:
+            return w.gate_up[slot], w.down[slot]
+        block = BLOCK, BLOCK
+        gate_up = BlockFp8(w.gate_up[slot], w.gate_up_scales[slot], block, (0, 0))
+        return gate_up.dequantize(dtype), BlockFp8(w.down[slot], w.down_scales[slot], block, (0, 0)).dequantize(dtype)
+
+
+def dequantize_rows(x: Tensor, scales: Tensor) -> Tensor:
+    """FP8 rows [.., D] with scales [.., D / 128] -> bfloat16."""
+    groups: Tensor = x.float().unflatten(-1, (-1, BLOCK))
+    return (groups * scales[..., None]).flatten(-2).to(torch.bfloat16)

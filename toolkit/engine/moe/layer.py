@@ -16,9 +16,12 @@ from toolkit.config import EngineConfig
 from toolkit.engine.arch import Arch
 from toolkit.engine.eplb.placement import Placement
 from toolkit.engine.eplb.recorder import Recorder
-from toolkit.engine.moe.dispatch import StepRows, TokenDispatcher, make_dispatcher
+from toolkit.engine.fp8 import BlockFp8, Matrix, stack_rows
+from toolkit.engine.gpu_libraries import has_deep_gemm
+from toolkit.engine.moe.dispatch import ExpertShape, StepRows, TokenDispatcher, make_dispatcher
 from toolkit.engine.moe.gate import Gate
 from toolkit.engine.moe.gemm import ExpertGemm, ExpertWeights, make_gemm
+from toolkit.engine.moe.warm_up import warm_up
 from toolkit.engine.overlap import Stages
 from toolkit.engine.parallel import Groups, TokenLayout
 from toolkit.engine.weights import Shard, Weights
@@ -35,7 +38,10 @@ class MoEContext:
     groups: Groups
     placement: Placement
     dispatcher: TokenDispatcher
+    shape: ExpertShape
+    device: str
     recorder: Recorder | None = None
+    first: tuple[ExpertGemm, ExpertWeights] | None = None  # of the first MoE layer; all have the same shapes
 
     @classmethod
     def create(cls, arch: Arch, engine: EngineConfig, groups: Groups, device: str) -> MoEContext:
@@ -43,10 +49,33 @@ class MoEContext:
         slots, dims = arch.slots(engine), groups.dims
         layers, rank = len(arch.moe_layers), groups.ep_rank
         placement = Placement.trivial(layers, arch.num_experts, slots, rank, dims.ep_size, device)
-        alignment = make_gemm(engine.moe_runner_backend).alignment
+        gemm = make_gemm(engine.moe_runner_backend, device)
+        shape = ExpertShape(
+            slots, rank, dims.ep_size, arch.hidden_size, arch.top_k, gemm.alignment, gemm.decode_alignment,
+            max_rows=-(-engine.chunked_prefill_size // dims.attn_tp),
+            max_decode_rows=-(-engine.max_running_requests // dims.attn_tp),
+            fp8=keeps_fp8(arch, engine, device),
+        )  # fmt: skip
         name = engine.moe_a2a_backend if arch.moe_layers else "allgather"  # which has no buffers that nobody would use
-        dispatcher = make_dispatcher(name, groups.moe, slots, alignment, rank, dims.ep_size)
-        return cls(engine, groups, placement, dispatcher)
+        dispatcher = make_dispatcher(name, groups.moe, shape, engine)
+        return cls(engine, groups, placement, dispatcher, shape, device)
+
+    def make_gemm(self, experts: ExpertWeights) -> ExpertGemm:
+        """The GEMM of one layer."""
+        gemm = make_gemm(self.engine.moe_runner_backend, self.device)
+        gemm.pack(experts)
+        self.first = self.first or (gemm, experts)
+        return gemm
+
+    def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compiles the experts' GEMMs for every shape that a step may have, before the first request.
+
+        Args:
+            progress: called with how many shapes are done, of how many.
+        """
+        if self.first is not None:
+            ranks = self.groups.moe.size
+            warm_up(*self.first, self.shape, ranks, self.groups.rank / max(1, self.groups.dims.tp_size), progress)
 
     def step_rows(self, layout: TokenLayout) -> StepRows:
         """Rows of each rank of the expert group in this step."""
@@ -72,14 +101,13 @@ class MoELayer:
     ) -> None:
         self.context, self.index, self.gate, self.shared = context, index, gate, shared
         self.experts = experts
-        self.gemm: ExpertGemm = make_gemm(context.engine.moe_runner_backend)
-        self.gemm.pack(experts)
+        self.gemm: ExpertGemm = context.make_gemm(experts)
 
-    def stages(self, x_SD: Tensor, layout: TokenLayout) -> Stages:
+    def stages(self, x_SD: Tensor, layout: TokenLayout) -> Stages[Tensor]:
         """The layer's stages; returns [S, D]."""
         context, dispatcher = self.context, self.context.dispatcher
         ids_SK, weights_SK = self.gate(x_SD)
-        ids_SK[layout.valid :] = -1  # padding is neither sent nor counted
+        ids_SK = layout.drop_padding(ids_SK)  # neither sent nor counted
         if context.recorder is not None:
             context.recorder.record(self.index, ids_SK)
         slots_SK = context.placement.to_slots(self.index, ids_SK)
@@ -115,11 +143,27 @@ def load_experts(
     """
     dims = context.groups.dims
     part = dims.moe_tp_rank(context.groups.rank), dims.moe_tp
-    gate_up, down = [], []
+    read = weights.get_matrix if context.shape.fp8 else weights.get
+    gate_up: list[Matrix] = []
+    down: list[Matrix] = []
     for expert in context.placement.local_experts(index):
         gate_name, up_name, down_name = names(expert)
-        gate = weights.get(gate_name, (ffn, hidden), Shard(0, *part))
-        up = weights.get(up_name, (ffn, hidden), Shard(0, *part))
-        gate_up.append(torch.cat([gate, up]))
-        down.append(weights.get(down_name, (hidden, ffn), Shard(1, *part)))
-    return ExpertWeights(torch.stack(gate_up), torch.stack(down))
+        gate = read(gate_name, (ffn, hidden), Shard(0, *part))
+        gate_up.append(stack_rows([gate, read(up_name, (ffn, hidden), Shard(0, *part))]))
+        down.append(read(down_name, (hidden, ffn), Shard(1, *part)))
+    (gate_up_w, gate_up_s), (down_w, down_s) = _stack(gate_up), _stack(down)
+    return ExpertWeights(gate_up_w, down_w, gate_up_s, down_s)
+
+
+def _stack(experts: list[Matrix]) -> tuple[Tensor, Tensor | None]:
+    """One tensor of all slots, and one of their scales where they are in FP8."""
+    fp8 = [expert for expert in experts if isinstance(expert, BlockFp8)]
+    if fp8:
+        assert len(fp8) == len(experts), "some experts are in FP8, others are not"
+        return torch.stack([e.weight_NK for e in fp8]), torch.stack([e.scales for e in fp8])
+    return torch.stack([expert for expert in experts if isinstance(expert, Tensor)]), None
+
+
+def keeps_fp8(arch: Arch, engine: EngineConfig, device: str) -> bool:
+    """True when matrices in FP8 are multiplied as they are stored: on a GPU with DeepGEMM."""
+    return bool(arch.fp8) and device != "cpu" and engine.moe_runner_backend in ("auto", "deep_gemm") and has_deep_gemm()

@@ -1,0 +1,83 @@
+"""FlashAttention 3 with paged KV, from the package sglang-kernel: Hopper, any page size, windows, MLA.
+
+Latent attention runs as SGLang does it: the rotated part of query and key as q and k, the latent part as ``qv`` and v.
+The tile schedule is worked out once a step (``_metadata``) instead of in every layer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.engine.attention.backend import BACKENDS, AttentionPlan, KindPlan, Segment
+from toolkit.engine.attention.paged import PagedAttention, PagedSegment, window_of
+from toolkit.engine.kv.pool import KVCache
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
+
+
+def fits(cache: KVCache) -> bool:
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    spec = cache.spec
+    dims = spec.k_dim in HEAD_DIMS if spec.v_dim else spec.k_dim == 576
+    return hopper and dims and importlib.util.find_spec("sgl_kernel") is not None
+
+
+@BACKENDS.register("fa3")
+class Fa3Attention(PagedAttention):
+    def __init__(self, cache: KVCache, device: str) -> None:
+        try:
+            from sgl_kernel import flash_attn
+        except ImportError as error:
+            raise ValueError(
+                "engine.attention_backend=fa3 needs the package sglang-kernel: pip install 'wideep-toolkit[gpu]', or "
+                f"use attention_backend=auto ({error})"
+            ) from None
+        super().__init__(cache, device)
+        self._fa3: Any = flash_attn
+
+    def _paged(self, q: Tensor, layer: int, window: int, segment: PagedSegment, scale: float, meta: object) -> Tensor:
+        k, v = self.cache.pages(layer)
+        out: Tensor = self._fa3.flash_attn_with_kvcache(
+            q, k, v, page_table=segment.tables_nP, cache_seqlens=segment.lens_n, cu_seqlens_q=segment.cu_q,
+            max_seqlen_q=segment.max_q, softmax_scale=scale, causal=True, window_size=_window(window),
+            scheduler_metadata=meta,
+        )  # fmt: skip
+        return out
+
+    def _metadata(self, kind: KindPlan, segment: PagedSegment) -> object:
+        return None
+
+    def decode(self, q: Tensor, layer: int, plan: AttentionPlan, scale: float, v_dim: int) -> Tensor:
+        segment = plan.layers[layer].decode
+        assert isinstance(segment, PagedSegment)
+        if not segment.q_lens:
+            return q.new_empty(0, q.shape[1], v_dim)
+        pages, _ = self.cache.pages(layer)
+        out: Tensor = self._fa3.flash_attn_with_kvcache(
+            q[..., v_dim:].contiguous(), pages[..., v_dim:], pages[..., :v_dim], qv=q[..., :v_dim].contiguous(),
+            page_table=segment.tables_nP, cache_seqlens=segment.lens_n, cu_seqlens_q=segment.cu_q,
+            max_seqlen_q=1, softmax_scale=scale, causal=True,
+        )  # fmt: skip
+        return out
+
+    def ragged(self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, scale: float) -> Tensor:
+        assert isinstance(segment, PagedSegment)
+        return ragged(self._fa3, q, k, v, segment, scale)
+
+
+def ragged(fa3: Any, q: Tensor, k: Tensor, v: Tensor, segment: PagedSegment, scale: float) -> Tensor:
+    """Causal attention over given keys and values, each request's queries being its last tokens."""
+    if not segment.q_lens:
+        return q.new_empty(0, q.shape[1], v.shape[-1])
+    out: Tensor = fa3.flash_attn_varlen_func(
+        q, k, v, segment.cu_q, segment.cu_kv, segment.max_q, segment.max_kv, softmax_scale=scale, causal=True
+    )
+    return out
+
+
+def _window(window: int) -> tuple[int, int]:
+    return window_of(window) if window else (-1, -1)

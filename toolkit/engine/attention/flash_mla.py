@@ -1,0 +1,81 @@
+"""MLA decode by FlashMLA (package sgl-flash-mla): Hopper, pages of 64 tokens, a latent of 512 + 64 values.
+
+Its schedule is worked out on the device once a step. Prefill expands keys and values and runs FlashAttention 3.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.engine.attention import fa3
+from toolkit.engine.attention.backend import BACKENDS, AttentionPlan, KindPlan, Segment
+from toolkit.engine.attention.paged import PagedAttention, PagedSegment
+from toolkit.engine.kv.pool import KVCache
+
+PAGE, LATENT, HEADS = 64, 512, 64
+
+
+def fits(cache: KVCache) -> bool:
+    installed = importlib.util.find_spec("flash_mla") and importlib.util.find_spec("sgl_kernel")
+    return bool(
+        installed
+        and torch.cuda.get_device_capability()[0] == 9
+        and (cache.spec.v_dim, cache.spec.k_dim, cache.page_size) == (0, LATENT + 64, PAGE)
+    )
+
+
+@BACKENDS.register("flash_mla")
+class FlashMlaAttention(PagedAttention):
+    def __init__(self, cache: KVCache, device: str) -> None:
+        try:
+            import flash_mla
+            from sgl_kernel import flash_attn
+        except ImportError as error:
+            raise ValueError(
+                "engine.attention_backend=flash_mla needs sgl-flash-mla and sglang-kernel: pip install "
+                f"'wideep-toolkit[gpu]', or use attention_backend=auto ({error})"
+            ) from None
+        if (cache.spec.v_dim, cache.spec.k_dim, cache.page_size) != (0, LATENT + 64, PAGE):
+            raise ValueError(
+                f"engine.attention_backend=flash_mla needs latent attention of {LATENT} + 64 values and "
+                f"page_size={PAGE}, not {cache.spec} with page_size={cache.page_size}: use page_size={PAGE}, or "
+                "attention_backend=auto"
+            )
+        super().__init__(cache, device)
+        self._mla: Any = flash_mla.flash_mla_interface
+        self._fa3: Any = flash_attn
+
+    def _metadata(self, kind: KindPlan, segment: PagedSegment) -> object:
+        if segment.max_q > 1 or segment.first:
+            return None
+        meta, _ = self._mla.get_mla_metadata()
+        meta.tile_scheduler_metadata, meta.num_splits = self._mla.get_mla_decoding_metadata(
+            segment.lens_n, HEADS, 1, HEADS, use_legacy=True
+        )
+        return meta
+
+    def decode(self, q: Tensor, layer: int, plan: AttentionPlan, scale: float, v_dim: int) -> Tensor:
+        kind = plan.layers[layer]
+        segment = kind.decode
+        if not segment.q_lens:
+            return q.new_empty(0, q.shape[1], v_dim)
+        assert isinstance(segment, PagedSegment)
+        heads = q.shape[1]
+        padded = -(-heads // HEADS) * HEADS
+        if padded != heads:
+            q = torch.cat([q, q.new_zeros(len(q), padded - heads, q.shape[2])], dim=1)
+        pages, _ = self.cache.pages(layer)
+        out, _ = self._mla.flash_mla_with_kvcache(
+            q[:, None], pages, segment.tables_nP, segment.lens_n, v_dim, kind.scratch[segment.first],
+            softmax_scale=scale, causal=True, use_legacy=True,
+        )  # fmt: skip
+        result: Tensor = out[:, 0, :heads]
+        return result
+
+    def ragged(self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, scale: float) -> Tensor:
+        assert isinstance(segment, PagedSegment)
+        return fa3.ragged(self._fa3, q, k, v, segment, scale)

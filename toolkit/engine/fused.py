@@ -1,0 +1,69 @@
+"""Operations of a layer that are one kernel on a GPU and a few torch calls elsewhere.
+
+Each function has one meaning; ``supported`` says whether the tensors take the kernel. The torch versions, which CPU and
+the tests compare with, are where they always were: in ``layers.py``, ``models/gqa.py`` and ``moe/gate.py``.
+Read next: ``kernels/norms.py``, ``kernels/attention.py``, ``kernels/gate.py``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from toolkit.engine.layers import RMSNorm, Rotary
+
+
+@cache
+def _kernels() -> Any:
+    """The kernels, or None where Triton is not installed."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None
+    from toolkit.engine.kernels import attention, gate, norms
+
+    return {"attention": attention, "gate": gate, "norms": norms}
+
+
+def supported(x: Tensor) -> bool:
+    """Whether ``x`` is where the kernels run."""
+    return x.is_cuda and _kernels() is not None
+
+
+def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
+    """``norm(x)``; x [..., size], rows contiguous."""
+    out: Tensor = _kernels()["norms"].rms_norm(x, norm.weight, norm.eps, norm.add_one)
+    return out
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """(x + delta, norm(x + delta)); both [n, size]."""
+    out: tuple[Tensor, Tensor] = _kernels()["norms"].add_rms_norm(x, delta, norm.weight, norm.eps, norm.add_one)
+    return out
+
+
+def rotate_and_write(
+    qkv: Tensor,
+    norms: tuple[RMSNorm, RMSNorm] | None,
+    rotary: Rotary,
+    positions_T: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows_T: Tensor,
+) -> Tensor:
+    """Norms and rotates queries and keys of qkv [T, H + 2 Hkv, dim], and stores keys and values at ``rows_T``.
+
+    Returns:
+        The queries [T, H, dim].
+    """
+    out: Tensor = _kernels()["attention"].rotate_and_write(qkv, norms, rotary, positions_T, k_cache, v_cache, rows_T)
+    return out
+
+
+def softmax_topk(logits_SE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` experts of each row by softmax, best first: ids int64 [S, K], weights float32 [S, K]."""
+    out: tuple[Tensor, Tensor] = _kernels()["gate"].softmax_topk(logits_SE, top_k, renormalize)
+    return out

@@ -1,0 +1,1 @@
+"""Triton kernels. Imported only through ``toolkit/engine/fused.py``, and only where there is a GPU."""

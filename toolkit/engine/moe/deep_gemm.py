@@ -1,0 +1,72 @@
+"""Experts by DeepGEMM's grouped GEMMs, in FP8 or bf16, on both layouts; SwiGLU and quantisation in one kernel between.
+
+R: rows, M: rows a slot at most, e: slots of this rank, F: expert FFN columns, D: hidden. DeepGEMM compiles a kernel
+for each shape when it is first used; ``toolkit/engine/gpu_libraries.py`` says where the results are kept. On Hopper
+scales are float32; on Blackwell the library packs them itself, which was not run. Knows nothing of routing.
+Read next: ``toolkit/engine/kernels/rows.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.engine.gpu_libraries import import_gpu_library
+from toolkit.engine.moe.dispatch import Dispatched
+from toolkit.engine.moe.gemm import GEMMS, ExpertWeights
+
+
+@GEMMS.register("deep_gemm")
+class DeepGemm:
+    alignment = 128
+    decode_alignment = 64  # the smallest tile in rows: decode has few rows a slot
+
+    def __init__(self) -> None:
+        self._library: Any = import_gpu_library("deep_gemm", "engine.moe_runner_backend=deep_gemm")
+        from toolkit.engine.kernels import rows as kernels
+
+        self._kernels = kernels
+
+    def pack(self, weights: ExpertWeights) -> None:
+        self.weights = weights
+
+    def __call__(self, rows: Dispatched) -> Tensor:
+        w, kernels = self.weights, self._kernels
+        counts = rows.counts if rows.layout == "masked" else rows.ends[-1:]
+        x: Any = rows.x
+        if w.fp8:
+            x = (rows.x, rows.scales) if rows.scales is not None else kernels.quantize(rows.x, counts)
+        lead = rows.x.shape[:-1]
+        gate_up = torch.empty(*lead, w.gate_up.shape[1], dtype=torch.bfloat16, device=rows.x.device)
+        self._multiply(x, w.gate_up, w.gate_up_scales, gate_up, rows)
+        a: Any
+        if w.fp8:
+            a = kernels.swiglu_quantize(gate_up, rows.weights, counts)
+        else:
+            a = kernels.swiglu(gate_up, rows.weights, counts)
+        out = torch.empty(*lead, w.down.shape[1], dtype=torch.bfloat16, device=rows.x.device)
+        self._multiply(a, w.down, w.down_scales, out, rows)
+        return out
+
+    def shapes(self, most: int) -> Iterator[int]:
+        """Tiles are chosen by ``expected``, rounded up to a power of two."""
+        size = 1
+        while size < 2 * most:
+            yield size
+            size *= 2
+
+    def _multiply(self, a: Any, weight: Tensor, scales: Tensor | None, out: Tensor, rows: Dispatched) -> None:
+        b = weight if scales is None else (weight, scales)
+        kind = "bf16" if scales is None else "fp8"
+        expected = 1 << (rows.expected - 1).bit_length()
+        if rows.layout == "masked":
+            masked = getattr(self._library, f"m_grouped_{kind}_gemm_nt_masked")
+            masked(a, b, out, rows.counts, min(expected, out.shape[1]))
+            return
+        # DeepGEMM keeps the alignment, which is also the tile's height, as a setting of the process
+        self._library.set_mk_alignment_for_contiguous_layout(rows.alignment)
+        contiguous = getattr(self._library, f"m_grouped_{kind}_gemm_nt_contiguous")
+        contiguous(a, b, out, rows.ends, use_psum_layout=True, expected_m_for_psum_layout=expected)
