@@ -17,7 +17,7 @@ PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c
 PARALLEL := tests/unit tests/process tests/eplb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check fmt hooks bench-scheduler bench-analysis bench-loadgen bench-eplb
+.PHONY: help demo test unit check fmt hooks slurm-install slurm-up slurm-down test-slurm test-slurm-all bench-scheduler bench-analysis bench-loadgen bench-eplb
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,23 @@ bench-scheduler: $(STAMP)  ## scheduler time a step with 10, 1,000 and 10,000 wa
 
 bench-eplb: $(STAMP)  ## the expert planner against its goals and DeepSeek's EPLB (minutes)
 	$(BIN)/python -m toolkit.engine.eplb bench $(ARGS)
+
+slurm-install:  ## what a test cluster needs, from Debian (root); with ACCOUNTING=1 the accounting too
+	@for p in slurmctld slurmd munged ip $(if $(ACCOUNTING),slurmdbd mariadbd); do \
+	  command -v $$p >/dev/null || need=1; done; [ -z "$$need" ] || { apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -qy --no-install-recommends slurm-wlm munge iproute2 $(if $(ACCOUNTING),slurmdbd mariadb-server) </dev/null; }
+
+slurm-up: $(STAMP) slurm-install  ## a real Slurm of 4 nodes on this machine (root): make slurm-up ARGS='--nodes 2 --mode netns'
+	@$(BIN)/python -m tests.slurm.cluster up $(ARGS)
+
+slurm-down: $(STAMP)  ## end it
+	@$(BIN)/python -m tests.slurm.cluster down $(ARGS)
+
+test-slurm: $(STAMP) slurm-install  ## the toolkit on a real Slurm: what CI runs (minutes, root)
+	$(BIN)/python -m pytest tests/slurm -m 'not slow' $(ARGS)
+
+test-slurm-all: $(STAMP) slurm-install  ## all of it
+	$(BIN)/python -m pytest tests/slurm $(ARGS)
 
 hooks: $(STAMP)  ## run ruff and mypy at every git commit
 	$(BIN)/pre-commit install

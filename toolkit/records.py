@@ -45,7 +45,7 @@ CHARTS = "charts"
 STEPS = "steps"
 NODES = "nodes.parquet"
 
-RunState = Literal["running", "done", "failed", "cancelled"]
+RunState = Literal["queued", "running", "done", "failed", "cancelled"]
 PointState = Literal["pending", "running", "done", "failed", "cancelled"]
 
 

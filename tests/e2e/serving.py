@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ def serve(run_dir: Path, **groups: dict[str, Any]) -> Iterator[Served]:
     processes = adapters()["native"](deployment, cfg, ["127.0.0.1"], run_dir)
     for name, content in processes.files.items():
         (run_dir / name).write_bytes(content)
-    job = LocalLauncher(grace_s=3).start(processes.specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
+    specs = [dataclasses.replace(spec, grace_s=3.0) for spec in processes.specs]
+    job = LocalLauncher().start(specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
     try:
         url = f"http://127.0.0.1:{deployment.frontend.http_port}"
         with LoadingBars(Console(), deployment.num_gpus) as bars:

@@ -36,7 +36,7 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 
 
 def spec(role: str, index: int, code: str) -> ProcessSpec:
-    return ProcessSpec(role, index, (sys.executable, "-c", code))
+    return ProcessSpec(role, index, (sys.executable, "-c", code), grace_s=1.0)
 
 
 def make_folder(path: Path) -> Path:
@@ -56,7 +56,7 @@ def start(run_dir: Path) -> Iterator[Callable[..., LocalJob]]:
 
     def start_job(*codes: str, **secrets: str) -> LocalJob:
         specs = [spec("rank", i, code) for i, code in enumerate(codes)]
-        jobs.append(LocalLauncher(grace_s=1.0).start(specs, run_dir, secrets))
+        jobs.append(LocalLauncher().start(specs, run_dir, secrets))
         return jobs[-1]
 
     yield start_job
@@ -133,8 +133,9 @@ import sys, time
 from pathlib import Path
 from toolkit.launch.launcher import ProcessSpec
 from toolkit.launch.local import LocalLauncher
-specs = [ProcessSpec("rank", i, (sys.executable, "-c", code)) for i, code in enumerate({[WITH_CHILD, STUBBORN]!r})]
-job = LocalLauncher(grace_s=0.5).start(specs, Path({str(make_folder(tmp_path / "run"))!r}), {{}})
+codes = {[WITH_CHILD, STUBBORN]!r}
+specs = [ProcessSpec("rank", i, (sys.executable, "-c", code), grace_s=0.5) for i, code in enumerate(codes)]
+job = LocalLauncher().start(specs, Path({str(make_folder(tmp_path / "run"))!r}), {{}})
 print(job._controller.job_id, flush=True)
 time.sleep(600)
 """

@@ -42,7 +42,7 @@ def test_a_local_deployment_is_one_node_whatever_its_size() -> None:
 def test_ports_are_distinct_and_consecutive() -> None:
     cfg = experiment()
     used = plan(cfg, 25_000).ports()
-    assert sorted(used) == list(range(25_000, 25_000 + num_ports(cfg)))
+    assert sorted(used) == [(0, port) for port in range(25_000, 25_000 + num_ports(cfg))]
     assert len(set(used.values())) == len(used)
 
 
@@ -67,7 +67,6 @@ def test_a_sound_experiment_has_no_errors() -> None:
         ({"engine": {"moe_a2a_backend": "all2all"}}, r"engine\.moe_a2a_backend=all2all.*did you mean all_to_all"),
         ({"deploy": {"router": "rr"}}, r"deploy\.router=rr is not known, use one of: .*round_robin"),
         ({"deploy": {"api_key_env": "NO_SUCH_VARIABLE"}}, r"NO_SUCH_VARIABLE.*is not set"),
-        ({"cluster": {"launcher": "slurm"}}, r"add dry_run=true"),
         ({"cluster": {"port": 70_000}}, r"cluster\.port=70000: the run takes 7 ports"),
         ({"cluster": {"results_dir": "/dev/null/results"}}, r"cluster\.results_dir=/dev/null/results cannot be made"),
         ({"exp": "a/b"}, r"exp='a/b' must be a folder name"),
@@ -86,6 +85,15 @@ def test_a_sound_experiment_has_no_errors() -> None:
 def test_a_mistake_is_told(groups: dict[str, Any], message: str) -> None:
     errors = check.check(experiment(**groups))
     assert any(re.search(message, error) for error in errors), errors
+
+
+def test_slurm_needs_its_commands_unless_nothing_is_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    cfg = experiment(cluster={"launcher": "slurm"})
+    (error,) = check.check(cfg)
+    assert re.search(r"cluster\.launcher=slurm: sbatch .*is not installed here.*emit=sbatch.*dry_run=true", error)
+    assert check.check(dataclasses.replace(cfg, dry_run=True)) == []
+    assert check.check(dataclasses.replace(cfg, emit="sbatch")) == []
 
 
 def test_all_mistakes_are_told_at_once() -> None:

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit import config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from toolkit.launch.submit import Experiment
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 USER_ERROR = 2
@@ -28,7 +34,7 @@ def main() -> int:
 
         print(help.text(CONF))  # noqa: T201
         return 0
-    _set_up_logging()
+    set_up_logging()
     mistakes = [mistake for word in words if (mistake := explain(word))]
     if mistakes:
         return _refuse(mistakes)
@@ -36,11 +42,7 @@ def main() -> int:
         composed = compose()
     except SystemExit as error:  # Hydra has printed why
         return USER_ERROR if error.code == 1 else int(error.code or 0)
-    for node, overrides in composed:
-        code = launch(node, overrides)
-        if code != 0:
-            return code
-    return 0
+    return launch(composed)
 
 
 def explain(word: str) -> str | None:
@@ -71,30 +73,62 @@ def compose() -> list[tuple[Any, list[str]]]:
     return composed
 
 
-def launch(node: Any, overrides: list[str]) -> int:
-    """One experiment, from what Hydra composed to the exit code."""
+def launch(composed: Sequence[tuple[Any, list[str]]]) -> int:
+    """Experiments, from what Hydra composed to the exit code. All are checked before the first is begun."""
     from rich.console import Console
 
     from toolkit.launch import check
+    from toolkit.launch.submit import Experiment
 
+    experiments, errors = [], []
+    for node, overrides in composed:
+        try:
+            cfg = config.resolve(config.from_omegaconf(node), explicit=override_names(overrides))
+        except ValueError as error:
+            errors += str(error).splitlines()
+            continue
+        errors += check.check(cfg)
+        experiments.append(Experiment(cfg, overrides))
+    if errors:
+        return _refuse(dict.fromkeys(errors))
     try:
-        cfg = config.resolve(config.from_omegaconf(node), explicit=override_names(overrides))
-        if errors := check.check(cfg):
-            return _refuse(errors)
-        if cfg.dry_run:
-            show_plan(cfg, Console())
-            return 0
-        from toolkit.launch.run import run
-
-        return run(cfg, overrides, Console(stderr=True))
+        return begin(experiments, Console(), Console(stderr=True)) if experiments else 0
     except ValueError as error:
         return _refuse(str(error).splitlines())
+
+
+def begin(experiments: Sequence[Experiment], out: Console, console: Console) -> int:
+    """Shows, emits, submits or runs checked experiments; returns the exit code."""
+    first = experiments[0].cfg
+    if first.dry_run:
+        for experiment in experiments:
+            show_plan(experiment.cfg, out)
+        return 0
+    if first.emit == "sbatch":
+        from toolkit.launch.submit import script
+
+        sys.stdout.write(script(experiments))
+        return 0
+    elsewhere = [e for e in experiments if e.cfg.cluster.launcher == "slurm" and "SLURM_JOB_ID" not in os.environ]
+    if elsewhere:
+        from toolkit.launch.follow import follow
+        from toolkit.launch.submit import submit
+
+        run_dirs = submit(elsewhere, console)
+        return follow(run_dirs, console) if first.cluster.follow else 0
+    from toolkit.launch.run import run
+
+    for experiment in experiments:
+        if code := run(experiment.cfg, experiment.overrides, console):
+            return code
+    return 0
 
 
 def show_plan(cfg: config.ExpConfig, console: Any) -> None:
     """What a run of ``cfg`` would start, with names in place of what only the run can know."""
     from toolkit.launch import check, ports
     from toolkit.launch.adapters import adapters
+    from toolkit.launch.launcher import Node, with_environment
     from toolkit.launch.plan import num_ports, plan
     from toolkit.launch.show import show
 
@@ -103,7 +137,8 @@ def show_plan(cfg: config.ExpConfig, console: Any) -> None:
     deployment = plan(cfg, base)
     hosts = ["127.0.0.1"] if local else [f"node{i}" for i in range(deployment.num_nodes)]
     run_dir = Path(cfg.cluster.results_dir).absolute() / cfg.exp / "<time>"
-    specs = adapters()[cfg.engine.backend](deployment, cfg, hosts, run_dir).specs
+    nodes = [Node(host, base) for host in hosts]
+    specs = with_environment(adapters()[cfg.engine.backend](deployment, cfg, hosts, run_dir).specs, cfg, nodes)
     show(console, cfg, deployment, specs, check.memory(cfg))
 
 
@@ -118,7 +153,7 @@ def _refuse(errors: Iterable[str]) -> int:
     return USER_ERROR
 
 
-def _set_up_logging() -> None:
+def set_up_logging() -> None:
     """Messages as plain lines on stderr; long values (a whole hf_config) are cut."""
 
     class Lines(logging.Handler):

@@ -16,7 +16,7 @@ from toolkit.config import ClusterConfig, DeployConfig, ExpConfig, ModelConfig
 from toolkit.engine import arch as shapes
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.frontend.router import ROUTERS
-from toolkit.launch import ports, provenance
+from toolkit.launch import ports, provenance, queue
 from toolkit.launch.plan import num_ports
 from toolkit.loadgen.options import check_load
 from toolkit.registry import unknown
@@ -94,10 +94,10 @@ def _cluster(cfg: ExpConfig) -> Iterator[str]:
     c = cfg.cluster
     if not cfg.exp or "/" in cfg.exp or cfg.exp.startswith("."):
         yield f"exp={cfg.exp!r} must be a folder name without / and not start with a dot: it names results/<exp>/"
-    if c.launcher == "slurm" and not cfg.dry_run:
+    if c.launcher == "slurm" and not cfg.dry_run and not cfg.emit and not queue.here():
         yield (
-            "cluster.launcher=slurm: this version plans Slurm jobs but cannot submit them yet: add dry_run=true to see "
-            "the plan, or cluster=local to run here"
+            "cluster.launcher=slurm: sbatch or srun is not installed here: run this on a login node, or use "
+            "emit=sbatch for a script to take there, dry_run=true to see the plan, cluster=local to run here"
         )
     if c.cpu_threads_per_rank < 1:
         yield f"cluster.cpu_threads_per_rank={c.cpu_threads_per_rank} must be at least 1"

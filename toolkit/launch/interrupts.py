@@ -1,4 +1,7 @@
-"""SIGINT, SIGTERM and SIGHUP as an exception, at times when an exception can be dealt with."""
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR2 as an exception, at times when an exception can be dealt with.
+
+SIGUSR2 is what Slurm is asked to send before the time limit (``sbatch.py``).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LIMIT = signal.SIGUSR2
+NEAR_LIMIT = "the time limit of the Slurm job was near (cluster.time_min, cluster.signal_s)"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, LIMIT)
 
 
 class Cancelled(BaseException):
@@ -58,4 +63,6 @@ class Interrupts:
 
 
 def _cancelled(signum: int) -> Cancelled:
+    if signum == LIMIT:
+        return Cancelled(NEAR_LIMIT)
     return Cancelled(f"cancelled by {signal.Signals(signum).name}")

@@ -1,13 +1,13 @@
 """The launcher seam: what is started (``ProcessSpec``), what came of it (``ProcessState``), and the protocols.
 
-A launcher starts all processes of a deployment, says on which hosts they are, reports each one's state, and ends
-them all. It does not know what the processes are: adapters write their commands. Implementations: ``local.py``.
-A Slurm launcher fits the same protocol: ``hosts`` are the allocation's nodes, ``start`` is one job step whose
-tasks run ``rank.py``, which leaves the same state files in the shared run folder.
+A launcher says where the processes of a deployment can be and on which ports, starts them, reports each one's state,
+and ends them all. It does not know what the processes are: adapters write their commands. Every process runs under
+``rank.py``, on its own node. Implementations: ``local.py``, ``slurm.py``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,21 @@ import msgspec
 
 from toolkit import records
 from toolkit.config import ExpConfig
+from toolkit.launch.plan import PoolPlan
 from toolkit.registry import Registry
 
 STATE_DIR = "launch"  # inside the run folder: arguments and state of every process, the launcher's own files
+GRACE_S = 10.0  # between SIGTERM and SIGKILL of a process
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a deployment: its address for the other nodes, the first of its ports that are ours, and the
+    network interface with that address (empty: not known)."""
+
+    host: str
+    port: int
+    interface: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,9 @@ class ProcessSpec:
     Attributes:
         role, index: name it: ``rank-3``, ``frontend-0``; its log and its state file carry the name.
         env: added to the launcher's own environment.
-        node: index into the launcher's hosts.
+        node: index into the launcher's nodes.
+        group: what runs together as one job step on Slurm, e.g. the ranks of a worker; empty: it is on its own.
+        grace_s: between SIGTERM and SIGKILL, to write down what it has.
     """
 
     role: str
@@ -37,6 +51,8 @@ class ProcessSpec:
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     node: int = 0
+    group: str = ""
+    grace_s: float = GRACE_S
 
     @property
     def name(self) -> str:
@@ -89,13 +105,36 @@ class Job(Protocol):
 
 
 class Launcher(Protocol):
-    def hosts(self, num_nodes: int) -> list[str]:
-        """Address of each node, known before ``start`` so that commands can name them."""
+    def nodes(self, pools: Sequence[PoolPlan], num_ports: int, run_dir: Path) -> list[Node]:
+        """The nodes of each pool, one after the other, each with ``num_ports`` ports of its own until ``close``.
+
+        Known before ``start``, so that commands can name them. Raises ``RunFailed`` when they cannot be had.
+        """
         ...
 
     def start(self, specs: Sequence[ProcessSpec], run_dir: Path, secrets: Mapping[str, str]) -> Job:
-        """Starts all ``specs``. ``secrets`` reach their environment without being written to disk."""
+        """Starts all ``specs``. ``secrets`` reach their environment without being written to disk.
+
+        May be called again, for what is started later: the load generator.
+        """
         ...
+
+    def close(self) -> None:
+        """Gives ports and nodes back. May be called again."""
+        ...
+
+
+def with_environment(specs: Sequence[ProcessSpec], cfg: ExpConfig, nodes: Sequence[Node]) -> tuple[ProcessSpec, ...]:
+    """``specs`` with what the cluster adds to the environment: the network, ``cluster.env``, ``cluster.role_env``."""
+    c = cfg.cluster
+    interface = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), c.network_interface)
+
+    def env(spec: ProcessSpec) -> dict[str, str]:
+        found = nodes[spec.node].interface
+        network = interface if c.network_interface else {"GLOO_SOCKET_IFNAME": found} if found else {}
+        return {**network, **spec.env, **c.env, **c.role_env.get(spec.role, {})}
+
+    return tuple(dataclasses.replace(spec, env=env(spec)) for spec in specs)
 
 
 def read_state(spec: ProcessSpec, run_dir: Path) -> ProcessState:
@@ -109,7 +148,9 @@ def read_state(spec: ProcessSpec, run_dir: Path) -> ProcessState:
 def launchers() -> Registry[Callable[[ExpConfig], Launcher]]:
     """Launchers by ``cluster.launcher``."""
     from toolkit.launch.local import LocalLauncher
+    from toolkit.launch.slurm import SlurmLauncher
 
     table: Registry[Callable[[ExpConfig], Launcher]] = Registry("cluster.launcher")
     table.register("local")(LocalLauncher.of)
+    table.register("slurm")(SlurmLauncher.of)
     return table

@@ -1,13 +1,15 @@
-"""The load phase: ``python -m toolkit.loadgen`` as a process beside the deployment, its progress shown here.
+"""The load phase: ``python -m toolkit.loadgen`` as one more process of the launcher, its progress shown here.
 
 Knows the load generator's command line and progress file; what it measures is its own affair.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +17,16 @@ import msgspec
 
 from toolkit import records
 from toolkit.config import ExpConfig, to_mapping
-from toolkit.launch import child
-from toolkit.launch.launcher import STATE_DIR
+from toolkit.launch.interrupts import Interrupts
+from toolkit.launch.launcher import STATE_DIR, Launcher, Node, ProcessSpec, ProcessState, with_environment
 from toolkit.launch.plan import DeploymentPlan
-from toolkit.launch.watch import RunFailed, Watch, exit_text
+from toolkit.launch.watch import RunFailed, Watch, describe
 
 if TYPE_CHECKING:
     from toolkit.loadgen.progress import ProgressBars
 
 POLL_S = 0.25
+PROGRESS = "progress.json"  # inside STATE_DIR
 GRACE_S = 20.0  # to write down what was measured
 
 
@@ -35,7 +38,7 @@ def command(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path) -> list[str]:
         "tokenizer": cfg.model.tokenizer,
         "out": str(run_dir),
         "num_gpus": str(plan.num_gpus),
-        "progress": str(run_dir / STATE_DIR / "progress.json"),
+        "progress": str(run_dir / STATE_DIR / PROGRESS),
     }
     if cfg.deploy.api_key_env:
         target["api_key_env"] = cfg.deploy.api_key_env
@@ -44,7 +47,15 @@ def command(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path) -> list[str]:
     return [sys.executable, "-m", "toolkit.loadgen", *words]
 
 
-def run_load(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path, watch: Watch) -> None:
+def run_load(
+    cfg: ExpConfig,
+    plan: DeploymentPlan,
+    nodes: Sequence[Node],
+    run_dir: Path,
+    launcher: Launcher,
+    watch: Watch,
+    interrupts: Interrupts,
+) -> None:
     """Runs the sweep to its end.
 
     Raises:
@@ -53,24 +64,29 @@ def run_load(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path, watch: Watch) 
     """
     from toolkit.loadgen.progress import ProgressBars
 
-    log, progress = run_dir / records.log_name("loadgen", 0), run_dir / STATE_DIR / "progress.json"
-    process = child.start(command(cfg, plan, run_dir), log)
+    progress = run_dir / STATE_DIR / PROGRESS
+    spec = ProcessSpec("loadgen", 0, tuple(command(cfg, plan, run_dir)), node=plan.frontend.node, grace_s=GRACE_S)
+    job = None
     try:
+        with interrupts.held():
+            job = launcher.start(with_environment([spec], cfg, nodes), run_dir, {})
         with ProgressBars() as bars:
-            while (code := process.poll()) is None:
+            while (state := job.poll()[0]).alive:
                 if not watch.all_alive():
-                    process.terminate()  # what it sends from now on can only fail
+                    job.stop(GRACE_S)  # what it sends from now on can only fail
                     watch.check()
                 _show(progress, bars)
                 time.sleep(POLL_S)
             _show(progress, bars)
-        if code != 0:
+        if state.returncode != 0:
             time.sleep(POLL_S)  # a process whose death is the reason may not have been reported yet
         watch.check()
-        if code != 0:
-            raise RunFailed(_reason(run_dir, code), log)
+        if state.returncode != 0:
+            raise RunFailed(_reason(run_dir, state), run_dir / spec.log)
     finally:
-        child.end(process, GRACE_S)
+        with interrupts.ignored():
+            if job is not None:
+                job.stop(GRACE_S)
 
 
 def _show(progress: Path, bars: ProgressBars) -> None:
@@ -79,13 +95,13 @@ def _show(progress: Path, bars: ProgressBars) -> None:
         bars.update(state)
 
 
-def _reason(run_dir: Path, code: int) -> str:
+def _reason(run_dir: Path, state: ProcessState) -> str:
     """Why the load generator failed: its own words in status.json, which it keeps, or else its exit code."""
     try:
         status = records.read_status(run_dir)
     except (OSError, msgspec.DecodeError):
         status = records.RunStatus()
-    return status.reason or exit_text("the load generator", code)
+    return status.reason or describe(dataclasses.replace(state, name="the load generator"))
 
 
 def read_progress(progress: Path) -> dict[str, Any] | None:

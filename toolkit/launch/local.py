@@ -18,11 +18,11 @@ from typing import Any
 import psutil
 
 from toolkit.config import ExpConfig
-from toolkit.launch import child
-from toolkit.launch.launcher import STATE_DIR, ProcessSpec, ProcessState, read_state
+from toolkit.launch import child, ports
+from toolkit.launch.launcher import GRACE_S, STATE_DIR, Node, ProcessSpec, ProcessState, read_state
+from toolkit.launch.plan import PoolPlan
 from toolkit.launch.rank import Task
 
-GRACE_S = 10.0  # between SIGTERM and SIGKILL of a process
 FOREVER_MIN = 60 * 24 * 365  # submitit wants a time limit; locally the launcher's presence is the limit
 
 
@@ -66,16 +66,23 @@ class LocalJob:
 
 
 class LocalLauncher:
-    def __init__(self, grace_s: float = GRACE_S) -> None:
-        self._grace_s = grace_s
+    def __init__(self, port: int = 0) -> None:
+        self._port = port  # 0: any
+        self._claim: ports.Claim | None = None
 
     @classmethod
     def of(cls, cfg: ExpConfig) -> LocalLauncher:
-        return cls()
+        return cls(cfg.cluster.port)
 
-    def hosts(self, num_nodes: int) -> list[str]:
-        assert num_nodes == 1, f"a local deployment has one node, not {num_nodes}"
-        return ["127.0.0.1"]
+    def nodes(self, pools: Sequence[PoolPlan], num_ports: int, run_dir: Path) -> list[Node]:
+        assert [pool.num_nodes for pool in pools] == [1], f"a local deployment has one node, not {pools}"
+        self.close()
+        self._claim = None if self._port else ports.claim(num_ports)
+        return [Node("127.0.0.1", self._claim.first if self._claim else self._port)]
+
+    def close(self) -> None:
+        if self._claim:
+            self._claim.close()
 
     def start(self, specs: Sequence[ProcessSpec], run_dir: Path, secrets: Mapping[str, str]) -> LocalJob:
         import submitit
@@ -85,7 +92,6 @@ class LocalLauncher:
         task = Task(
             specs=tuple(specs),
             run_dir=run_dir.absolute(),
-            grace_s=self._grace_s,
             launcher=(me.pid, me.create_time()),
             visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
         )

@@ -1,8 +1,12 @@
-"""Inside a launcher's task: pick the task's process, run it, report it, and end it when it must end.
+"""Beside a process, on its node: pick the task's process, run it, report it, and end it when it must end.
 
-Runs on the node of the process. The process's output goes to its log, its state to its state file
-(``launcher.ProcessState``). It ends with the command, on SIGTERM, when the launcher is gone, or when whoever
-started this task is gone; in each case nothing of the command is left. It does not know what the command is.
+The process's output goes to its log, its state to its state file (``launcher.ProcessState``). It ends with the
+command, on SIGTERM, when the launcher is gone, or when whoever started this task is gone; in each case nothing of the
+command is left. It does not know what the command is.
+
+Locally submitit runs a pickled ``Task``. On Slurm a job step runs ``python -m toolkit.launch.rank STEP.json`` in each
+task: its standard input is a pipe from the launcher, and its end is the launcher's word, or death; states also go to
+standard output, which reaches the launcher without a file system in between.
 """
 
 from __future__ import annotations
@@ -10,14 +14,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import select
 import signal
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import msgspec
 import psutil
 
 from toolkit import records
@@ -26,6 +34,8 @@ from toolkit.launch.launcher import ProcessSpec, ProcessState
 
 POLL_S = 0.2
 NOT_STARTED = 127  # a shell's exit code for a command that is not there
+SAYS = "toolkit-state "  # begins a line of standard output that is a state; a login script may print others
+STDIN = 0
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,6 @@ class Task:
 
     specs: tuple[ProcessSpec, ...]
     run_dir: Path
-    grace_s: float
     launcher: tuple[int, float] | None
     visible_gpus: str | None
 
@@ -50,8 +59,38 @@ class Task:
         return supervise(self, self.specs[submitit.JobEnvironment().global_rank])
 
 
-def supervise(task: Task, spec: ProcessSpec) -> int:
-    """Runs ``spec`` to its end, or ends it; reports on the way. Returns its exit code."""
+@dataclass(frozen=True)
+class Step:
+    """What every task of a Slurm job step is given, as JSON. Without secrets.
+
+    Attributes:
+        nodes: name of a node, as Slurm has it -> its processes, in the order of the tasks there.
+    """
+
+    run_dir: Path
+    nodes: Mapping[str, tuple[ProcessSpec, ...]]
+
+
+def main() -> int:
+    """In a task of a job step: runs its process, which node and place within the node select."""
+    step = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Step, dec_hook=lambda kind, value: kind(value))
+    spec = step.nodes[os.environ["SLURMD_NODENAME"]][int(os.environ["SLURM_LOCALID"])]
+    task = Task((spec,), step.run_dir, launcher=None, visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return supervise(task, spec, called_off=_input_ended, say=_say)
+
+
+def supervise(
+    task: Task,
+    spec: ProcessSpec,
+    called_off: Callable[[], bool] = lambda: False,
+    say: Callable[[ProcessState], None] = lambda state: None,
+) -> int:
+    """Runs ``spec`` to its end, or ends it; reports on the way. Returns its exit code.
+
+    Args:
+        called_off: asked a few times a second; true ends the process.
+        say: is told each state, beside the state file.
+    """
     stop: list[int] = []
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
@@ -60,23 +99,28 @@ def supervise(task: Task, spec: ProcessSpec) -> int:
     signal.signal(signal.SIGTERM, on_signal)
     parent, launcher = os.getppid(), child.find(*task.launcher) if task.launcher else None
     state, file = ProcessState(spec.name, host=socket.gethostname()), spec.state_file(task.run_dir)
+
+    def report(new: ProcessState) -> None:
+        say(new)
+        records.write_json(file, dataclasses.asdict(new))
+
     if task.launcher and launcher is None:
         return NOT_STARTED
     try:
         process = child.start(spec.argv, task.run_dir / spec.log, _environment(task, spec))
     except OSError as error:
         (task.run_dir / spec.log).write_text(f"could not start {spec.argv[0]}: {error}\n")
-        _report(file, dataclasses.replace(state, state="exited", returncode=NOT_STARTED, ended=time.time()))
+        report(dataclasses.replace(state, state="exited", returncode=NOT_STARTED, ended=time.time()))
         return NOT_STARTED
     created = psutil.Process(process.pid).create_time()  # our child exists, at least as a zombie
     state = dataclasses.replace(state, state="running", pid=process.pid, create_time=created)
-    _report(file, state)
-    while not stop and os.getppid() == parent and (launcher is None or child.is_alive(launcher)):
+    report(state)
+    while not stop and not called_off() and os.getppid() == parent and (launcher is None or child.is_alive(launcher)):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(POLL_S)
             break
-    code = child.end(process, task.grace_s)
-    _report(file, dataclasses.replace(state, state="exited", returncode=code, ended=time.time()))
+    code = child.end(process, spec.grace_s)
+    report(dataclasses.replace(state, state="exited", returncode=code, ended=time.time()))
     return code
 
 
@@ -87,5 +131,16 @@ def _environment(task: Task, spec: ProcessSpec) -> dict[str, str]:
     return env | dict(spec.env)
 
 
-def _report(file: Path, state: ProcessState) -> None:
-    records.write_json(file, dataclasses.asdict(state))
+def _input_ended() -> bool:
+    ready, _, _ = select.select([STDIN], [], [], 0)
+    return bool(ready) and not os.read(STDIN, 4096)
+
+
+def _say(state: ProcessState) -> None:
+    """One write of one line, which srun keeps whole. A launcher that has gone hears nothing more."""
+    with contextlib.suppress(OSError):
+        os.write(1, f"{SAYS}{msgspec.json.encode(state).decode()}\n".encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

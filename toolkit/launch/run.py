@@ -21,14 +21,14 @@ from rich.console import Console
 from toolkit import records
 from toolkit.config import ExpConfig, to_mapping
 from toolkit.engine.args import TOKEN_ENV
-from toolkit.launch import child, ports, provenance
+from toolkit.launch import child, provenance
 from toolkit.launch.adapters import adapters
 from toolkit.launch.check import check_model, will_build
 from toolkit.launch.health import LoadingBars, http, wait_ready
 from toolkit.launch.interrupts import Cancelled, Interrupts
-from toolkit.launch.launcher import STATE_DIR, launchers
+from toolkit.launch.launcher import STATE_DIR, launchers, with_environment
 from toolkit.launch.load import run_load
-from toolkit.launch.plan import DeploymentPlan, num_ports, plan
+from toolkit.launch.plan import num_ports, plan, pools
 from toolkit.launch.watch import RunFailed, Watch, exit_text
 
 log = logging.getLogger(__name__)
@@ -37,21 +37,23 @@ STOP_GRACE_S = 10.0
 EXIT_CODES: dict[records.RunState, int] = {"done": 0, "failed": 1, "cancelled": 130}
 
 
-def run(cfg: ExpConfig, overrides: Sequence[str], console: Console) -> int:
+def run(cfg: ExpConfig, overrides: Sequence[str], console: Console, run_dir: Path | None = None) -> int:
     """Runs ``cfg``, which ``check`` has found sound, and returns the exit code.
+
+    Args:
+        run_dir: a folder that ``create_folder`` made before; None: a new one.
 
     Raises:
         ValueError: a user's mistake that only shows now; nothing has been started.
     """
-    run_dir: Path | None = None
     ended_by: BaseException | None = None
     with Interrupts() as interrupts:
         try:
             build_model(cfg, console)
-            deployment = plan(cfg, cfg.cluster.port or ports.free_range(num_ports(cfg)))
-            with interrupts.held():
-                run_dir = create_folder(cfg, deployment, overrides)
-            deploy_and_load(cfg, deployment, run_dir, interrupts, console)
+            if run_dir is None:
+                with interrupts.held():
+                    run_dir = create_folder(cfg, overrides)
+            deploy_and_load(cfg, run_dir, interrupts, console)
         except (Exception, Cancelled) as error:
             if run_dir is None and isinstance(error, ValueError):
                 raise
@@ -85,7 +87,7 @@ def build_model(cfg: ExpConfig, console: Console) -> None:
         raise ValueError("\n".join(errors))
 
 
-def create_folder(cfg: ExpConfig, deployment: DeploymentPlan, overrides: Sequence[str]) -> Path:
+def create_folder(cfg: ExpConfig, overrides: Sequence[str], state: records.RunState = "running") -> Path:
     """The run folder with everything that is known before the start."""
     run_dir = records.new_run_folder(Path(cfg.cluster.results_dir).absolute(), cfg.exp)
     (run_dir / STATE_DIR).mkdir()
@@ -93,40 +95,40 @@ def create_folder(cfg: ExpConfig, deployment: DeploymentPlan, overrides: Sequenc
         yaml.safe_dump(to_mapping(cfg), out, sort_keys=False)
     with records.replacing(run_dir / records.OVERRIDES, "w") as out:
         yaml.safe_dump(list(overrides), out)
-    records.write_json(run_dir / records.PLAN, deployment.to_json())
     records.write_json(run_dir / records.MANIFEST, provenance.manifest(sys.orig_argv))
     points = [records.PointStatus(concurrency) for concurrency in cfg.load.concurrency]
-    records.write_status(run_dir, records.RunStatus(points=points))
+    records.write_status(run_dir, records.RunStatus(state, points=points))
     return run_dir
 
 
-def deploy_and_load(
-    cfg: ExpConfig, deployment: DeploymentPlan, run_dir: Path, interrupts: Interrupts, console: Console
-) -> None:
+def deploy_and_load(cfg: ExpConfig, run_dir: Path, interrupts: Interrupts, console: Console) -> None:
     """Starts the deployment, runs the sweep against it, and ends every process, however it goes."""
-    launcher = launchers()[cfg.cluster.launcher](cfg)
-    hosts = launcher.hosts(deployment.num_nodes)
-    processes = adapters()[cfg.engine.backend](deployment, cfg, hosts, run_dir)
-    for name, content in processes.files.items():
-        (run_dir / name).write_bytes(content)
-    url = f"http://{deployment.frontend.client_host}:{deployment.frontend.http_port}"
+    launcher, job = launchers()[cfg.cluster.launcher](cfg), None
     say(console, f"Run folder: {run_dir}")
-    say(console, f"Starting {len(processes.specs)} processes: {deployment.mapping}, frontend at {url}")
-    job = None
     try:
+        nodes = launcher.nodes(pools(cfg), num_ports(cfg), run_dir)
+        deployment = plan(cfg, [node.port for node in nodes])
+        records.write_json(run_dir / records.PLAN, deployment.to_json())
+        processes = adapters()[cfg.engine.backend](deployment, cfg, [node.host for node in nodes], run_dir)
+        for name, content in processes.files.items():
+            (run_dir / name).write_bytes(content)
+        specs = with_environment(processes.specs, cfg, nodes)
+        url = f"http://{deployment.frontend.client_host}:{deployment.frontend.http_port}"
+        say(console, f"Starting {len(specs)} processes: {deployment.mapping}, frontend at {url}")
         with interrupts.held():
-            job = launcher.start(processes.specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
+            job = launcher.start(specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
         watch = Watch(job, run_dir)
         with LoadingBars(console, deployment.num_gpus) as bars:
             wait_ready(url, watch, cfg.deploy.ready_stall_s, bars)
         try:
-            run_load(cfg, deployment, run_dir, watch)
+            run_load(cfg, deployment, nodes, run_dir, launcher, watch, interrupts)
         finally:
             collect_experts(cfg, url, watch, run_dir)
     finally:
         with interrupts.ignored():
             if job is not None:
                 job.stop(STOP_GRACE_S)
+            launcher.close()
 
 
 def collect_experts(cfg: ExpConfig, url: str, watch: Watch, run_dir: Path) -> None:

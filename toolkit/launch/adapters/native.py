@@ -5,7 +5,6 @@ Knows ``engine/args.py`` and nothing else of the engine.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from toolkit.engine.args import FrontendArgs, WorkerArgs
 from toolkit.launch.adapters import Processes
 from toolkit.launch.launcher import STATE_DIR, ProcessSpec
 from toolkit.launch.plan import DeploymentPlan, WorkerPlan
+from toolkit.launch.srun import engine_python
 
 WORKER_ARGS = f"{STATE_DIR}/worker-args.json"
 FRONTEND_ARGS = f"{STATE_DIR}/frontend-args.json"
@@ -30,16 +30,17 @@ def processes(plan: DeploymentPlan, cfg: ExpConfig, hosts: Sequence[str], run_di
         ProcessSpec(
             role="rank",
             index=rank.rank,
-            argv=(*_python("toolkit.engine.worker"), str(run_dir / WORKER_ARGS), "--rank", str(rank.rank)),
+            argv=(*_python(cfg, "toolkit.engine.worker"), str(run_dir / WORKER_ARGS), "--rank", str(rank.rank)),
             env=env,
             node=rank.node,
+            group=f"worker-{worker.index}",
         )
         for rank in worker.ranks
     ]
     frontend = ProcessSpec(
         role="frontend",
         index=0,
-        argv=(*_python("toolkit.engine.frontend"), str(run_dir / FRONTEND_ARGS)),
+        argv=(*_python(cfg, "toolkit.engine.frontend"), str(run_dir / FRONTEND_ARGS)),
         env=env,
         node=plan.frontend.node,
     )
@@ -50,8 +51,8 @@ def processes(plan: DeploymentPlan, cfg: ExpConfig, hosts: Sequence[str], run_di
     return Processes((*ranks, frontend), files)
 
 
-def _python(module: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", module, "--args")
+def _python(cfg: ExpConfig, module: str) -> tuple[str, ...]:
+    return (engine_python(cfg.cluster), "-m", module, "--args")
 
 
 def _worker_args(

@@ -1,0 +1,125 @@
+"""Follows submitted runs in a terminal: the queue, then what each run's launcher prints, until its job is over.
+
+Everything shown is read from the run folder and asked of Slurm by job id; closing the terminal changes nothing for the
+job. Ctrl-C cancels: first in order (the launcher ends its processes and writes down what it has), the second time at
+once. A job that Slurm ended without a word of ours gets one here, in status.json.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from toolkit import records
+from toolkit.launch import queue
+from toolkit.launch.inside import LOG
+from toolkit.launch.queue import JobState
+from toolkit.launch.run import EXIT_CODES, say
+from toolkit.launch.submit import read_note
+
+ASK_S = 2.0  # between two questions to Slurm, which a whole site shares
+LOOK_S = 0.25
+ORDERLY = "TERM"
+
+
+def follow(run_dirs: Sequence[Path], console: Console) -> int:
+    """Shows each run to its end; returns the worst exit code."""
+    worst = 0
+    try:
+        for run_dir in run_dirs:
+            worst = max(worst, Follower(run_dir, console).run())
+    except KeyboardInterrupt:
+        return cancel(run_dirs, console)
+    return worst
+
+
+def cancel(run_dirs: Sequence[Path], console: Console) -> int:
+    """Ends the jobs of ``run_dirs``, by id, and waits for it."""
+    jobs = dict.fromkeys(note.job_id for d in run_dirs if (note := read_note(d)) and note.job_id)
+    try:
+        for job_id in jobs:
+            state = queue.job(job_id)
+            if not state.active:
+                continue
+            if state.state == "RUNNING":
+                say(console, f"Ending job {job_id} in order; Ctrl-C again ends it at once")
+                queue.signal_batch(job_id, ORDERLY)
+            else:
+                queue.cancel(job_id)
+        for run_dir in run_dirs:
+            Follower(run_dir, console).run()
+    except KeyboardInterrupt:
+        for job_id in jobs:
+            queue.cancel(job_id)
+        for run_dir in run_dirs:
+            Follower(run_dir, console).run()
+    return EXIT_CODES["cancelled"]
+
+
+class Follower:
+    """One run folder and its job."""
+
+    def __init__(self, run_dir: Path, console: Console) -> None:
+        note = read_note(run_dir)
+        assert note and note.job_id, f"{run_dir} is not of a Slurm job"
+        self._run_dir, self._console, self._job_id = run_dir, console, note.job_id
+        self._shown = 0  # bytes of the launcher's log
+        self._said = ""
+
+    def run(self) -> int:
+        """Returns when the job is over, with the run's exit code."""
+        asked = -ASK_S
+        while True:
+            if time.monotonic() - asked >= ASK_S:
+                job, asked = queue.job(self._job_id), time.monotonic()
+                self._say_state(job)
+                if not job.active:
+                    self._show_log()
+                    return settle(self._run_dir, job)
+            self._show_log()
+            time.sleep(LOOK_S)
+
+    def _say_state(self, job: JobState) -> None:
+        text = job.state or "unknown to Slurm"
+        if job.state == "PENDING":
+            text += f" ({job.reason})" if job.reason else ""
+            text += f", expected to start {job.start}" if job.start else ""
+        elif job.nodes:
+            text += f" on {job.nodes}" + (f", start {job.restarts + 1}" if job.restarts else "")
+        if text != self._said:
+            say(self._console, f"Job {self._job_id}: {text}")
+            self._said = text
+
+    def _show_log(self) -> None:
+        """What came to the launcher's log since the last look, whole lines."""
+        try:
+            with (self._run_dir / LOG).open("rb") as file:
+                file.seek(self._shown)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        end = data.rfind(b"\n") + 1
+        if end:
+            sys.stderr.write(data[:end].decode(errors="replace"))
+            sys.stderr.flush()
+            self._shown += end
+
+
+def settle(run_dir: Path, job: JobState) -> int:
+    """The exit code of a run; one that Slurm ended before it could say so gets Slurm's word in its status.json."""
+    status = records.read_status(run_dir)
+    if status.state in ("queued", "running") and not job.active:
+        reason = f"Slurm ended the job: {job.state or 'it is not known any more'}" + (
+            f" ({job.reason})" if job.reason else ""
+        )
+        status.state = "cancelled" if job.state in ("CANCELLED", "PREEMPTED", "TIMEOUT") else "failed"
+        status.reason = reason
+        for point in status.points:
+            if point.state in ("pending", "running"):
+                point.state, point.reason = "cancelled", reason
+        records.write_status(run_dir, status)
+    return EXIT_CODES.get(status.state, 0)

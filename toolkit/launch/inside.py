@@ -1,0 +1,112 @@
+"""What a submitted job does on its first node: run the experiments of its run folders, one after the other.
+
+``python -m toolkit.launch.inside RUN_DIR...`` reads each folder's config.yaml. The same command in the same folder,
+after a requeue, goes on where the sweep was. Submitted by ``submit.py``; the run itself is ``run.py``'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from toolkit import config, records
+from toolkit.config import ExpConfig
+from toolkit.launch import queue
+from toolkit.launch.interrupts import NEAR_LIMIT
+from toolkit.launch.run import EXIT_CODES, run
+
+LOG = records.log_name("launcher", 0)
+CANCELLED = EXIT_CODES["cancelled"]
+
+
+def main() -> int:
+    """Returns the worst of the runs' exit codes."""
+    words = sys.argv[1:]
+    array = words[:1] == ["--array"]
+    run_dirs = [Path(word) for word in words[array:]]
+    if array:
+        run_dirs = [run_dirs[int(os.environ["SLURM_ARRAY_TASK_ID"])]]
+    worst = 0
+    for index, run_dir in enumerate(run_dirs):
+        if records.read_status(run_dir).state in ("done", "failed"):
+            continue  # in an earlier life of this job
+        done_before = points_done(run_dir)
+        code = run_one(run_dir)
+        worst = max(worst, code)
+        if code != CANCELLED:
+            continue
+        if goes_on(run_dir, done_before):
+            queue.requeue(os.environ["SLURM_JOB_ID"])
+        else:
+            never_begun(run_dirs[index + 1 :], "an earlier run of the same job was cancelled")
+        break  # the job is being ended, not this run alone
+    return worst
+
+
+def run_one(run_dir: Path) -> int:
+    """The exit code of the run in ``run_dir``."""
+    from rich.console import Console
+
+    from toolkit.launch.__main__ import set_up_logging
+
+    with output_to(run_dir / LOG):
+        set_up_logging()
+        overrides = yaml.safe_load((run_dir / records.OVERRIDES).read_text())
+        try:
+            return run(read_config(run_dir), overrides, Console(stderr=True, width=160), run_dir)
+        except Exception as error:  # its own faults are in status.json; this is one of ours or the disk's
+            sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
+            raise
+
+
+def read_config(run_dir: Path) -> ExpConfig:
+    """The experiment of a run folder, as it was resolved."""
+    return config.from_mapping(yaml.safe_load((run_dir / records.CONFIG).read_text()), ExpConfig)
+
+
+def goes_on(run_dir: Path, done_before: int) -> bool:
+    """Whether to start again after the time limit: where it is asked for, and only if this time brought a point."""
+    status = records.read_status(run_dir)
+    wanted = read_config(run_dir).cluster.requeue and status.reason == NEAR_LIMIT
+    return wanted and points_done(run_dir) > done_before
+
+
+def points_done(run_dir: Path) -> int:
+    return sum(point.state == "done" for point in records.read_status(run_dir).points)
+
+
+def never_begun(run_dirs: Sequence[Path], reason: str) -> None:
+    """Says so in the folders of runs that this job will not come to."""
+    for run_dir in run_dirs:
+        status = records.read_status(run_dir)
+        if status.state == "queued":
+            status.state, status.reason = "cancelled", reason
+            for point in status.points:
+                point.state, point.reason = "cancelled", reason
+            records.write_status(run_dir, status)
+
+
+@contextlib.contextmanager
+def output_to(log: Path) -> Iterator[None]:
+    """Standard output and standard error, those of child processes included, go to ``log`` meanwhile."""
+    before = os.dup(1), os.dup(2)
+    with log.open("ab") as out:
+        for number in (1, 2):
+            os.dup2(out.fileno(), number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, old in zip((1, 2), before):
+            os.dup2(old, number)
+            os.close(old)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""What Slurm knows, asked with its own commands: nodes, and how a job stands. Works without accounting.
+
+``scontrol`` knows jobs that wait, run, or ended in the last minutes (MinJobAge); ``sacct`` knows the others, where a
+site has it. Everything goes by job id. Knows nothing of experiments.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TIMEOUT_S = 60.0
+ACTIVE = frozenset({
+    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
+    "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT",
+})  # fmt: skip
+
+
+class SlurmError(Exception):
+    """A Slurm command failed; ``str()`` is its command and what it said."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """How a job stands.
+
+    Attributes:
+        state: Slurm's word: PENDING, RUNNING, COMPLETED, NODE_FAIL, ...; empty: Slurm does not know the job any more.
+        reason: why it waits, or was ended.
+        start: when it started or, as far as the scheduler can say, will start; empty: not known.
+        nodes: the node list; empty before it starts.
+        restarts: how often it was requeued.
+    """
+
+    state: str
+    reason: str = ""
+    start: str = ""
+    nodes: str = ""
+    restarts: int = 0
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+
+def here() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return shutil.which("sbatch") is not None and shutil.which("srun") is not None
+
+
+def call(*argv: str) -> str:
+    """Standard output of a Slurm command. Raises ``SlurmError``."""
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"{argv[0]} is not installed here: run this on a login node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{' '.join(argv)} has not answered for {TIMEOUT_S:g} s") from None
+    if done.returncode:
+        raise SlurmError(f"{' '.join(argv)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def hostnames(nodelist: str) -> list[str]:
+    """``node[1-3]`` -> node1, node2, node3."""
+    return call("scontrol", "show", "hostnames", nodelist).split()
+
+
+def addresses(names: Sequence[str]) -> list[str]:
+    """Where Slurm itself reaches each node (NodeAddr)."""
+    lines = call("scontrol", "--oneliner", "show", "node", ",".join(names)).splitlines()
+    found = {
+        name[1]: addr[1] for line in lines if (name := _field("NodeName", line)) and (addr := _field("NodeAddr", line))
+    }
+    return [found.get(name, name) for name in names]
+
+
+def job(job_id: str) -> JobState:
+    """How the job (``17``, ``17_3`` of an array, ``17+0`` of a heterogeneous one) stands; asks as few as possible."""
+    try:
+        text = call("scontrol", "--oneliner", "show", "job", job_id)
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return _accounted(job_id)
+        raise
+    return parse_job(text.splitlines()[0])
+
+
+def parse_job(line: str) -> JobState:
+    """A line of ``scontrol --oneliner show job``."""
+
+    def value(key: str) -> str:
+        found = _field(key, line)
+        return found[1] if found and found[1] not in ("(null)", "None", "Unknown", "N/A") else ""
+
+    return JobState(
+        value("JobState"), value("Reason"), value("StartTime"), value("NodeList"), int(value("Restarts") or 0)
+    )
+
+
+def signal_batch(job_id: str, name: str) -> None:
+    """Sends a signal to the batch script alone: the run ends itself in order, without the limit of Slurm's KillWait."""
+    call("scancel", "--batch", f"--signal={name}", job_id)
+
+
+def cancel(job_id: str) -> None:
+    call("scancel", job_id)
+
+
+def requeue(job_id: str) -> None:
+    call("scontrol", "requeue", job_id)
+
+
+def _accounted(job_id: str) -> JobState:
+    """From the accounting, where there is one: a job that ended a while ago."""
+    try:
+        text = call(
+            "sacct", "--noheader", "--parsable2", "--allocations", "--format=State,NodeList,Start", "-j", job_id
+        )
+    except SlurmError:
+        return JobState("")
+    if not text.strip():
+        return JobState("")
+    state, nodes, start = text.splitlines()[0].split("|")
+    return JobState(state.split()[0], start=start, nodes=nodes)  # CANCELLED by 1000
+
+
+def _field(key: str, line: str) -> re.Match[str] | None:
+    return re.search(rf"(?:^|\s){key}=(\S*)", line)

@@ -1,0 +1,112 @@
+"""The job script: what is asked of Slurm, and the one command that runs on the first node. Pure: text from config.
+
+submitit writes the options (its names and checks), with three additions it has no word for: components of a
+heterogeneous job, ``--segment``, and a signal to the batch script alone. The command reads the run folder's
+config.yaml; nothing is pickled, so that the script can be read, kept, and submitted by hand again.
+Read next: ``submit.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit.config import ClusterConfig, ExpConfig, from_mapping, to_mapping
+from toolkit.launch.interrupts import LIMIT
+from toolkit.launch.launcher import STATE_DIR
+from toolkit.launch.plan import AGG, PoolPlan, pools
+from toolkit.launch.srun import ROOT
+
+LOG = "logs/slurm-%j.log"
+ARRAY_LOG = "logs/slurm-%A_%a.log"
+
+
+def script(cfg: ExpConfig, run_dirs: Sequence[Path], array: bool = False) -> str:
+    """The script that runs ``run_dirs``, one after the other, or each as a task of an array of jobs.
+
+    ``cfg`` is any of their configs: all ask the same of Slurm.
+    """
+    parts = [_header(cfg, pool, run_dirs, array) for pool in pools(cfg)]
+    head = "\n#SBATCH hetjob\n".join(parts)
+    return f"#!/bin/bash\n{head}\n\n{_body(cfg.cluster, run_dirs, array)}"
+
+
+def pool_cluster(cfg: ExpConfig, pool: PoolPlan) -> ClusterConfig:
+    """The cluster as ``pool`` sees it: ``cluster.pools``' keys replaced."""
+    return from_mapping({**to_mapping(cfg.cluster), **cfg.cluster.pools.get(pool.name, {})}, ClusterConfig)
+
+
+def allocation_key(cfg: ExpConfig) -> Any:
+    """Equal for experiments that can run in one allocation, one after the other."""
+    return to_mapping(cfg.cluster) | {"nodes": [dataclasses.astuple(pool) for pool in pools(cfg)]}
+
+
+def _header(cfg: ExpConfig, pool: PoolPlan, run_dirs: Sequence[Path], array: bool) -> str:
+    """The #SBATCH lines of one component."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    cluster = pool_cluster(cfg, pool)
+    text = _make_sbatch_string(
+        command="", folder=run_dirs[0] / STATE_DIR, use_srun=False, wckey=None, stderr_to_stdout=True,
+        additional_parameters=_additional(cfg, cluster, pool, run_dirs, array), **_parameters(cfg, cluster, pool),
+    )  # fmt: skip
+    return "\n".join(line for line in text.splitlines() if line.startswith("#SBATCH"))
+
+
+def _parameters(cfg: ExpConfig, cluster: ClusterConfig, pool: PoolPlan) -> dict[str, Any]:
+    """What submitit has a word for; what is not asked for is None."""
+    gpus = cluster.gpus_per_node if cluster.device == "cuda" and pool.name == AGG else 0
+    kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
+    tasks = cluster.gpus_per_node if pool.name == AGG else 1
+    return {
+        "job_name": cfg.exp,
+        "partition": cluster.partition or None,
+        "account": cluster.account or None,
+        "qos": cluster.qos or None,
+        "time": cluster.time_min,
+        "nodes": pool.num_nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": None if cluster.exclusive else cluster.cpus_per_node or tasks + 2,
+        "mem": cluster.mem or None,
+        "gpus_per_node": f"{kind}{gpus}" if gpus and cluster.gpus_by == "gpus-per-node" else None,
+        "gres": f"gpu:{kind}{gpus}" if gpus and cluster.gpus_by == "gres" else None,
+        "exclusive": cluster.exclusive or None,
+        "constraint": cluster.constraint or None,
+        "nodelist": cluster.nodelist or None,
+        "exclude": cluster.exclude or None,
+    }
+
+
+def _additional(
+    cfg: ExpConfig, cluster: ClusterConfig, pool: PoolPlan, run_dirs: Sequence[Path], array: bool
+) -> dict[str, Any]:
+    """What it has none for."""
+    options: dict[str, Any] = {"output": str(run_dirs[0] / (ARRAY_LOG if array else LOG))}
+    options["signal"] = f"B:{LIMIT.name.removeprefix('SIG')}@{cluster.signal_s}"
+    options["requeue" if cluster.requeue else "no-requeue"] = True
+    if array:
+        options["array"] = f"0-{len(run_dirs) - 1}"
+    if cluster.reservation:
+        options["reservation"] = cluster.reservation
+    if cluster.segment and pool.name == AGG:
+        options["segment"] = cluster.segment
+    for word in cluster.extra_sbatch:
+        name, equals, value = word.removeprefix("--").partition("=")
+        options[name] = value if equals else True
+    return options
+
+
+def _body(cluster: ClusterConfig, run_dirs: Sequence[Path], array: bool) -> str:
+    """What runs on the first node, with the toolkit importable and the user's modules and environment."""
+    lines = [*cluster.setup]
+    lines += [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
+    lines += [f"source {shlex.quote(cluster.venv)}/bin/activate"] if cluster.venv else []
+    lines += [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    python = "python" if cluster.venv else shlex.quote(sys.executable)
+    words = [*(["--array"] if array else []), *map(str, run_dirs)]
+    lines += [f"exec {python} -u -m toolkit.launch.inside {shlex.join(words)}", ""]
+    return "\n".join(lines)
