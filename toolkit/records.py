@@ -43,6 +43,8 @@ REPORT = "report.html"
 LOGS = "logs"
 CHARTS = "charts"
 STEPS = "steps"
+WORKERS = "workers"  # a folder for each worker but the main one, with the same files
+TRANSFERS = "transfers"
 NODES = "nodes.parquet"
 
 RunState = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -193,6 +195,28 @@ class StepRecord(typing.NamedTuple):
     preemptions: int  # requests pushed out of the running batch since the row before
 
 
+class TransferRecord(typing.NamedTuple):
+    """One request whose prompt another worker computed; a row of ``transfers/<worker>-<R>.arrows``.
+
+    Durations are seconds. TTFT is about prefill_queue + prefill + wait + (transfer - hidden) + join.
+    """
+
+    request_id: str  # as the server calls it (x-request-id)
+    t_join: float  # Unix seconds: it has its KV and runs from now on
+    worker: str  # the decode worker
+    dp_rank: int  # of that worker
+    tokens: int  # of the prompt
+    bytes: int  # read by the leader of the DP rank: one rank's share
+    prefill_queue_s: float  # before its first step on the prefill rank
+    prefill_s: float  # from its first step to its first token
+    place_s: float  # before it had a place and blocks on the decode rank; beside prefill, under bootstrap
+    wait_s: float  # from the last ticket to the begin of the read
+    transfer_s: float  # in which reads went on
+    hidden_s: float  # of that, before the last ticket: beside the prompt's computation
+    join_s: float  # from the end of the last read to its place in the batch
+    first_decode_s: float  # from there to the first token decoded here; NaN: there was none
+
+
 @dataclass
 class MetricSample:
     """One sample of a server's ``/metrics``; a row of ``server_metrics.parquet``."""
@@ -222,15 +246,19 @@ def steps_path(folder: Path, rank: int) -> Path:
     return folder / STEPS / f"rank-{rank}.arrows"
 
 
+def transfers_path(folder: Path, worker: str, rank: int) -> Path:
+    return folder / TRANSFERS / f"{worker}-{rank}.arrows"
+
+
 @contextlib.contextmanager
-def open_steps(path: Path) -> Iterator[Callable[[Sequence[StepRecord]], None]]:
-    """Opens a stream of ``StepRecord``; each call of what it yields appends rows that a reader then sees."""
+def open_rows(path: Path, record: type[Any]) -> Iterator[Callable[[Sequence[Any]], None]]:
+    """Opens a stream of ``record``, a named tuple; each call of what it yields appends rows that a reader then sees."""
     import pyarrow as pa
 
-    schema = schema_of(StepRecord)
+    schema = schema_of(record)
     with path.open("wb") as out, pa.ipc.new_stream(out, schema) as stream:
 
-        def write(rows: Sequence[StepRecord]) -> None:
+        def write(rows: Sequence[Any]) -> None:
             columns = [pa.array(column, field.type) for column, field in zip(zip(*rows), schema)]
             stream.write_batch(pa.record_batch(columns, schema=schema))
             out.flush()
@@ -239,18 +267,28 @@ def open_steps(path: Path) -> Iterator[Callable[[Sequence[StepRecord]], None]]:
 
 
 def read_steps(folder: Path) -> pd.DataFrame:
-    """All ranks' rows, in the order of time. A file that is still written, or cut off, gives its whole batches.
+    """All ranks' ``StepRecord``s in the order of time; see ``read_rows``."""
+    return read_rows(folder / STEPS, StepRecord).sort_values(["t_begin", "dp_rank"], ignore_index=True)
+
+
+def read_transfers(folder: Path) -> pd.DataFrame:
+    """All ranks' ``TransferRecord``s in the order of time; see ``read_rows``."""
+    return read_rows(folder / TRANSFERS, TransferRecord).sort_values(["t_join", "dp_rank"], ignore_index=True)
+
+
+def read_rows(folder: Path, record: type[Any]) -> pd.DataFrame:
+    """The rows of all files in ``folder``. A file that is still written, or cut off, gives its whole batches.
 
     Raises:
         FileNotFoundError: no rank left a file.
-        ValueError: a file is not a stream of ``StepRecord``.
+        ValueError: a file is not a stream of ``record``.
     """
     import pyarrow as pa
 
-    files = sorted((folder / STEPS).glob("*.arrows"))
+    files = sorted(folder.glob("*.arrows"))
     if not files:
-        raise FileNotFoundError(f"{folder / STEPS} holds no rank's file")
-    schema = schema_of(StepRecord)
+        raise FileNotFoundError(f"{folder} holds no rank's file")
+    schema = schema_of(record)
     batches: list[Any] = []
     for path in files:
         with pa.memory_map(str(path)) as source:
@@ -262,8 +300,7 @@ def read_steps(folder: Path) -> pd.DataFrame:
             with contextlib.suppress(StopIteration, pa.ArrowInvalid, OSError):  # the end, or where it is cut off
                 while True:
                     batches.append(stream.read_next_batch())
-    table = pa.Table.from_batches(batches, schema=schema)
-    return typing.cast("pd.DataFrame", table.to_pandas().sort_values(["t_begin", "dp_rank"], ignore_index=True))
+    return typing.cast("pd.DataFrame", pa.Table.from_batches(batches, schema=schema).to_pandas())
 
 
 # --- tables -----------------------------------------------------------------------------------------

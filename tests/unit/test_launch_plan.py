@@ -187,7 +187,9 @@ def test_native_arguments_on_two_nodes(tmp_path: Path) -> None:
     assert worker.experts_path == str(tmp_path / "experts.npz")
     frontend = read_frontend_args(tmp_path / "launch/frontend-args.json")
     assert frontend.http == ("127.0.0.1", 25_000)
-    assert frontend.rank_inboxes == list(zip(worker.rank_hosts, worker.inbox_ports, strict=True))
+    (address,) = frontend.workers
+    assert (address.pool, address.inbox) == ("agg", worker.frontend)
+    assert address.rank_inboxes == list(zip(worker.rank_hosts, worker.inbox_ports, strict=True))
     assert [spec.node for spec in processes.specs] == [0, 0, 1, 1, 0]
     assert "GLOO_SOCKET_IFNAME" not in processes.specs[0].env
     assert TOKEN_ENV not in str(processes)

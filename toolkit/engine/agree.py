@@ -8,6 +8,8 @@ alike on every rank, when new prompts are held back.
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from functools import reduce
+from operator import and_, or_
 
 import torch
 
@@ -29,6 +31,7 @@ class Proposal:
         controls: control operations that have reached it and are not carried out.
         shutdown: 1 when it was asked to.
         prompts: waiting requests. generating: requests that decode. slots: requests it could still admit.
+        arrived, lost: bits of the transfers that its DP group has open, in order (``disagg/``).
     """
 
     tokens: int
@@ -42,6 +45,8 @@ class Proposal:
     prompts: int
     generating: int
     slots: int
+    arrived: int = 0
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Agreement:
         asleep: nothing to do anywhere, and all have seen the same number of messages.
         controls: so many control operations have reached all; all carry them out now. shutdown: all end now.
         by_dp: the proposals of the DP ranks' leaders.
+        arrived, lost: transfers that have ended on all ranks of this DP group, and those that failed on one.
     """
 
     ctx: StepContext
@@ -59,6 +65,8 @@ class Agreement:
     controls: int
     shutdown: bool
     by_dp: tuple[Proposal, ...]
+    arrived: int = 0
+    lost: int = 0
 
 
 def agree(comm: Comm, dims: ParallelDims, step: int, mine: Proposal) -> Agreement:
@@ -77,7 +85,11 @@ def agree(comm: Comm, dims: ParallelDims, step: int, mine: Proposal) -> Agreemen
     seen = {p.messages for p in everyone}
     quiet = not busy and not any(p.controls or p.shutdown for p in everyone) and len(seen) == 1
     controls = min(p.controls for p in everyone)
-    return Agreement(ctx, quiet, controls, all(p.shutdown for p in everyone) and not busy, by_dp)
+    group = everyone if comm.size == 1 else [everyone[rank] for rank in dims.dp_group(dims.dp_rank(comm.rank))]
+    arrived = reduce(and_, (p.arrived | p.lost for p in group))
+    lost = arrived & reduce(or_, (p.lost for p in group))
+    shutdown = all(p.shutdown for p in everyone) and not busy
+    return Agreement(ctx, quiet, controls, shutdown, by_dp, arrived, lost)
 
 
 def _first_halves(by_dp: tuple[Proposal, ...]) -> tuple[int, ...] | None:

@@ -23,7 +23,7 @@ class Step:
     """A step that is over.
 
     Attributes:
-        began: Unix seconds of its launch.
+        began: Unix seconds of its launch. begin: the same on the monotonic clock.
         duration_s: what it added to the time of the steps before it: until its tokens were there, from its launch or
             from the end of the step before, whichever came later.
     """
@@ -33,6 +33,7 @@ class Step:
     began: float
     duration_s: float
     outputs: list[Output]
+    begin: float
 
 
 @dataclass(frozen=True)
@@ -82,4 +83,4 @@ class Pipeline:
         now = time.perf_counter()
         duration = now - max(pending.begin, self._ended)
         self._ended = now
-        self._over(Step(pending.ctx.step, pending.in_flight.batch, pending.began, duration, outputs))
+        self._over(Step(pending.ctx.step, pending.in_flight.batch, pending.began, duration, outputs, pending.begin))

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -31,6 +32,7 @@ from toolkit.engine.args import WorkerArgs, read_worker_args, run_token
 from toolkit.engine.control import Controller, process_bytes
 from toolkit.engine.core import Batch, StepContext
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.disagg.part import make_part, make_transfer
 from toolkit.engine.eplb.recorder import Recorder
 from toolkit.engine.messages import (
     Abort,
@@ -38,6 +40,8 @@ from toolkit.engine.messages import (
     ControlReply,
     Failed,
     Generate,
+    Handover,
+    Output,
     Outputs,
     Progress,
     Ready,
@@ -59,6 +63,8 @@ log = logging.getLogger("toolkit.engine.worker")
 
 STATS_S = 0.25
 PROGRESS_S = 0.2
+BEAT_MS = 1000  # a sleeping leader says that it lives
+PAUSE_MS = 1
 
 
 class Link:
@@ -76,14 +82,19 @@ class Link:
         self._early: list[ToRank] = []  # read and not yet received
         self.messages_seen = 0
 
-    def receive(self, wait: bool) -> list[ToRank]:
-        """All messages that have arrived; with ``wait``, sleeps until there is one."""
+    def receive(self, wait: bool, beat: Callable[[], None]) -> list[ToRank]:
+        """All messages that have arrived; with ``wait``, sleeps until there is one and calls ``beat`` now and then."""
         if wait and not self._early:
-            self._inbox.poll()
+            while not self._inbox.poll(BEAT_MS):
+                beat()
         self._read()
         messages, self._early = self._early, []
         self.messages_seen += len(messages)
         return messages
+
+    def pause(self) -> None:
+        """Sleeps a moment: there is nothing to compute, but a transfer to look after."""
+        self._inbox.poll(PAUSE_MS)
 
     def nap(self, seconds: float) -> None:
         """Sleeps; a ``Control`` that has come or comes ends it early, since it may say to sleep no longer."""
@@ -136,11 +147,13 @@ class Worker:
         memory = memory_by_kind(arch, self.dims, engine, args.model.dtype)
         total = sum(memory.values()) - memory["kv_cache"]
         self.runner = ModelRunner(
-            args.model, arch, engine, self.groups, self.device, lambda done: self._progress("load", done, total)
-        )
+            args.model, arch, engine, self.groups, self.device, lambda done: self._progress("load", done, total),
+            make_transfer(args, self.rank),
+        )  # fmt: skip
         used = prepare(self.runner, self._progress)
         self.max_len = context_length(arch, self.runner.engine)
         self.scheduler = self.runner.new_scheduler()
+        self.part = make_part(args, self.rank, self.groups, self.runner, self.scheduler)
         self.recorder: Recorder | None = None
         if engine.expert_distribution_recorder_mode and arch.moe_layers:
             path = Path(args.experts_path) if self.rank == 0 and args.experts_path else None
@@ -161,7 +174,7 @@ class Worker:
             "mapping": self.dims.mapping,
             "memory_bytes": memory | used | {"process": process_bytes(self.device)},
         }
-        self.link.send(Ready(self.rank, info))
+        self.link.send(Ready(self.rank, info, self.part.kv if self.part is not None else b""))
         log.info("rank %d ready: %s", self.rank, info)
 
     def _progress(self, stage: str, done: int, total: int) -> None:
@@ -176,15 +189,19 @@ class Worker:
         """Serves until every rank has been told to shut down."""
         asleep, hold = True, False
         while True:
-            self._take(self.link.receive(wait=asleep))
+            self._take(self.link.receive(asleep, self._send_stats))
             self.pipeline.before_schedule()
             batch = self.scheduler.schedule(hold)
             agreed = self._agree(batch)
             asleep, hold = agreed.asleep, self._balance.hold(agreed.by_dp)
+            if self.part is not None:
+                self._tell(self.part.apply(agreed.arrived, agreed.lost))
             if any(agreed.ctx.dp_tokens):
                 self._step(batch, agreed.ctx)
             else:
                 self.pipeline.drain()
+                if not asleep:
+                    self.link.pause()
             if agreed.controls:
                 self.pipeline.drain()  # they happen between two steps
             if agreed.controls and self.step_log is not None:
@@ -196,23 +213,28 @@ class Worker:
             if agreed.shutdown:
                 if self.step_log is not None:
                     self.step_log.close()
+                if self.part is not None:
+                    self.part.close()
                 self._reply(self._shutdown)
                 return
 
     def _agree(self, batch: Batch) -> Agreement:
         scheduler = self.scheduler
+        arrived, lost = (0, 0) if self.part is None else self.part.poll()
         mine = Proposal(
             tokens=batch.num_tokens,
             logit_rows=batch.num_logit_rows,
             prefill=bool(batch.prefill),
             first_half=split(batch)[0].num_tokens if self.args.engine.enable_two_batch_overlap else -1,
-            busy=not scheduler.idle,
+            busy=not scheduler.idle or (self.part is not None and self.part.busy),
             messages=self.link.messages_seen,
             controls=self.control.num_pending,
             shutdown=self._shutdown is not None,
             prompts=scheduler.num_waiting,
             generating=len(batch.decode),
             slots=scheduler.max_running - scheduler.num_running,
+            arrived=arrived,
+            lost=lost,
         )
         return agree(self.groups.tp_cpu, self.dims, self._launched, mine)
 
@@ -226,8 +248,10 @@ class Worker:
 
     def _over(self, step: Step) -> None:
         """Replies to a step whose tokens are there."""
-        if step.outputs and self.leads:
-            self.link.send(Outputs(self.dp_rank, step.outputs))
+        outputs = step.outputs
+        if self.part is not None:
+            outputs = self.part.stepped(step.batch, step.begin, outputs)
+        self._tell(outputs)
         self._steps += 1
         self._step_s += step.duration_s
         if self.step_log is not None:
@@ -242,13 +266,23 @@ class Worker:
                 self._shutdown = message
             elif isinstance(message, Control):
                 self.control.take(message)
-        for message in self._share([m for m in received if isinstance(m, Generate | Abort)]):
-            if isinstance(message, Generate):
-                refused = self.scheduler.add(message.rid, message.prompt, message.sampling)
-                if refused is not None and self.leads:
-                    self.link.send(Outputs(self.dp_rank, [refused]))
+        for message in self._share([m for m in received if isinstance(m, Generate | Abort | Handover)]):
+            if isinstance(message, Generate | Handover):
+                refused = self._start(message)
+                self._tell([refused] if refused is not None else [])
             elif isinstance(message, Abort):
-                self.scheduler.abort(message.rid)
+                (self.part or self.scheduler).abort(message.rid)
+
+    def _start(self, message: Generate | Handover) -> Output | None:
+        """Takes a request on; its final output when it cannot be served."""
+        if self.part is not None:
+            return self.part.take(message)
+        assert isinstance(message, Generate), f"{message} is for a decode worker"
+        return self.scheduler.add(message.rid, message.prompt, message.sampling, message.generated)
+
+    def _tell(self, outputs: list[Output]) -> None:
+        if outputs and self.leads:
+            self.link.send(Outputs(self.dp_rank, outputs))
 
     def _share(self, messages: list[ToRank]) -> list[ToRank]:
         comm = self.groups.attn_tp_cpu

@@ -16,8 +16,8 @@ from aiohttp import web
 from msgspec import Meta
 
 from toolkit.engine.frontend.errors import ApiError
+from toolkit.engine.frontend.fleet import Fleet
 from toolkit.engine.frontend.protocol import convert, json_object
-from toolkit.engine.frontend.ranks import RankClient
 from toolkit.engine.messages import Control, ControlOp
 
 
@@ -65,8 +65,8 @@ B = TypeVar("B", bound=msgspec.Struct)
 class ControlRoutes:
     """Args: ``check_ready`` raises ``ApiError`` while the ranks cannot act."""
 
-    def __init__(self, ranks: RankClient, check_ready: Callable[[], object], timeout_s: float) -> None:
-        self._ranks, self._check_ready, self._timeout_s = ranks, check_ready, timeout_s
+    def __init__(self, fleet: Fleet, check_ready: Callable[[], object], timeout_s: float) -> None:
+        self._fleet, self._check_ready, self._timeout_s = fleet, check_ready, timeout_s
 
     def routes(self) -> list[web.RouteDef]:
         return [web.post(path, self._handler(op, body)) for path, (op, body) in OPERATIONS.items()]
@@ -82,11 +82,11 @@ class ControlRoutes:
 
     async def _run(self, control: Control) -> web.Response:
         try:
-            replies = await self._ranks.control(control, self._timeout_s)
+            replies = await self._fleet.control(control, self._timeout_s)
         except TimeoutError as error:
             raise ApiError(504, str(error), code="timeout") from None
-        if self._ranks.failure:
-            raise ApiError(500, self._ranks.failure, code="failed")
+        if self._fleet.failure:
+            raise ApiError(500, self._fleet.failure, code="failed")
         bad = [reply for reply in replies if not reply.ok]
         if bad:
             message = f"{control.op} failed on " + "; ".join(f"rank {reply.rank}: {reply.detail}" for reply in bad)
