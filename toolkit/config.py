@@ -109,8 +109,32 @@ class EngineConfig:
     attention_dp_config: AttentionDpConfig = opt(AttentionDpConfig(), "when DP ranks start prefills together")
     disable_radix_cache: bool = opt(False, "turn prefix reuse off")
     ep_num_redundant_experts: int = opt(0, "expert replicas beyond one of each; slots = experts + redundant")
-    expert_distribution_recorder_mode: Literal["stat"] | None = opt("stat", "stat: counts a window; null: off")
+    init_expert_location: str = opt(
+        "trivial", "where experts start: trivial, a .pt or .json file, or JSON (physical_to_logical_map, logical_count)"
+    )
+    ep_dispatch_algorithm: Literal["static", "dynamic", "weighted"] | None = opt(
+        None, "replica a token goes to: static (nearest), dynamic (in turn), weighted (levels each batch); null: static"
+    )
+    enable_eplb: bool = opt(False, "move experts between ranks while serving, so that their load stays even")
+    eplb_algorithm: Literal["auto", "global", "hierarchical", "spill"] = opt(
+        "auto", "placements: global, hierarchical (a group's experts on one node), spill; auto: what nodes allow"
+    )
+    eplb_rebalance_num_iterations: int = opt(1000, "forward passes between two looks at the balance")
+    eplb_rebalance_layers_per_chunk: int | None = opt(
+        None, "layers moved at a time; null: as many as the spare buffers (one layer's slots) hold"
+    )
+    eplb_min_rebalancing_utilization_threshold: float = opt(
+        1.0, "no rebalance while balancedness (mean / busiest rank) is above this; 1: always look for one"
+    )
+    eplb_transfer_budget: float = opt(
+        0.05, "largest share of the slots that a rebalance moves; the first one, from a trivial placement, may move all"
+    )
+    expert_distribution_recorder_mode: Literal["stat", "stat_approx", "per_pass", "per_token"] | None = opt(
+        "stat",
+        "stat: counts by top-k ids, a window; stat_approx: by rows received; per_pass, per_token: each pass; null: off",
+    )
     expert_distribution_recorder_window: int = opt(8, "forward passes a recorder window")
+    expert_distribution_recorder_buffer_size: int = opt(256, "per_pass, per_token: passes kept for a dump, the newest")
     random_seed: int = opt(0, "seed for requests that bring none")
 
 
@@ -152,7 +176,7 @@ class ClusterConfig:
     """Where the processes run."""
 
     launcher: Literal["local", "slurm"] = opt("local", "local: processes of this machine; slurm: a Slurm job")
-    device: Literal["cpu", "cuda"] = opt("cpu", "what a rank computes on")
+    device: Literal["auto", "cpu", "cuda"] = opt("cpu", "what a rank computes on; auto: cuda where this host has one")
     gpus_per_node: int = opt(8, "ranks a node (GPUs, or CPU ranks where device=cpu)")
     gpu_memory_gb: float = opt(0.0, "memory of one GPU, 10^9 bytes; 0: not checked")
     cpu_threads_per_rank: int = opt(1, "torch threads of a CPU rank")
@@ -177,7 +201,7 @@ class ClusterConfig:
     time_min: int = opt(60, "time limit of the job, minutes")
     signal_s: int = opt(120, "so many seconds before its limit the run is ended in order and kept")
     exclusive: bool = opt(True, "whole nodes: nobody else's job beside the ranks")
-    mem: str = opt("0", "memory of a node (--mem); 0: all of it; empty: the cluster's default")
+    mem: str | int = opt("0", "memory of a node (--mem); 0: all of it; empty: the cluster's default")
     cpus_per_node: int = opt(0, "CPUs of a node where exclusive=false; 0: one for each process and one to spare")
     gpus_by: Literal["gpus-per-node", "gres", "none"] = opt(
         "gpus-per-node",
@@ -234,6 +258,7 @@ class LoadConfig:
     warmup_requests: int = opt(
         -1, "requests before the measured ones, in no figure; -1: concurrency, or a tenth of an open loop's"
     )
+    repeat: int = opt(1, "passes over all load points, one after the other; their spread is drawn")
     cancel_fraction: float = opt(0.0, "share of the requests that the client gives up; 0 to 1")
     cancel_after_s: float = opt(1.0, "when it gives them up, seconds after sending")
     dataset: str = opt(
@@ -254,6 +279,12 @@ class LoadConfig:
     ignore_eos: bool = opt(True, "ask for exactly the length: ignore_eos and min_tokens are sent")
     temperature: float = opt(0.0, "0: greedy")
     seed: int = opt(0, "order of prompts, arrivals, sampling")
+    max_failed_share: float = opt(0.01, "share of failed requests above which a load point is invalid")
+    max_wrong_length_share: float = opt(0.01, "... of answers that are not as long as asked")
+    max_client_verdict: Literal["ok", "degraded", "client_limited"] = opt(
+        "degraded", "worst verdict on the load generator itself that leaves a load point valid"
+    )
+    gone_s: float = opt(3.0, "how long the server may be away before the sweep ends")
     slo_share: float = opt(0.99, "share of good requests that a load point must have")
     search: bool = opt(False, "look for the largest concurrency (or request_rate) in the points' range that meets them")
     workers: int = opt(0, "processes that send; 0: one for each allowed core but one, as far as they have work")
@@ -290,7 +321,9 @@ class ExpConfig:
     load: LoadConfig = opt(LoadConfig(), "")
     rehearsal: dict[str, dict[str, Any]] = opt({}, "group -> keys that a CPU rehearsal of a GPU experiment replaces")
     dry_run: bool = opt(False, "print the plan and exit")
-    emit: Literal["", "sbatch"] = opt("", "sbatch: print the job script that would be submitted and exit")
+    emit: Literal["", "sbatch"] = opt(
+        "", "sbatch: make the run folder and the job script in it, print the script, submit nothing"
+    )
 
 
 POOLS = ("prefill", "decode")
@@ -345,6 +378,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
 def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     """Fills in what depends on other keys and returns a new config; every change is logged.
 
+    - ``cluster.device=auto`` becomes cuda where this host has NVIDIA's driver, cpu elsewhere.
     - ``cluster.device=cpu``: the keys of ``rehearsal`` replace the experiment's, except those in ``explicit``
       (what the user named on the command line: ``model``, ``load.osl``).
     - ``engine.moe_a2a_backend=none`` (SGLang's word) becomes ``allgather``.
@@ -354,13 +388,17 @@ def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     - ``model.path`` and ``cluster.results_dir`` lose ``~``; an empty ``model.tokenizer`` becomes ``model.path``.
     """
     values = to_mapping(config)
+    device = config.cluster.device
+    if device == "auto":
+        device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
     def put(group: str, key: str, value: Any) -> None:
         if values[group].get(key) != value:
             log.info("resolved %s.%s: %s -> %s", group, key, values[group].get(key), value)
             values[group][key] = value
 
-    if config.cluster.device == "cpu":
+    put("cluster", "device", device)
+    if device == "cpu":
         for group, keys in config.rehearsal.items():
             if group not in GROUPS:
                 raise ValueError(f"rehearsal.{group} is not a config group{_closest(group, list(GROUPS))}")
@@ -370,7 +408,7 @@ def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     if values["engine"]["moe_a2a_backend"] == "none":
         put("engine", "moe_a2a_backend", "allgather")
     if values["model"]["dtype"] == "auto":
-        put("model", "dtype", "float32" if config.cluster.device == "cpu" else "bfloat16")
+        put("model", "dtype", "float32" if device == "cpu" else "bfloat16")
     for group, key in (("model", "path"), ("cluster", "results_dir")):
         if values[group][key]:
             put(group, key, str(Path(values[group][key]).expanduser()))
@@ -416,13 +454,12 @@ def help_text() -> str:
 def _help_lines(cls: type, prefix: str) -> Iterator[str]:
     for f in dataclasses.fields(cls):
         default = getattr(cls(), f.name)
-        if isinstance(default, (PoolConfig, AttentionDpConfig)):
-            yield from _help_lines(type(default), f"{prefix}.{f.name}")
-            continue
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
         if dataclasses.is_dataclass(default):
             shown = "..."
         yield f"  {prefix}.{f.name}={shown if shown != '' else chr(39) * 2}  {f.metadata['help']}"
+        if isinstance(default, (PoolConfig, AttentionDpConfig)):
+            yield from _help_lines(type(default), f"{prefix}.{f.name}")
 
 
 def explain_override(text: str) -> str | None:

@@ -46,9 +46,10 @@ STEPS = "steps"
 WORKERS = "workers"  # a folder for each worker but the main one, with the same files
 TRANSFERS = "transfers"
 NODES = "nodes.parquet"
+REBALANCES = "rebalances.jsonl"
 
 RunState = Literal["queued", "running", "done", "failed", "cancelled"]
-PointState = Literal["pending", "running", "done", "failed", "cancelled"]
+PointState = Literal["pending", "running", "done", "invalid", "failed", "cancelled"]
 
 
 def log_name(role: str, index: int) -> str:
@@ -94,6 +95,10 @@ class PointStatus:
     request_rate: float = 0.0  # requests a second; 0: as fast as ``concurrency`` allows
     good_share: float | None = None  # of the measured requests that met the objectives; null: none were given
     client: ClientProof | None = None
+    repeat: int = 0  # which of load.repeat passes over the sweep it belongs to
+    key: str = ""  # hash of what matters to its figures (point_files.py); empty: not known
+    attempt: int = 1  # of the run, in which it was measured
+    ended: float = 0.0  # Unix seconds
 
 
 @dataclass
@@ -357,8 +362,12 @@ SWEEP_COLUMNS: tuple[str, ...] = (
     "output_tok_s", "output_tok_s_per_gpu", "output_tok_s_per_user", "total_tok_s",
     "balancedness_mean", "imbalance_max", "steady_s", "steady_output_tok_s",
     "request_rate",
-    *(f"{name}_sched_{stat}_ms" for name in ("ttft", "e2e") for stat in ("mean", "p50", "p90", "p99")),
+    *(f"{name}_{stat}_ms" for name in ("ttft_sched", "e2e_sched", "ttfb", "ttfo", "icl")
+      for stat in ("mean", "p50", "p90", "p99")),
+    *(f"steady_{name}_{stat}_ms" for name in ("ttft", "itl", "tpot", "e2e") for stat in ("p50", "p99")),
+    "power_w", "output_tok_s_per_w", "repeat", "state", "reason",
 )  # fmt: skip
+SWEEP_TEXTS = ("state", "reason")
 
 
 def write_sweep(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -373,12 +382,15 @@ def write_sweep(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
 def read_sweep(folder: Path) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.read_csv(folder / SWEEP)
+    table = pd.read_csv(folder / SWEEP)
+    return table.assign(**{name: table[name].fillna("").astype(str) for name in SWEEP_TEXTS if name in table})
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else float(f"{value:.6g}")
+    if isinstance(value, str):
+        return " ".join(value.split())  # a reason may quote a server; one line a load point
     return value
 
 
@@ -417,6 +429,7 @@ class ExpertCounts:
         ep_size: EP ranks.
         pairs: int64 [layers, experts, experts], tokens that chose both experts, in a sample of the forward passes, all
             ranks, symmetric, zero diagonal; None where it was not counted.
+        slot_counts: int64 [windows, layers, slots], rows that each slot received; None in files of older versions.
     """
 
     counts: np.ndarray
@@ -426,6 +439,7 @@ class ExpertCounts:
     layer_ids: np.ndarray
     ep_size: int
     pairs: np.ndarray | None = None
+    slot_counts: np.ndarray | None = None
 
 
 def write_experts(path: Path, experts: ExpertCounts) -> None:
@@ -441,8 +455,60 @@ def read_experts(path: Path) -> ExpertCounts:
 
     with np.load(path, allow_pickle=False) as data:
         names = [name for name in ExpertCounts.__dataclass_fields__ if name != "ep_size"]
-        arrays = {name: data[name] for name in names if name != "pairs" or name in data}
+        arrays = {name: data[name] for name in names if name in data or name not in ("pairs", "slot_counts")}
         return ExpertCounts(**arrays, ep_size=int(data["ep_size"]))
+
+
+# --- rebalances.jsonl -------------------------------------------------------------------------------
+
+
+class RebalanceRecord(msgspec.Struct, frozen=True):
+    """One rebalance of experts, as the first rank saw it; a line of ``rebalances.jsonl``. NaN is written as null.
+
+    ``balancedness_before`` and ``_after`` are for the counts that it was planned from, with replicas sharing their
+    expert's load evenly; ``_measured`` is of the rows that slots really received in the passes looked at.
+    """
+
+    number: int
+    state: Literal["done", "aborted"]  # aborted: the chunks that were committed stay
+    reason: str
+    trigger: str  # iterations, request
+    t_asked: float  # Unix seconds: planning began; moving began; the last chunk was committed
+    t_begin: float
+    t_end: float
+    plan_s: float
+    first_step: int
+    last_step: int
+    passes: int  # since the look before
+    assignments: int  # (token, expert) assignments that the plan rests on
+    balancedness_measured: float | None
+    balancedness_before: float | None
+    balancedness_after: float | None
+    balancedness_bound: float | None
+    layers: int  # that changed
+    replanned_layers: int
+    waiting_layers: int  # left for the next time: the budget was used up
+    moved_slots: int  # that got an expert from another rank
+    local_copies: int
+    same_node_sends: int
+    cross_node_sends: int
+    same_node_bytes: int
+    cross_node_bytes: int
+    chunks: int
+    pauses_ms: list[float]  # what steps waited for: starting the first chunk, then each commit
+    transfers_ms: list[float]  # of each chunk, beside the steps
+
+
+def append_rebalance(folder: Path, record: RebalanceRecord) -> None:
+    """Adds a line; msgspec writes NaN as null."""
+    with (folder / REBALANCES).open("ab") as out:
+        out.write(msgspec.json.encode(record) + b"\n")
+
+
+def read_rebalances(folder: Path) -> list[RebalanceRecord]:
+    """All whole lines; a last one that was cut off is left out."""
+    lines = (folder / REBALANCES).read_bytes().split(b"\n")[:-1]
+    return [msgspec.json.decode(line, type=RebalanceRecord) for line in lines]
 
 
 # --- files ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from toolkit.engine.fp8 import quantize_blocks, quantize_groups
 from toolkit.engine.moe.dispatch import Dispatched
-from toolkit.engine.moe.gemm import ExpertWeights, dequantize_rows, make_gemm
+from toolkit.engine.moe.gemm import ExpertGemm, ExpertWeights, dequantize_rows, make_gemm
 
 COUNTS = [(3, 0, 5, 1), (0, 0, 0, 0), (0, 0, 0, 9), (1, 1, 1, 1)]
 
@@ -74,9 +74,9 @@ def _spread(scales: Tensor) -> Tensor:
     return scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
 
 
-def equals_a_float32_loop(case: Case, counts: tuple[int, ...]) -> None:
-    """The case's GEMM on rows of ``counts``, against the loop; padding rows hold junk."""
-    gemm, w = make_gemm(case.backend, case.device), weights(case, len(counts))
+def equals_a_float32_loop(case: Case, counts: tuple[int, ...], gemm: ExpertGemm | None = None) -> None:
+    """The case's GEMM, or ``gemm``, on rows of ``counts``, against the loop; padding rows hold junk."""
+    gemm, w = gemm or make_gemm(case.backend, case.device), weights(case, len(counts))
     gemm.pack(w)
     alignment = max(gemm.decode_alignment if case.decode else gemm.alignment, 4)
     generator = torch.Generator().manual_seed(1)

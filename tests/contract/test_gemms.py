@@ -7,7 +7,7 @@ import torch
 
 from tests.contract.gemm_cases import COUNTS, Case, equals_a_float32_loop, loop, weights
 from toolkit.engine.moe.dispatch import Dispatched
-from toolkit.engine.moe.gemm import GEMMS, make_gemm
+from toolkit.engine.moe.gemm import GEMMS, TorchGemm, make_gemm
 
 BACKENDS = ["torch", "grouped_mm"]
 GPU_BACKENDS = ["deep_gemm"]
@@ -15,13 +15,23 @@ GPU_BACKENDS = ["deep_gemm"]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "masked"])
+@pytest.mark.parametrize(("layout", "weighted"), [("contiguous", False), ("contiguous", True), ("masked", False)])
 @pytest.mark.parametrize("rows", ["float32", "bfloat16"])
-@pytest.mark.parametrize("weighted", [False, True])
 def test_equals_a_float32_loop(backend: str, counts: tuple[int, ...], layout: str, rows: str, weighted: bool) -> None:
-    if weighted and layout == "masked":
-        pytest.skip("weights come with the contiguous layout only")
     equals_a_float32_loop(Case(backend, layout, rows, weighted), counts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("layout", "weighted"), [("contiguous", True), ("masked", False)])
+def test_torch_in_a_cuda_graph_gives_the_same(layout: str, weighted: bool) -> None:
+    """What runs while a graph is captured: no row counts are read."""
+
+    class Captured(TorchGemm):
+        def __call__(self, rows: Dispatched) -> torch.Tensor:
+            return self._without_waiting(rows, rows.x)
+
+    case = Case("torch", layout, "float32", weighted)  # type: ignore[arg-type]
+    for counts in COUNTS:
+        equals_a_float32_loop(case, counts, Captured())
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "masked"])

@@ -16,16 +16,24 @@ from toolkit.engine.scheduler import Scheduler
 
 
 def forced_logits(
-    groups: Groups, model: ModelConfig, engine: EngineConfig, sequences: list[list[int]], prompt_len: int
+    groups: Groups,
+    model: ModelConfig,
+    engine: EngineConfig,
+    sequences: list[list[int]],
+    prompt_len: int,
+    device: str | None = "cpu",
 ) -> dict[int, dict[int, np.ndarray]]:
     """Serves ``sequences[i]`` on DP rank i % dp_size, its tokens after ``prompt_len`` forced.
+
+    Args:
+        device: None: the GPU of the rank.
 
     Returns:
         Logits [V] by sequence and position, of this rank's DP group. Positions reused from the prefix cache, and
         the last one, which is never fed back, have none.
     """
     arch = read_arch(model)
-    runner = ModelRunner(model, arch, engine, groups, "cpu")
+    runner = ModelRunner(model, arch, engine, groups, device or f"cuda:{groups.rank}")
     tables = BlockTables(runner.cache.kinds, engine.page_size, not engine.disable_radix_cache)
     scheduler = Scheduler(
         tables, engine.chunked_prefill_size, engine.max_running_requests, context_length(arch, engine)
@@ -42,7 +50,7 @@ def forced_logits(
         # logits of every token are wanted, not only of those that sample
         tokens = batch.num_tokens
         half = split(batch)[0].num_tokens if engine.enable_two_batch_overlap else -1
-        agreed = agree(groups.tp_cpu, dims, step, Proposal(tokens, tokens, bool(batch.prefill), half, *[0] * 7))
+        agreed = agree(groups.tp_cpu, dims, step, Proposal(tokens, tokens, bool(batch.prefill), half, *[0] * 8))
         if not any(agreed.ctx.dp_tokens):
             break
         hidden = runner.hidden(batch, agreed.ctx)
@@ -51,7 +59,7 @@ def forced_logits(
         for scheduled in batch.scheduled:
             request = scheduled.request
             for j in range(scheduled.num_tokens):
-                logits[int(request.rid)][request.num_computed + j] = rows[first + j].numpy().copy()
+                logits[int(request.rid)][request.num_computed + j] = rows[first + j].float().cpu().numpy().copy()
             first += scheduled.num_tokens
             if scheduled.samples:
                 forced.append(sequences[int(request.rid)][len(request.tokens)])

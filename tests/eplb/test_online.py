@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from tests.eplb.test_planner import skewed
 from toolkit.engine.eplb import bench, maps
-from toolkit.engine.eplb.online import Pool, Rules, update
+from toolkit.engine.eplb.online import Rules, update
 from toolkit.engine.eplb.planner import plan
+from toolkit.engine.eplb.pool import Pool
 from toolkit.engine.eplb.relabel import moved
 
 Ints = NDArray[np.int64]

@@ -18,12 +18,16 @@ import yaml
 from rich.console import Console
 
 from tests.unit.launch_experiment import experiment
+from tests.unit.loadgen_server import ScriptedServer, tokens
 from toolkit import config, records
 from toolkit.config import ExpConfig
-from toolkit.launch import load, run
+from toolkit.launch import load, ports, run
 from toolkit.launch.adapters import Processes
+from toolkit.launch.check import check
 from toolkit.launch.health import LoadingBars, RankProgress, wait_ready
-from toolkit.launch.launcher import ProcessSpec
+from toolkit.launch.interrupts import Interrupts
+from toolkit.launch.launcher import Node, ProcessSpec
+from toolkit.launch.local import LocalLauncher
 from toolkit.launch.plan import DeploymentPlan, plan
 from toolkit.launch.watch import RunFailed, Watch
 from toolkit.registry import Registry
@@ -198,8 +202,39 @@ def test_the_load_generator_gets_every_key(tmp_path: Path) -> None:
     cfg = experiment(load={"concurrency": [1, 3], "ignore_eos": False})
     deployment = plan(cfg, 25_000)
     (tmp_path / "launch").mkdir()
-    options = parse(load.command(cfg, deployment, tmp_path)[3:])
+    options = parse(load.command(cfg, deployment, [Node("127.0.0.1", 25_000)], tmp_path, "")[3:])
     assert options.url == "http://127.0.0.1:25000"
     assert (options.model, options.tokenizer, options.num_gpus, options.out) == ("m", "bytes", 4, str(tmp_path))
     for key, value in config.to_mapping(cfg.load).items():
         assert getattr(options, key) == value
+
+
+def test_a_load_generator_on_several_nodes(tmp_path: Path) -> None:
+    """A server where the frontend would be; one process leads, the other joins it."""
+    port = ports.free_range(5)
+    cfg = experiment(load={"concurrency": [4], "nodes": 2, "osl": 3}, cluster={"port": port})
+    deployment = plan(cfg, port)
+    assert deployment.ports()[0, port + 3] == "load generator"
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "logs").mkdir()
+    server, launcher = ScriptedServer(), LocalLauncher(port)
+    server.models, server.behaviours = ["m"], [tokens(gap_s=0.02)]
+
+    job = launcher.start([ProcessSpec("rank", 0, (sys.executable, "-c", SLEEP))], tmp_path, {})
+    try:
+        with server.running(port), Interrupts() as interrupts:
+            nodes = [Node("127.0.0.1", port)]
+            load.run_load(cfg, deployment, nodes, tmp_path, launcher, Watch(job, tmp_path), interrupts)
+    finally:
+        job.stop(5)
+    status = records.read_status(tmp_path)
+    assert status.state == "done"
+    assert status.points[0].client is not None and status.points[0].client.workers == 2
+    assert "joined 127.0.0.1" in (tmp_path / "logs/loadgen-1.log").read_text()
+
+
+def test_nodes_that_cannot_reach_the_frontend_are_refused() -> None:
+    cluster = {"launcher": "slurm", "gpus_per_node": 2, "device": "cpu"}
+    found = "\n".join(check(experiment(load={"nodes": 3}, cluster=cluster)))
+    assert "load.nodes=3 is more than the 2 nodes of the deployment: use at most 2" in found
+    assert "deploy.host=127.0.0.1 is not reached from other nodes" in found

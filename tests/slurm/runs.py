@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 
 from toolkit import records
-from toolkit.launch.submit import JobRecord, read_note
+from toolkit.launch import job_file
+from toolkit.launch.job_file import JobRecord
 
 ROOT = Path(__file__).parents[2]
 TINY = ["+exp=dep16", "cluster=slurm", "cluster.device=cpu"]
@@ -45,11 +46,11 @@ class Run:
         return self.folders()[0]
 
     def folders(self) -> list[Path]:
-        return sorted(p.parents[1] for p in self.results.glob("*/*/launch/job.json") if not p.parents[1].is_symlink())
+        return sorted(job_file.find(self.results))
 
     @property
     def job(self) -> JobRecord:
-        note = read_note(self.folder)
+        note = job_file.read(self.folder)
         assert note is not None
         return note
 
@@ -69,6 +70,8 @@ class Run:
     def eventually(self, condition: Any, what: str, within_s: float = SOON_S) -> None:
         deadline = time.monotonic() + within_s
         while not condition():
+            if not self.folders() and self.process.poll() is not None:
+                raise AssertionError(f"was not submitted: {self.process.communicate()[0]}")
             assert time.monotonic() < deadline, f"does not happen: {what}; {self.story()}"
             time.sleep(0.1)
 

@@ -57,6 +57,7 @@ def point_records(
             record(
                 point=index, concurrency=concurrency, request_id=f"{index}-{number}", prompt_id=f"p{number % 48}",
                 warmup=number < concurrency, t_send=free[slot], first_byte_s=ttft - 0.002, first_token_s=ttft,
+                first_visible_s=ttft,
                 last_token_s=float(times[-1]), end_s=float(times[-1]) + 0.001, prompt_tokens=int(rng.integers(20, 200)),
                 output_tokens=osl, expected_output_tokens=osl, dp_rank=number % 4, chunk_s=times.tolist(),
                 chunk_tokens=[1] * osl,

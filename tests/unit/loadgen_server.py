@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ async def hang(request: web.Request, body: dict[str, Any]) -> web.StreamResponse
 class ScriptedServer:
     """Answers the n-th completion request with the n-th behaviour; the last one repeats."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
         self.behaviours: list[Behaviour] = [tokens()]
         self.health = web.HTTPOk
         self.models = ["demo"]
@@ -146,9 +148,9 @@ class ScriptedServer:
         app.router.add_post("/start_profile", self._hook)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
+        site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True, ssl_context=self.tls)
         await site.start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self.url = f"http{'s' if self.tls else ''}://127.0.0.1:{runner.addresses[0][1]}"
         started.set()
         await self._stop.wait()
         await runner.cleanup()

@@ -9,7 +9,7 @@ from toolkit.engine.agree import AttentionDpBalance, Proposal, agree
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Groups, choose_padding
 
-IDLE = Proposal(0, 0, 0, -1, 0, 5, 0, 0, 0, 0, 8)
+IDLE = Proposal(0, 0, 0, -1, 0, 5, 0, 0, 0, 0, 0, 8)
 DECODING = replace(IDLE, busy=1, generating=3)
 BOTH = replace(DECODING, prompts=2)
 

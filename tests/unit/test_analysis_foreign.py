@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from tests.unit.analysis_run import make_run
 from toolkit import records
 from toolkit.analysis import Run
 from toolkit.analysis.__main__ import main
@@ -221,3 +222,44 @@ def test_an_ep_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     torch.save({"logical_count": torch.ones(1, 2, 6)}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"ep_size=4 does not divide 6 slots .* give --ep-size"):
         import_run("sglang-experts", [tmp_path / "x.pt"], tmp_path / "results", ep_size=4)
+
+
+def test_what_is_written_as_vllm_is_read_back_as_the_same_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "results")
+    assert main(["export", str(folder), "--format", "vllm", "--out", str(tmp_path / "out")]) == 0
+    ours = Run(folder)
+    files = [tmp_path / "out" / f"results_concurrency_{c}_gpus_{ours.num_gpus}.json" for c in ours.sweep["concurrency"]]
+    theirs = imported("vllm", files, tmp_path, gpus=ours.num_gpus)
+    same = ["concurrency", "requests", "failed", "duration_s", "isl_mean", "osl_mean", "output_tok_s", "total_tok_s"]
+    same += [f"{name}_{stat}_ms" for name in ("ttft", "tpot", "e2e", "icl") for stat in ("mean", "p50", "p99")]
+    assert theirs.sweep[same].to_numpy() == pytest.approx(ours.sweep[same].to_numpy(), rel=1e-5)
+    summary = json.loads(files[0].read_text())
+    row = ours.sweep.iloc[0]
+    assert summary["mean_itl_ms"] == pytest.approx(row["icl_mean_ms"], rel=1e-5), "vLLM's ITL counts chunks"
+    assert summary["median_e2el_ms"] == pytest.approx(row["e2e_p50_ms"], rel=1e-5)
+
+
+def test_what_is_written_as_aiperf_has_its_names_and_units(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "results")
+    assert main(["export", str(folder), "--format", "aiperf"]) == 0
+    run = Run(folder)
+    row = run.sweep.iloc[-1]
+    path = folder / "export" / f"concurrency_{row['concurrency']:g}" / "profile_export_aiperf.json"
+    found = json.loads(path.read_text())
+    assert found["inter_token_latency"]["unit"] == "ms"
+    assert found["inter_token_latency"]["p50"] == pytest.approx(row["tpot_p50_ms"], rel=1e-5), (
+        "aiperf's ITL is our TPOT"
+    )
+    assert found["inter_chunk_latency"]["p99"] == pytest.approx(row["icl_p99_ms"], rel=1e-5)
+    assert found["time_to_first_token"]["count"] == row["requests"] - row["failed"]
+    assert found["request_throughput"] == {"unit": "requests/sec", "avg": pytest.approx(
+        (row["requests"] - row["failed"]) / row["duration_s"], rel=1e-5)}  # fmt: skip
+    assert found["output_token_throughput"]["avg"] == pytest.approx(row["output_tok_s"], rel=1e-5)
+    assert found["output_token_throughput_per_user"]["avg"] == pytest.approx(row["output_tok_s_per_user"], rel=1e-5)
+
+
+def test_a_run_without_answers_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = records.new_run_folder(tmp_path, "empty")
+    records.write_status(folder, records.RunStatus("failed", "no server"))
+    assert main(["export", str(folder), "--format", "vllm"]) == 2
+    assert "holds no request that ended well" in capsys.readouterr().err

@@ -78,12 +78,11 @@ def test_a_stream_of_choices_names_each_role_once_and_ends_after_the_last() -> N
             events, _ = await answer
             assert events[-1] == "[DONE]" and events[-2]["usage"]["completion_tokens"] == 5
             choices = [event["choices"][0] for event in events[:-2]]
-            assert [(c["index"], c["delta"], c["finish_reason"]) for c in choices] == [
-                (0, {"content": "a", "role": "assistant"}, None),
-                (0, {"content": "b"}, "stop"),
-                (1, {"content": "c", "role": "assistant"}, None),
-                (1, {"content": "d"}, "length"),
-            ]
+            for index, text, reason in ((0, "ab", "stop"), (1, "cd", "length")):  # outputs that wait go out as one
+                mine = [c for c in choices if c["index"] == index]
+                assert "".join(c["delta"].get("content", "") for c in mine) == text
+                assert [c["delta"].get("role") for c in mine] == ["assistant"] + [None] * (len(mine) - 1)
+                assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [reason]
             assert [abort.rid for abort in bench.ranks.of(0, Abort)] == [first.rid]
 
     asyncio.run(run())

@@ -48,7 +48,7 @@ def test_ports_are_distinct_and_consecutive() -> None:
 
 def test_a_plan_is_json() -> None:
     deployment = plan(experiment(), 25_000)
-    assert json.loads(json.dumps(deployment.to_json()))["workers"][0]["ranks"][3]["inbox_port"] == 25_006
+    assert json.loads(json.dumps(deployment.to_json()))["workers"][0]["ranks"][3]["inbox_port"] == 25_007
 
 
 # --- check ------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_a_sound_experiment_has_no_errors() -> None:
         ({"engine": {"moe_a2a_backend": "all2all"}}, r"engine\.moe_a2a_backend=all2all.*did you mean all_to_all"),
         ({"deploy": {"router": "rr"}}, r"deploy\.router=rr is not known, use one of: .*round_robin"),
         ({"deploy": {"api_key_env": "NO_SUCH_VARIABLE"}}, r"NO_SUCH_VARIABLE.*is not set"),
-        ({"cluster": {"port": 70_000}}, r"cluster\.port=70000: the run takes 7 ports"),
+        ({"cluster": {"port": 70_000}}, r"cluster\.port=70000: the run takes 8 ports"),
         ({"cluster": {"results_dir": "/dev/null/results"}}, r"cluster\.results_dir=/dev/null/results cannot be made"),
         ({"exp": "a/b"}, r"exp='a/b' must be a folder name"),
         ({"model": {"load_format": "auto"}}, r"model\.hf_config is given, but model\.load_format=auto"),
@@ -135,7 +135,7 @@ def test_a_model_that_will_be_built_is_not_missed(tmp_path: Path) -> None:
 
 
 def test_the_names_that_are_checked_are_those_the_engine_offers() -> None:
-    from toolkit.engine.attention import backend, sdpa  # noqa: F401  registers itself
+    from toolkit.engine.attention import backend, fa3, flash_mla, sdpa, varlen  # noqa: F401  register themselves
     from toolkit.engine.moe import all_to_all, allgather, deep_gemm, deepep, dispatch, gemm, grouped_mm  # noqa: F401
 
     tables = {
@@ -181,8 +181,8 @@ def test_native_arguments_on_two_nodes(tmp_path: Path) -> None:
     worker = read_worker_args(tmp_path / "launch/worker-args.json")
     assert worker.rank_hosts == ["n7", "n7", "n9", "n9"]
     assert worker.local_ranks == [0, 1, 0, 1]
-    assert worker.inbox_ports == [25_003, 25_004, 25_005, 25_006]
-    assert (worker.dist_port, worker.frontend) == (25_002, ("n7", 25_001))
+    assert worker.inbox_ports == [25_004, 25_005, 25_006, 25_007]
+    assert (worker.dist_port, worker.frontend) == (25_003, ("n7", 25_002))
     assert (worker.model, worker.parallel, worker.engine) == (cfg.model, cfg.parallel, cfg.engine)
     assert worker.experts_path == str(tmp_path / "experts.npz")
     frontend = read_frontend_args(tmp_path / "launch/frontend-args.json")

@@ -20,6 +20,7 @@ DEP16 = ()
 MODELS = {
     # name: (10^9 parameters, bytes of KV cache a token in bf16 while no window is full, overrides for 16 H200)
     "deepseek_v3": (671.0, 70_272, DEP16),
+    "deepseek_v3_fp8": (671.0, 70_272, DEP16),
     "deepseek_r1": (671.0, 70_272, DEP16),
     "qwen3_30b_a3b": (30.5, 98_304, DEP16),
     "qwen3_235b_a22b": (235.1, 192_512, DEP16),
@@ -47,6 +48,18 @@ def test_sizes_are_the_published_ones(name: str) -> None:
     kv_cache = memory.pop("kv_cache")
     assert sum(memory.values()) / 2e9 == pytest.approx(parameters, rel=0.003)
     assert kv_cache == 16 * kv_bytes
+
+
+def test_fp8_halves_what_is_kept_in_it() -> None:
+    """DeepSeek's release: matrices in FP8; embedding, head, norms, gates and the latent's expansion are not."""
+    arch, engine = arch_of("deepseek_v3_fp8"), EngineConfig(page_size=16, max_total_tokens=16)
+    one = ParallelDims(1, 1, 1, 1, None)
+    cpu, gpu = (memory_by_kind(arch, one, engine, "bfloat16", device) for device in ("cpu", "cuda"))
+    assert cpu == memory_by_kind(arch_of("deepseek_v3"), one, engine, "bfloat16", "cuda")
+    for kind in ("experts", "shared_experts", "dense_ffn"):
+        assert gpu[kind] == pytest.approx(cpu[kind] / 2, rel=3e-4)
+    assert gpu["embedding"] == cpu["embedding"] and gpu["kv_cache"] == cpu["kv_cache"]
+    assert cpu["attention"] / 2 < gpu["attention"] < 0.6 * cpu["attention"]
 
 
 @pytest.mark.parametrize("name", MODELS)

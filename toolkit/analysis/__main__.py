@@ -17,6 +17,7 @@ examples:
   python -m toolkit.analysis compare results/a/latest results/b/latest the difference, with its confidence interval
   python -m toolkit.analysis pareto results/*/latest                   which mapping and load to choose
   python -m toolkit.analysis export results/smoke/latest --format csv  every table of a run
+  python -m toolkit.analysis export results/smoke/latest --format vllm as sa-bench and vLLM would have written it
   python -m toolkit.analysis import vllm bench-*.json --gpus 8         results of others as run folders
 
 A run that failed or was interrupted can be read too: what it left is used, and what is missing is said.
@@ -66,9 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", nargs="+", type=Path, help=run_help)
     _out(sub, "pareto")
 
-    sub = add("export", commands.export, "every table of a run in one format")
+    sub = add(
+        "export", commands.export, "tables of a run in one format, or its load points as another tool writes them"
+    )
     sub.add_argument("run", type=Path, help=run_help)
-    sub.add_argument("--format", choices=("csv", "parquet", "json"), default="csv", help="default: %(default)s")
+    formats = ("csv", "parquet", "json", "vllm", "aiperf")
+    sub.add_argument(
+        "--format", choices=formats, default="csv",
+        help="csv, parquet, json: tables; vllm: results_concurrency_*.json as of sa-bench and vLLM bench serve; "
+        "aiperf: profile_export_aiperf.json; default: %(default)s",
+    )  # fmt: skip
     sub.add_argument("--out", type=Path, help="folder to write into; default: <run>/export")
 
     sub = add("ls", commands.ls, "all runs: name, state, model, mapping, best point")

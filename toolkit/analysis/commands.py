@@ -105,6 +105,11 @@ def export(options: argparse.Namespace) -> int:
     run = Run(options.run)
     out = options.out or run.path / "export"
     out.mkdir(parents=True, exist_ok=True)
+    if options.format in ("vllm", "aiperf"):
+        from toolkit.analysis.foreign import writing
+
+        sys.stdout.write("".join(f"{path}\n" for path in writing.write(run, options.format, out)))
+        return 0
     rows = []
     for name, frame in tables(run):
         path = out / f"{name}.{options.format}"

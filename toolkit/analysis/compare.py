@@ -97,7 +97,7 @@ def _throughput(requests: pd.DataFrame, concurrency: int) -> Floats:
 def _by_concurrency(run: Run) -> dict[int, list[pd.DataFrame]]:
     found: dict[int, list[pd.DataFrame]] = {}
     for point in run.points:
-        if len(succeeded(point.requests)):
+        if point.valid and len(succeeded(point.requests)):
             found.setdefault(point.concurrency, []).append(point.requests)
     return found
 

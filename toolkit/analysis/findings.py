@@ -42,8 +42,8 @@ def number(value: float) -> str:
 
 
 def best_row(run: Run) -> int | None:
-    """Position in ``run.sweep`` of the best load point: the lowest concurrency within 3 % of the top throughput."""
-    throughput = run.sweep["output_tok_s"].to_numpy(np.float64)
+    """Position in ``run.sweep`` of the best valid load point: the lowest load within 3 % of the top throughput."""
+    throughput = run.sweep["output_tok_s"].where(run.sweep["state"] != "invalid").to_numpy(np.float64)
     if not np.isfinite(throughput).any():
         return None
     near = np.flatnonzero(throughput >= (1 - SATURATED) * np.nanmax(throughput))
@@ -55,7 +55,10 @@ def verdict(run: Run) -> list[Finding]:
     findings = _outcome(run)
     position = best_row(run)
     if position is None:
-        return [*findings, Finding("No result", "No load point has a request that succeeded.")]
+        return [
+            *findings,
+            Finding("No result", "No load point has a request that succeeded, or figures that are valid."),
+        ]
     best = run.sweep.iloc[position]
     findings.append(
         Finding(
@@ -67,7 +70,8 @@ def verdict(run: Run) -> list[Finding]:
     )
     if run.slo:
         findings.append(slo_finding(run, run.slo))
-    findings += _limit(run.sweep[run.sweep["output_tok_s"].notna()].sort_values("concurrency"), best)
+    shown = run.sweep[run.sweep["output_tok_s"].notna() & (run.sweep["state"] != "invalid")]
+    findings += _limit(shown.sort_values("concurrency"), best)
     load = run.point_loads[position]
     if load is not None and math.isfinite(load.balancedness_mean):
         findings.append(_expert_cost(load.balancedness_mean))
@@ -86,7 +90,7 @@ def goodputs(run: Run, slo: Slo) -> list[tuple[int, Goodput]]:
     """Concurrency and goodput of each load point, repeats together, ascending."""
     groups: dict[int, list[pd.DataFrame]] = {}
     for point in run.points:
-        if len(point.requests):
+        if point.valid and len(point.requests):
             groups.setdefault(point.concurrency, []).append(point.requests)
     return [(c, mean_goodput([goodput(rows, slo) for rows in groups[c]])) for c in sorted(groups)]
 

@@ -12,7 +12,7 @@ from toolkit import records
 from toolkit.analysis.charts import draw_charts
 from toolkit.analysis.findings import best_row, number, verdict
 from toolkit.analysis.load import COUNT_COLUMNS, Run
-from toolkit.analysis.metrics import steady_interval, tok_s_between
+from toolkit.analysis.metrics import steady_figures
 from toolkit.analysis.report import write_report
 from toolkit.analysis.trust import warnings
 
@@ -55,9 +55,8 @@ def complete_sweep(run: Run) -> None:
             run.sweep.loc[position, "imbalance_max"] = load.imbalance_max
     for position, point in enumerate(run.points):
         if len(point.requests):  # a sweep.csv of an older version has no steady state
-            begin, end = steady_interval(point.requests, point.concurrency)
-            run.sweep.loc[position, "steady_s"] = end - begin
-            run.sweep.loc[position, "steady_output_tok_s"] = tok_s_between(point.requests, begin, end)
+            for name, value in steady_figures(point.requests, point.concurrency).items():
+                run.sweep.loc[position, name] = value
     if len(run.sweep):
         rows = run.sweep.astype(object).to_dict("records")
         records.write_sweep(run.path, [{str(name): value for name, value in row.items()} for row in rows])
@@ -76,7 +75,8 @@ def terminal_table(run: Run, width: int = 116) -> str:
     best = best_row(run)
     for position, (_, row) in enumerate(run.sweep.iterrows()):
         cells = [f"{row[key]:.0f}" if key in COUNT_COLUMNS else number(float(row[key])) for key in TABLE_COLUMNS]
-        table.add_row(cells[0] + ("*" if position == best else " "), *cells[1:])
+        mark = "*" if position == best else "!" if row["state"] == "invalid" else " "
+        table.add_row(cells[0] + mark, *cells[1:])
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=False, color_system=None)
     console.print(Text(run.name))

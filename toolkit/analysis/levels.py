@@ -13,9 +13,10 @@ import pandas as pd
 
 from toolkit.analysis.load import LoadPoint, Run
 from toolkit.analysis.metrics import e2e_s, itl_s, succeeded, summary_ms, tpot_s, ttft_s
+from toolkit.records import SWEEP_TEXTS
 
 RATES = ("output_tok_s", "output_tok_s_per_gpu", "output_tok_s_per_user", "total_tok_s", "steady_output_tok_s")
-AVERAGED = (*RATES, "isl_mean", "osl_mean", "balancedness_mean")
+AVERAGED = (*RATES, "power_w", "output_tok_s_per_w", "isl_mean", "osl_mean", "balancedness_mean")
 SPREAD = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "e2e_p50_ms",
           "e2e_p99_ms", "output_tok_s", "output_tok_s_per_gpu", "output_tok_s_per_user")  # fmt: skip
 
@@ -34,11 +35,12 @@ def combine(points: Iterable[LoadPoint]) -> pd.DataFrame:
 
 
 def run_levels(run: Run) -> pd.DataFrame:
-    return combine(run.points)
+    """Of the points that are valid: figures of the others are not what they are taken for."""
+    return combine(point for point in run.points if point.valid)
 
 
 def _level(points: list[LoadPoint]) -> dict[str, float]:
-    rows = pd.DataFrame([point.row for point in points])
+    rows = pd.DataFrame([point.row for point in points]).drop(columns=[*SWEEP_TEXTS, "repeat"], errors="ignore")
     level: dict[str, float] = {str(name): float(rows[name].iloc[0]) for name in rows}
     level["repeats"] = len(points)
     spread = {f"{name}_{side}": np.nan for name in SPREAD for side in ("low", "high")}

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from toolkit import records
+from toolkit import point_files, records
 from toolkit.analysis.chunks import check_chunks
 from toolkit.analysis.imbalance import PointLoad, WindowLoads, summed, window_loads
 from toolkit.analysis.metrics import Slo, interval, sweep_row
@@ -40,6 +40,11 @@ class LoadPoint:
     concurrency: int
     requests: pd.DataFrame
     row: pd.Series[Any]
+
+    @property
+    def valid(self) -> bool:
+        """Whether its figures may be compared: False for a point that the validity gate has found wanting."""
+        return self.row.get("state") != "invalid"
 
 
 class Run:
@@ -105,13 +110,20 @@ class Run:
         columns = [name for name in records.requests_schema().names if name != "output_text"]
 
         def read() -> pd.DataFrame:
+            self._join_points()
             requests = records.read_requests(self.path, columns)
             check_chunks(requests)
             if not requests["point"].is_monotonic_increasing:
                 requests = requests.sort_values("point", kind="stable", ignore_index=True)
             return requests
 
-        return self._read(records.REQUESTS, read, _no_rows(columns))
+        files = point_files.FOLDER if (self.path / point_files.FOLDER).is_dir() else records.REQUESTS
+        return self._read(files, read, _no_rows(columns))
+
+    def _join_points(self) -> None:
+        """A run that goes on, or was killed, has points whose rows are not in requests.parquet yet."""
+        if point_files.newer_than_joined(self.path):
+            point_files.rejoin(self.path, [point.key for point in self.status.points] if self.status else [])
 
     @cached_property
     def texts(self) -> pd.DataFrame:
@@ -175,12 +187,18 @@ class Run:
                 row = sweep_row(rows, int(rows["concurrency"].iloc[0]), self.num_gpus or 1)
                 if self.num_gpus is None:
                     row["output_tok_s_per_gpu"] = np.nan
+                status = self._status_of(int(rows["point"].iloc[0]))
+                row |= {"state": status.state, "reason": status.reason, "repeat": status.repeat}
                 extra.append(row)
         if not extra:
             return table
         self.warnings.append(f"{records.SWEEP} lacks {len(extra)} load point(s): computed from {records.REQUESTS}")
         added = pd.DataFrame(extra, columns=list(records.SWEEP_COLUMNS))
         return pd.concat([table, added], ignore_index=True) if len(table) else added
+
+    def _status_of(self, point: int) -> records.PointStatus:
+        known = self.status.points if self.status else []
+        return known[point] if 0 <= point < len(known) else records.PointStatus(0, "done")
 
     @cached_property
     def points(self) -> list[LoadPoint]:
@@ -278,10 +296,13 @@ class Run:
             raise ValueError(f"no column {', '.join(missing)}")
         if missing:
             self.warnings.append(f"{records.SWEEP} is of another version: it has no {', '.join(missing)}")
-        table = table.reindex(columns=list(records.SWEEP_COLUMNS)).astype(np.float64)
+        texts = {name: table.get(name, "") for name in records.SWEEP_TEXTS}
+        table = table.reindex(columns=list(records.SWEEP_COLUMNS)).drop(columns=[*texts]).astype(np.float64)
         if table[list(COUNT_COLUMNS)].isna().any(axis=None):
             raise ValueError(f"an empty cell in {', '.join(COUNT_COLUMNS)}")
-        return pd.DataFrame(table.astype(dict.fromkeys(COUNT_COLUMNS, np.int64)))
+        table["repeat"] = table["repeat"].fillna(0)
+        table = table.astype(dict.fromkeys((*COUNT_COLUMNS, "repeat"), np.int64)).assign(**texts)
+        return pd.DataFrame(table[list(records.SWEEP_COLUMNS)])
 
     def _rows_by_point(self, sweep: pd.DataFrame) -> dict[Any, int]:
         """Load point index -> position of its row: the first row of the same concurrency not yet taken."""

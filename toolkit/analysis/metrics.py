@@ -96,6 +96,25 @@ def itl_s(requests: pd.DataFrame) -> Floats:
     return each_token(gaps.per_token, gaps.tokens)
 
 
+def icl_s(requests: pd.DataFrame) -> Floats:
+    """Inter-chunk latency: each gap between chunks that carry tokens, undivided, pooled over all rows.
+
+    aiperf's name; vLLM and SGLang call it ITL. It grows with the tokens that a chunk carries.
+    """
+    gaps = gaps_of(chunks_of(requests))
+    return gaps.per_token * gaps.tokens
+
+
+def ttfb_s(requests: pd.DataFrame) -> Floats:
+    """Time to first byte, one value a row: send to the first byte of the answer, headers included."""
+    return requests["first_byte_s"].to_numpy(np.float64)
+
+
+def ttfo_s(requests: pd.DataFrame) -> Floats:
+    """Time to first output that a user sees, one value a row: content or a tool call, not reasoning. As aiperf."""
+    return requests["first_visible_s"].to_numpy(np.float64)
+
+
 def itl_at(requests: pd.DataFrame) -> tuple[Floats, Floats]:
     """When each token after a request's first chunk came (Unix seconds), and its ITL in seconds as in ``itl_s``."""
     gaps = gaps_of(chunks_of(requests))
@@ -192,6 +211,23 @@ def tok_s_between(requests: pd.DataFrame, begin: float, end: float) -> float:
         return np.nan
     times, tokens = tokens_at(requests[requests["status"] == "ok"])
     return float(tokens[(times >= begin) & (times < end)].sum() / (end - begin))
+
+
+def steady_figures(requests: pd.DataFrame, concurrency: int) -> dict[str, float]:
+    """The ``steady_*`` columns of a load point: its steady state without ramp-up and tail.
+
+    - ``steady_s``, ``steady_output_tok_s``: length of ``steady_interval``, and the tokens a second that came in it.
+    - ``steady_{ttft,itl,tpot,e2e}_{p50,p99}_ms``: over the ok requests that were sent in it.
+    """
+    begin, end = steady_interval(requests, concurrency)
+    ok = succeeded(requests)
+    sent = ok["t_send"].to_numpy(np.float64)
+    ok = ok[(sent >= begin) & (sent < end)]
+    row = {"steady_s": end - begin, "steady_output_tok_s": tok_s_between(requests, begin, end)}
+    for name, seconds in (("ttft", ttft_s(ok)), ("itl", itl_s(ok)), ("tpot", tpot_s(ok)), ("e2e", e2e_s(ok))):
+        found = summary_ms(seconds)
+        row |= {f"steady_{name}_{stat}_ms": found[stat] for stat in ("p50", "p99")}
+    return row
 
 
 @dataclass(frozen=True)
@@ -292,8 +328,11 @@ def sweep_row(
       drain at its end: with few requests a slot, both figures are a little below the steady state.
     - ``output_tok_s_per_gpu``: output_tok_s / num_gpus (all GPUs of the deployment; ranks on CPU).
     - ``output_tok_s_per_user``: mean over requests of 1 / TPOT, as aiperf; others take 1000 / median TPOT.
-    - ``steady_s``, ``steady_output_tok_s``: length of ``steady_interval``, and the tokens a second that came in it.
-    - ``balancedness_mean``, ``imbalance_max``: from the expert counts (imbalance.py), NaN until those are there.
+    - ``ttfb``, ``ttfo``, ``icl``: first byte, first visible output, undivided gaps between chunks.
+    - ``steady_*``: see ``steady_figures``.
+    - ``balancedness_mean``, ``imbalance_max``: from the expert counts (imbalance.py), NaN until those are there;
+      ``power_w``, ``output_tok_s_per_w``: from nodes.parquet (nodes.py), the same.
+    - ``repeat``, ``state``, ``reason``: 0 and empty here; whoever knows the point's state fills them in.
 
     A figure that does not exist (no ok request, one token only) is NaN.
 
@@ -310,7 +349,6 @@ def sweep_row(
     prompt, output = float(ok["prompt_tokens"].sum()), float(ok["output_tokens"].sum())
     output_tok_s = output / duration if duration > 0 else np.nan
     tpot = tpot_s(ok)
-    steady = steady_interval(requests, concurrency)
     row: dict[str, Any] = {
         "concurrency": concurrency,
         "request_rate": request_rate,
@@ -325,12 +363,16 @@ def sweep_row(
         "total_tok_s": (prompt + output) / duration if duration > 0 else np.nan,
         "balancedness_mean": balancedness_mean,
         "imbalance_max": imbalance_max,
-        "steady_s": steady[1] - steady[0],
-        "steady_output_tok_s": tok_s_between(requests, *steady),
-    }
+        "power_w": np.nan,
+        "output_tok_s_per_w": np.nan,
+        "repeat": 0,
+        "state": "",
+        "reason": "",
+    } | steady_figures(requests, concurrency)
     ttft, e2e, waited = ttft_s(ok), e2e_s(ok), wait_s(ok)
     latencies = {"ttft": ttft, "itl": itl_s(ok), "tpot": tpot, "e2e": e2e}
     latencies |= {"ttft_sched": ttft + waited, "e2e_sched": e2e + waited}
+    latencies |= {"ttfb": ttfb_s(ok), "ttfo": ttfo_s(ok), "icl": icl_s(ok)}
     for name, seconds in latencies.items():
         row |= {f"{name}_{stat}_ms": value for stat, value in summary_ms(seconds).items()}
     return {name: row[name] for name in SWEEP_COLUMNS}

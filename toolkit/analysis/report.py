@@ -117,6 +117,7 @@ def _sweep_rows(run: Run) -> list[dict[str, Any]]:
     return [
         {
             "best": position == best,
+            "invalid": row["reason"] or "no reason was given" if row["state"] == "invalid" else "",
             "groups": [[_cell(column.key, row[column.key]) for column in group.columns] for group in GROUPS],
         }
         for position, (_, row) in enumerate(run.sweep.iterrows())

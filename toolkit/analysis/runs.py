@@ -92,15 +92,16 @@ class Runs:
         tables = []
         for key in dict.fromkeys(keys):
             same = [run for run, other in zip(self._runs, keys, strict=True) if other == key]
-            levels = combine(point for run in same for point in run.points)
+            levels = combine(point for run in same for point in run.points if point.valid)
             if len(levels):
                 tables.append(_with_settings(levels.assign(runs=len(same)), same[0].settings))
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
     @cached_property
     def pareto(self) -> pd.DataFrame:
-        """Load points as tok/s/GPU against tok/s/user: run, mapping, concurrency, both, ``front``: on the front."""
+        """Valid load points, tok/s/GPU against tok/s/user: run, mapping, concurrency, both, ``front``: on the front."""
         rows = self.sweep
+        rows = rows[rows["state"] != "invalid"] if len(rows) else rows
         needed = ["run", "model", "mapping", "concurrency", "output_tok_s_per_user", "output_tok_s_per_gpu"]
         rows = rows[needed].dropna(subset=needed[-2:]).reset_index(drop=True) if len(rows) else pd.DataFrame()
         if len(rows):

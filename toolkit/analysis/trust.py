@@ -37,6 +37,8 @@ def warnings(run: Run) -> list[str]:
     if run.missing:
         found.append(f"missing: {', '.join(run.missing)}")
     for point in run.points:
+        if not point.valid:
+            found.append(f"concurrency {point.concurrency} is invalid and left out: {point.row['reason']}")
         found += [f"concurrency {point.concurrency}: {text}" for text in _point(point)]
     few = [
         f"{point.concurrency} ({ok})"

@@ -30,6 +30,7 @@ class Proposal:
         messages: frontend messages it has seen since start.
         controls: control operations that have reached it and are not carried out.
         shutdown: 1 when it was asked to.
+        experts: what its EPLB manager says (``eplb/manager.py``); 0: nothing.
         prompts: waiting requests. generating: requests that decode. slots: requests it could still admit.
         arrived, lost: bits of the transfers that its DP group has open, in order (``disagg/``).
     """
@@ -42,6 +43,7 @@ class Proposal:
     messages: int
     controls: int
     shutdown: int
+    experts: int
     prompts: int
     generating: int
     slots: int
@@ -56,6 +58,7 @@ class Agreement:
     Attributes:
         asleep: nothing to do anywhere, and all have seen the same number of messages.
         controls: so many control operations have reached all; all carry them out now. shutdown: all end now.
+        experts: what every rank's EPLB manager says, by rank.
         by_dp: the proposals of the DP ranks' leaders.
         arrived, lost: transfers that have ended on all ranks of this DP group, and those that failed on one.
     """
@@ -64,6 +67,7 @@ class Agreement:
     asleep: bool
     controls: int
     shutdown: bool
+    experts: tuple[int, ...]
     by_dp: tuple[Proposal, ...]
     arrived: int = 0
     lost: int = 0
@@ -83,13 +87,14 @@ def agree(comm: Comm, dims: ParallelDims, step: int, mine: Proposal) -> Agreemen
     )
     busy = any(p.busy for p in everyone)
     seen = {p.messages for p in everyone}
-    quiet = not busy and not any(p.controls or p.shutdown for p in everyone) and len(seen) == 1
+    quiet = not busy and not any(p.controls or p.shutdown or p.experts for p in everyone) and len(seen) == 1
     controls = min(p.controls for p in everyone)
+    experts = tuple(p.experts for p in everyone)
     group = everyone if comm.size == 1 else [everyone[rank] for rank in dims.dp_group(dims.dp_rank(comm.rank))]
     arrived = reduce(and_, (p.arrived | p.lost for p in group))
     lost = arrived & reduce(or_, (p.lost for p in group))
     shutdown = all(p.shutdown for p in everyone) and not busy
-    return Agreement(ctx, quiet, controls, shutdown, by_dp, arrived, lost)
+    return Agreement(ctx, quiet, controls, shutdown, experts, by_dp, arrived, lost)
 
 
 def _first_halves(by_dp: tuple[Proposal, ...]) -> tuple[int, ...] | None:

@@ -13,10 +13,13 @@ from typing import Any
 
 from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.eplb.check import check_eplb
+from toolkit.engine.experts_check import check_experts
 from toolkit.engine.kv.kinds import layer_kinds, window_blocks
 from toolkit.registry import unknown
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+FP8_BYTES = 1 + 4 / 128**2  # a value, and its share of a block's scale
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Arch:
         """True when the checkpoint holds its matrices in FP8, in blocks that GEMMs on FP8 can use."""
         config = self.hf.get("quantization_config") or {}
         return config.get("quant_method") == "fp8" and list(config.get("weight_block_size", ())) == [128, 128]
+
+    @property
+    def expert_groups(self) -> int:
+        """Groups that the gate chooses experts by (consecutive experts form one); 1: it knows none."""
+        return int(self.hf.get("n_group") or 1)
 
     def slots(self, engine: EngineConfig) -> int:
         """Physical experts a layer."""
@@ -155,7 +163,12 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"moe_a2a_backend={engine.moe_a2a_backend} with ep_size={dims.ep_size} has none: use all_to_all and "
             "ep_size > 1, or enable_two_batch_overlap=false"
         )
-    return errors + _check_engine(arch, engine)
+    return (
+        errors
+        + check_eplb(engine, arch, dims.ep_size)
+        + check_experts(arch, dims, engine)
+        + _check_engine(arch, engine)
+    )
 
 
 def _check_head(arch: Arch, dims: ParallelDims, fits: list[int]) -> list[str]:
@@ -234,9 +247,17 @@ def context_length(arch: Arch, engine: EngineConfig) -> int:
     return min(engine.context_length or arch.max_len, capacity)
 
 
-def memory_by_kind(arch: Arch, dims: ParallelDims, engine: EngineConfig, dtype: str) -> dict[str, int]:
+def wants_fp8(arch: Arch, engine: EngineConfig, device: str) -> bool:
+    """True when matrices that are stored in FP8 are to be multiplied in it: on a GPU, by DeepGEMM."""
+    return arch.fp8 and device != "cpu" and engine.moe_runner_backend in ("auto", "deep_gemm")
+
+
+def memory_by_kind(
+    arch: Arch, dims: ParallelDims, engine: EngineConfig, dtype: str, device: str = "cpu"
+) -> dict[str, int]:
     """Bytes one rank needs, by kind. Activations and communication buffers are not in it."""
     size, d = DTYPE_BYTES[dtype], arch.hidden_size
+    matrix = FP8_BYTES if wants_fp8(arch, engine, device) else size
     dense_layers = arch.num_layers - len(arch.moe_layers)
     expert = 3 * d * arch.moe_intermediate // dims.moe_tp
     embedding = arch.vocab_size * d
@@ -245,12 +266,25 @@ def memory_by_kind(arch: Arch, dims: ParallelDims, engine: EngineConfig, dtype: 
     kv_rows = sum(len(kind.layers) * kind.num_blocks * engine.page_size for kind in layer_kinds(arch.windows, engine))
     return {
         "embedding": size * (embedding if arch.tied and dims.head_tp == 1 else embedding + embedding // dims.head_tp),
-        "attention": size * arch.num_layers * (by_heads // dims.attn_tp + by_kv // kv_shards + replicated),
-        "dense_ffn": size * dense_layers * 3 * d * arch.dense_intermediate // dims.dense_tp,
-        "shared_experts": size * len(arch.moe_layers) * 3 * d * arch.shared_intermediate,
-        "experts": size * len(arch.moe_layers) * arch.slots(engine) // dims.ep_size * expert,
+        "attention": int(
+            arch.num_layers
+            * (
+                (matrix if arch.mla else size) * (by_heads // dims.attn_tp + by_kv // kv_shards + replicated)
+                + (size - matrix) * _latent_up(arch) // dims.attn_tp
+            )
+        ),
+        "dense_ffn": int(matrix * dense_layers * 3 * d * arch.dense_intermediate // dims.dense_tp),
+        "shared_experts": int(matrix * len(arch.moe_layers) * 3 * d * arch.shared_intermediate),
+        "experts": int(matrix * len(arch.moe_layers) * arch.slots(engine) // dims.ep_size * expert),
+        "eplb_spare": int(matrix * arch.slots(engine) // dims.ep_size * expert) if engine.enable_eplb else 0,
         "kv_cache": size * kv_rows * arch.kv_values * arch.kv_heads // kv_shards,
     }
+
+
+def _latent_up(arch: Arch) -> int:
+    """Parameters of MLA's expansion of the latent, which einsums use: never in FP8."""
+    hf = arch.hf
+    return arch.num_heads * (hf["qk_nope_head_dim"] + hf["v_head_dim"]) * hf["kv_lora_rank"] if arch.mla else 0
 
 
 def _splits_kv_heads(arch: Arch, attn_tp: int) -> bool:

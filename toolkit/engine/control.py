@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from toolkit.engine.eplb.manager import Manager
 from toolkit.engine.eplb.recorder import Recorder
 from toolkit.engine.messages import Control, ControlReply
 from toolkit.engine.scheduler import Scheduler
@@ -26,13 +27,15 @@ class Controller:
 
     Args:
         recorder: None where experts are not counted.
+        eplb: None where experts stay where they are.
         profile_dir: profiles go to folders in it; empty: there are none.
     """
 
     def __init__(
-        self, rank: int, scheduler: Scheduler, recorder: Recorder | None, profile_dir: str, device: str
-    ) -> None:
-        self._rank, self._scheduler, self._recorder = rank, scheduler, recorder
+        self, rank: int, scheduler: Scheduler, recorder: Recorder | None, profile_dir: str, device: str,
+        eplb: Manager | None = None,
+    ) -> None:  # fmt: skip
+        self._rank, self._scheduler, self._recorder, self._eplb = rank, scheduler, recorder, eplb
         self._profile_dir, self._device = profile_dir, device
         self._pending: deque[Control] = deque()
         self._sleep_s = 0.0
@@ -81,7 +84,9 @@ class Controller:
             case "stop_experts":
                 self._counting().stop()
             case "dump_experts":
-                self._counting().end_of_pass(flush=True)
+                return self._counting().dump()
+            case "rebalance_experts":
+                self._rebalance(control.placement)
             case "slow_down":
                 self._sleep_s = control.sleep_s
             case "start_profile":
@@ -98,6 +103,11 @@ class Controller:
                 "experts are not counted: start with engine.expert_distribution_recorder_mode=stat and a MoE model"
             )
         return self._recorder
+
+    def _rebalance(self, placement: str) -> None:
+        if self._eplb is None:
+            raise ValueError("experts stay where they are: start with engine.enable_eplb=true and a MoE model")
+        self._eplb.request(placement)
 
     def _start_profile(self, control: Control) -> str:
         if self._profile is not None:

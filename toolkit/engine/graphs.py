@@ -120,7 +120,6 @@ class DecodeGraphs:
         everywhere = (size,) * self._groups.dims.dp_size
         ctx = StepContext(0, everywhere, everywhere, is_extend=False)
         plan = self._attention.static_plan(size, self._max_len, views)
-        self._attention.begin(plan)
         layout = TokenLayout(ctx, self._groups, self._padding, num_valid)
         step = Forward(positions_T, layout, plan, self._attention)
         hidden = layout.gather(self._model.forward(resolve_tokens(ids_T, rows_T, self._last), step))

@@ -91,7 +91,7 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
 ControlOp = Literal[
     "flush_cache", "start_experts", "stop_experts", "dump_experts", "slow_down", "start_profile", "stop_profile",
-    "shutdown",
+    "rebalance_experts", "shutdown",
 ]  # fmt: skip
 
 
@@ -102,6 +102,7 @@ class Control(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
         sleep_s: of slow_down: seconds before each forward pass; 0: none.
         folder: of start_profile: name of the folder for its files.
         num_steps: of start_profile: ends by itself after so many forward passes; 0: with stop_profile.
+        placement: of rebalance_experts: where experts are to go, as JSON; empty: what suits the counts.
     """
 
     cid: str
@@ -109,6 +110,7 @@ class Control(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     sleep_s: float = 0.0
     folder: str = ""
     num_steps: int = 0
+    placement: str = ""
 
 
 class Wake(msgspec.Struct, tag=True, frozen=True):
@@ -169,6 +171,33 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
     outputs: list[Output]
 
 
+class EplbStats(msgspec.Struct, frozen=True):
+    """Rebalancing of experts, as the first rank knows it. Counters (``*_total``) never fall.
+
+    Attributes:
+        state: waiting for the next look; planning; moving ``chunk`` of ``chunks``; broken: see ``reason``.
+        pause_s_total: what steps waited for. moved_slots_total: slots that got an expert from another rank.
+        skipped_total: looks that ended without a rebalance: balanced, within noise, or above the threshold.
+        balancedness_measured: of the rows that ranks received, at the last look.
+        balancedness_before, balancedness_after: of the last rebalance, for the counts that it was planned from.
+    """
+
+    state: Literal["waiting", "planning", "moving", "broken"] = "waiting"
+    reason: str = ""
+    chunk: int = 0
+    chunks: int = 0
+    rebalances_total: int = 0
+    aborted_total: int = 0
+    skipped_total: int = 0
+    moved_slots_total: int = 0
+    same_node_bytes_total: int = 0
+    cross_node_bytes_total: int = 0
+    pause_s_total: float = 0.0
+    balancedness_measured: float = float("nan")
+    balancedness_before: float = float("nan")
+    balancedness_after: float = float("nan")
+
+
 class Stats(msgspec.Struct, tag=True, frozen=True):
     """State of one DP rank, sent at most a few times a second.
 
@@ -188,6 +217,7 @@ class Stats(msgspec.Struct, tag=True, frozen=True):
     generated_tokens_total: int
     preemptions_total: int
     balancedness: float
+    eplb: EplbStats | None = None  # from the first rank, where enable_eplb
 
 
 class ControlReply(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):

@@ -70,6 +70,15 @@ class Comm:
         out = x.new_empty(sum(recv), *x.shape[1:])
         return out, dist.all_to_all_single(out, x.contiguous(), recv, send, group=self.group, async_op=True)
 
+    def exchange(self, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> list[dist.Work]:
+        """Starts to send tensors to ranks of this set, and to receive into tensors from them; wait on the works.
+
+        Between two ranks the order of the tensors must be the same on both.
+        """
+        ops = [dist.P2POp(dist.irecv, t, self.ranks[peer], self.group) for t, peer in recvs]
+        ops += [dist.P2POp(dist.isend, t, self.ranks[peer], self.group) for t, peer in sends]
+        return dist.batch_isend_irecv(ops) if ops else []
+
     def broadcast_bytes(self, data: bytes) -> bytes:
         """What the first rank passes, on every rank."""
         if self.size == 1:
@@ -95,6 +104,8 @@ class Groups:
         moe: ranks that hold one whole set of experts.
         tp: all ranks of the worker.
         tp_cpu: the same for host data (``agree``).
+        counts: the same for host data, for the thread that sums expert counts beside the steps.
+        experts: as ``moe``, for experts that move while steps run.
     """
 
     dims: ParallelDims
@@ -104,12 +115,14 @@ class Groups:
     moe: Comm
     tp: Comm
     tp_cpu: Comm
+    counts: Comm
+    experts: Comm
 
     @classmethod
     def single(cls) -> Groups:
         """One rank, no process group."""
         one = Comm([0], 0, None)
-        return cls(ParallelDims(1, 1, 1, 1, None), 0, one, one, one, one, one)
+        return cls(ParallelDims(1, 1, 1, 1, None), 0, one, one, one, one, one, one, one)
 
     @classmethod
     def connect(cls, dims: ParallelDims, rank: int, host: str, port: int, device: str) -> Groups:
@@ -134,6 +147,7 @@ class Groups:
         return cls(
             dims, rank, attn_tp=split(dims.attn_tp, None), attn_tp_cpu=split(dims.attn_tp, "gloo"),
             moe=split(dims.moe_group, None), tp=split(dims.tp_size, None), tp_cpu=split(dims.tp_size, "gloo"),
+            counts=split(dims.tp_size, "gloo"), experts=split(dims.moe_group, None),
         )  # fmt: skip
 
     @property

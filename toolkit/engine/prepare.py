@@ -23,7 +23,7 @@ from toolkit.engine.runner import ModelRunner
 log = logging.getLogger(__name__)
 
 GB = 10**9
-PROBE_BLOCKS = 2  # a KV cache as small as it can be, for measuring everything else
+PROBE = 2  # times the largest step: a KV cache that holds one such step, for measuring everything else
 
 
 def prepare(runner: ModelRunner, progress: Callable[[str, int, int], None]) -> dict[str, int]:
@@ -40,7 +40,7 @@ def prepare(runner: ModelRunner, progress: Callable[[str, int, int], None]) -> d
     progress("warm-up", 0, 1)
     runner.moe.warm_up(lambda done, total: progress("compile", done, total))
     if gpu and engine.mem_fraction_static:
-        runner.allocate(_with_tokens(runner, engine.chunked_prefill_size + PROBE_BLOCKS * engine.page_size))
+        runner.allocate(_with_tokens(runner, PROBE * (engine.chunked_prefill_size + engine.page_size)))
     _warm_up(runner)
     if gpu:
         used["weights_and_buffers"] = _settled(runner.device) - runner.cache.num_bytes
@@ -73,9 +73,11 @@ def _warm_up(runner: ModelRunner) -> None:
 
 def _peak_of_largest_step(runner: ModelRunner) -> int:
     """Bytes that a prefill step of all the tokens allowed takes beside what stays."""
-    scheduler = runner.new_scheduler()
-    tokens = min(runner.engine.chunked_prefill_size, scheduler.max_len - 1)
-    scheduler.add("warm-up", [0] * tokens, SamplingParams(max_tokens=1))
+    scheduler, left = runner.new_scheduler(), runner.engine.chunked_prefill_size
+    while left > 0:
+        tokens = min(left, scheduler.max_len - 1)
+        scheduler.add(f"warm-up-{left}", [0] * tokens, SamplingParams(max_tokens=1))
+        left -= tokens
     batch = scheduler.schedule()
     dp = runner.groups.dims.dp_size
     torch.cuda.reset_peak_memory_stats()
@@ -107,7 +109,7 @@ def _tokens_left(runner: ModelRunner, fraction: float, taken: int) -> int:
     mine = int((total * fraction - taken) / per_token)
     least = int(-_most(runner, -mine))
     page = runner.engine.page_size
-    if least < PROBE_BLOCKS * page:
+    if least < PROBE * page:
         raise ValueError(
             f"engine.mem_fraction_static={fraction} of {total / GB:.0f} GB leaves no KV cache beside "
             f"{taken / GB:.1f} GB of weights, buffers, activations and graphs: raise it, lower "

@@ -61,6 +61,7 @@ class ModelRunner:
 
     Args:
         progress: called with the bytes of weights loaded so far.
+        nodes: that the ranks of one set of experts are on.
         transfer: gives the KV cache its memory, so that peers can read it; None: nobody does.
 
     Raises:
@@ -75,13 +76,14 @@ class ModelRunner:
         groups: Groups,
         device: str,
         progress: Callable[[int], None] = lambda done: None,
+        nodes: int = 1,
         transfer: KVTransfer | None = None,
     ) -> None:
         self.transfer = transfer
         self.arch, self.groups, self.device = arch, groups, device
         self.padding = engine.dp_padding_mode
         self._dtype = DTYPES[model.dtype]
-        self.moe = MoEContext.create(arch, engine, groups, device)
+        self.moe = MoEContext.create(arch, engine, groups, device, nodes)
         weights = open_weights(model, device, progress, keeps_fp8(arch, engine, device))
         self.model = make_model(arch, weights, groups, self.moe, device)
         self.sampler = Sampler()

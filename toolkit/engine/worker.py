@@ -33,7 +33,7 @@ from toolkit.engine.control import Controller, process_bytes
 from toolkit.engine.core import Batch, StepContext
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.disagg.part import make_part, make_transfer
-from toolkit.engine.eplb.recorder import Recorder
+from toolkit.engine.eplb.setup import make_manager, make_recorder, num_nodes
 from toolkit.engine.messages import (
     Abort,
     Control,
@@ -142,30 +142,32 @@ class Worker:
         if errors:
             raise ValueError("; ".join(errors))
         self.device = device.use(args.device, args.local_ranks[self.rank])
+        if self.rank == 0 and args.experts_path:
+            Path(args.experts_path).parent.mkdir(parents=True, exist_ok=True)
         self._progress("connect", 0, self.dims.tp_size)
         self.groups = Groups.connect(self.dims, self.rank, args.rank_hosts[0], args.dist_port, self.device)
-        memory = memory_by_kind(arch, self.dims, engine, args.model.dtype)
-        total = sum(memory.values()) - memory["kv_cache"]
+        memory = memory_by_kind(arch, self.dims, engine, args.model.dtype, args.device)
+        total = sum(memory.values()) - memory["kv_cache"] - memory["eplb_spare"]
         self.runner = ModelRunner(
             args.model, arch, engine, self.groups, self.device, lambda done: self._progress("load", done, total),
-            make_transfer(args, self.rank),
+            num_nodes(args.rank_hosts, self.dims), make_transfer(args, self.rank),
         )  # fmt: skip
+        self.recorder = make_recorder(arch, self.runner.moe, args.experts_path, self.device)
+        self.runner.moe.recorder = self.recorder  # before graphs are captured, which then count as well
+        if self.recorder is not None:
+            self.recorder.recording = False
         used = prepare(self.runner, self._progress)
+        if self.recorder is not None:
+            self.recorder.start()
         self.max_len = context_length(arch, self.runner.engine)
         self.scheduler = self.runner.new_scheduler()
         self.part = make_part(args, self.rank, self.groups, self.runner, self.scheduler)
-        self.recorder: Recorder | None = None
-        if engine.expert_distribution_recorder_mode and arch.moe_layers:
-            path = Path(args.experts_path) if self.rank == 0 and args.experts_path else None
-            self.recorder = Recorder(
-                arch.moe_layers, self.runner.moe.placement, engine.expert_distribution_recorder_window,
-                self.groups.tp_cpu.all_reduce, path, self.device,
-            )  # fmt: skip
-            self.runner.moe.recorder = self.recorder
+        folder = Path(args.experts_path).parent if args.experts_path else None
+        self.eplb = make_manager(arch, self.runner.moe, self.recorder, folder)
         self.step_log: StepLog | None = None
         if self.leads and args.steps_dir:
             self.step_log = StepLog(steps_path(Path(args.steps_dir), self.rank), self.dp_rank, engine.page_size)
-        self.control = Controller(self.rank, self.scheduler, self.recorder, args.profile_dir, self.device)
+        self.control = Controller(self.rank, self.scheduler, self.recorder, args.profile_dir, self.device, self.eplb)
         ahead = self.device != "cpu" and not engine.disable_overlap_schedule
         self.pipeline = Pipeline(self.runner, self.scheduler, ahead, self._over)
         info = {
@@ -175,6 +177,7 @@ class Worker:
             "memory_bytes": memory | used | {"process": process_bytes(self.device)},
         }
         self.link.send(Ready(self.rank, info, self.part.kv if self.part is not None else b""))
+        self._send_stats()  # figures exist from the first moment
         log.info("rank %d ready: %s", self.rank, info)
 
     def _progress(self, stage: str, done: int, total: int) -> None:
@@ -196,11 +199,15 @@ class Worker:
             asleep, hold = agreed.asleep, self._balance.hold(agreed.by_dp)
             if self.part is not None:
                 self._tell(self.part.apply(agreed.arrived, agreed.lost))
+            if self.eplb is not None:
+                self.eplb.turn(agreed.experts, self._launched)
             if any(agreed.ctx.dp_tokens):
                 self._step(batch, agreed.ctx)
             else:
                 self.pipeline.drain()
-                if not asleep:
+                if self.eplb is not None and any(agreed.experts):
+                    self.eplb.nap()
+                elif not asleep:
                     self.link.pause()
             if agreed.controls:
                 self.pipeline.drain()  # they happen between two steps
@@ -215,6 +222,8 @@ class Worker:
                     self.step_log.close()
                 if self.part is not None:
                     self.part.close()
+                if self.eplb is not None:
+                    self.eplb.close()
                 self._reply(self._shutdown)
                 return
 
@@ -230,6 +239,7 @@ class Worker:
             messages=self.link.messages_seen,
             controls=self.control.num_pending,
             shutdown=self._shutdown is not None,
+            experts=self.eplb.proposal if self.eplb is not None else 0,
             prompts=scheduler.num_waiting,
             generating=len(batch.decode),
             slots=scheduler.max_running - scheduler.num_running,
@@ -240,6 +250,8 @@ class Worker:
 
     def _step(self, batch: Batch, ctx: StepContext) -> None:
         self.link.nap(self.control.forward_sleep_s)
+        if self.recorder is not None:
+            self.recorder.begin_pass(batch)
         self.pipeline.launch(batch, ctx)
         self._launched += 1
         if self.recorder is not None:
@@ -314,7 +326,8 @@ class Worker:
                 cached_tokens_total=stats.cached_tokens,
                 generated_tokens_total=stats.generated_tokens,
                 preemptions_total=stats.preemptions,
-                balancedness=self.recorder.last_balancedness if self.recorder is not None else math.nan,
+                balancedness=self.recorder.history.last_balancedness if self.recorder is not None else math.nan,
+                eplb=self.eplb.stats() if self.eplb is not None and self.rank == 0 else None,
             )
         )
 

@@ -47,6 +47,8 @@ def main() -> int:
 
 def explain(word: str) -> str | None:
     """Why a word of the command line cannot be right, or None."""
+    if nodes := re.match(r"^(cluster\.(?:nodelist|exclude))=([^'\"]*\[.*)", word):
+        return f"{word}: brackets need quotes of their own: \"{nodes[1]}='{nodes[2]}'\""
     top = re.match(r"^\+{0,2}(\w+)=", word)
     known = list(config.ExpConfig.__dataclass_fields__)
     if top and top[1] not in known:
@@ -105,9 +107,11 @@ def begin(experiments: Sequence[Experiment], out: Console, console: Console) -> 
             show_plan(experiment.cfg, out)
         return 0
     if first.emit == "sbatch":
-        from toolkit.launch.submit import script
+        from toolkit.launch.submit import prepare
 
-        sys.stdout.write(script(experiments))
+        for job in prepare(experiments):
+            sys.stdout.write(job.script.read_text())
+            print(f"Submit it with: sbatch {job.script}", file=sys.stderr)  # noqa: T201
         return 0
     elsewhere = [e for e in experiments if e.cfg.cluster.launcher == "slurm" and "SLURM_JOB_ID" not in os.environ]
     if elsewhere:

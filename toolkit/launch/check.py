@@ -6,6 +6,7 @@ corrects everything at once. No torch, and nothing is changed. Read next: ``run.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from toolkit.engine.dims import ParallelDims
 from toolkit.engine.frontend.router import ROUTERS
 from toolkit.launch import ports, provenance, queue
 from toolkit.launch.check_disagg import check_disagg
-from toolkit.launch.plan import num_ports
+from toolkit.launch.check_slurm import check_slurm
+from toolkit.launch.plan import num_ports, pools
 from toolkit.launch.pools import Pool, worker_pools
 from toolkit.loadgen.options import check_load
 from toolkit.registry import unknown
@@ -66,8 +68,11 @@ def check(cfg: ExpConfig) -> list[str]:
         errors += check_disagg(cfg)
     if not sound:
         return errors
+    errors += _loadgen(cfg)
     if cfg.cluster.launcher == "local":
         errors += _ports(cfg)
+    elif cfg.cluster.gpus_per_node > 0:
+        errors += check_slurm(cfg, max(_weights(pool.view(cfg)) for pool in found))
     return errors if will_build(cfg.model) else [*errors, *check_model(cfg)]
 
 
@@ -81,8 +86,14 @@ def check_model(cfg: ExpConfig) -> list[str]:
     for pool in worker_pools(cfg):
         view, dims = pool.view(cfg), ParallelDims.of(pool.parallel)
         wrong = shapes.check(arch, dims, pool.engine)
-        errors += named(pool, wrong or [*_memory(view, arch, dims), *_context(view, arch, pool.name == "prefill")])
+        errors += named(pool, wrong or _check_model(view, pool, arch, dims))
     return errors or _host_memory(cfg, arch)
+
+
+def _check_model(view: ExpConfig, pool: Pool, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:
+    yield from _memory(view, arch, dims)
+    yield from _context(view, arch, pool.name == "prefill")
+    yield from _experts(view, arch, dims)
 
 
 def memory(cfg: ExpConfig) -> dict[str, int]:
@@ -95,7 +106,11 @@ def memory(cfg: ExpConfig) -> dict[str, int]:
         return {}
     if shapes.check(arch, dims, cfg.engine):
         return {}
-    return shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype)
+    return shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype, cfg.cluster.device)
+
+
+def _weights(cfg: ExpConfig) -> int:
+    return sum(size for kind, size in memory(cfg).items() if "kv" not in kind)
 
 
 def named(pool: Pool, errors: Iterable[str]) -> list[str]:
@@ -155,6 +170,19 @@ def _nodes(cluster: ClusterConfig, dims: ParallelDims) -> Iterator[str]:
         )
 
 
+def _loadgen(cfg: ExpConfig) -> Iterator[str]:
+    if cfg.cluster.launcher == "local" or cfg.load.nodes == 1 or cfg.cluster.gpus_per_node < 1:
+        return
+    have = sum(pool.num_nodes for pool in pools(cfg))
+    if cfg.load.nodes > have:
+        yield f"load.nodes={cfg.load.nodes} is more than the {have} nodes of the deployment: use at most {have}"
+    if cfg.deploy.host in ("127.0.0.1", "localhost", "::1"):
+        yield (
+            f"deploy.host={cfg.deploy.host} is not reached from other nodes, which load.nodes={cfg.load.nodes} sends "
+            "from: use deploy.host=0.0.0.0, with deploy.api_key_env on a shared network, or load.nodes=1"
+        )
+
+
 def _ports(cfg: ExpConfig) -> Iterator[str]:
     base, count = cfg.cluster.port, num_ports(cfg)
     if base == 0:
@@ -205,7 +233,7 @@ def _deploy(deploy: DeployConfig) -> Iterator[str]:
 
 
 def _memory(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:
-    by_kind = shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype)
+    by_kind = shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype, cfg.cluster.device)
     rank = sum(by_kind.values())
     detail = _rank_memory(by_kind)
     way_out = "more ranks, a larger parallel.ep_size, or a smaller engine.max_total_tokens"
@@ -224,7 +252,7 @@ def _host_memory(cfg: ExpConfig, arch: shapes.Arch) -> list[str]:
     ranks, needed, detail = 0, 0, ""
     for pool in worker_pools(cfg):
         dims = ParallelDims.of(pool.parallel)
-        by_kind = shapes.memory_by_kind(arch, dims, pool.engine, cfg.model.dtype)
+        by_kind = shapes.memory_by_kind(arch, dims, pool.engine, cfg.model.dtype, cfg.cluster.device)
         ranks += dims.tp_size * pool.workers
         needed += sum(by_kind.values()) * dims.tp_size * pool.workers
         detail = detail or _rank_memory(by_kind)
@@ -241,6 +269,26 @@ def _host_memory(cfg: ExpConfig, arch: shapes.Arch) -> list[str]:
 def _rank_memory(by_kind: dict[str, int]) -> str:
     largest = max(by_kind, key=lambda kind: by_kind[kind])
     return f"{sum(by_kind.values()) / GB:.1f} GB a rank ({largest} {by_kind[largest] / GB:.1f})"
+
+
+def _experts(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:
+    """Balancing that this machine or device cannot do, and a placement that does not fit the model."""
+    engine = cfg.engine
+    if engine.enable_eplb and importlib.util.find_spec("scipy") is None:
+        yield "engine.enable_eplb=true needs scipy: pip install 'wideep-toolkit[eplb]' (numba, too, to plan fast)"
+    if engine.ep_dispatch_algorithm == "weighted" and cfg.cluster.device == "cuda":
+        yield (
+            "engine.ep_dispatch_algorithm=weighted splits each batch on the host, which on GPUs would stop every "
+            "layer: use dynamic, or static"
+        )
+    if engine.init_expert_location != "trivial" and arch.moe_layers:
+        from toolkit.engine.eplb.formats import read_placement  # numpy, and torch for a .pt file
+
+        slots, groups = arch.slots(engine), arch.expert_groups
+        try:
+            read_placement(engine.init_expert_location, arch.moe_layers, arch.num_experts, slots, dims.ep_size, groups)
+        except ValueError as error:
+            yield f"engine.{error}"
 
 
 def _context(cfg: ExpConfig, arch: shapes.Arch, prompt_only: bool) -> Iterator[str]:

@@ -15,11 +15,10 @@ from pathlib import Path
 from rich.console import Console
 
 from toolkit import records
-from toolkit.launch import queue
+from toolkit.launch import job_file, queue
 from toolkit.launch.inside import LOG
 from toolkit.launch.queue import JobState
 from toolkit.launch.run import EXIT_CODES, say
-from toolkit.launch.submit import read_note
 
 ASK_S = 2.0  # between two questions to Slurm, which a whole site shares
 LOOK_S = 0.25
@@ -39,7 +38,7 @@ def follow(run_dirs: Sequence[Path], console: Console) -> int:
 
 def cancel(run_dirs: Sequence[Path], console: Console) -> int:
     """Ends the jobs of ``run_dirs``, by id, and waits for it."""
-    jobs = dict.fromkeys(note.job_id for d in run_dirs if (note := read_note(d)) and note.job_id)
+    jobs = dict.fromkeys(note.job_id for d in run_dirs if (note := job_file.read(d)) and note.job_id)
     try:
         for job_id in jobs:
             state = queue.job(job_id)
@@ -64,7 +63,7 @@ class Follower:
     """One run folder and its job."""
 
     def __init__(self, run_dir: Path, console: Console) -> None:
-        note = read_note(run_dir)
+        note = job_file.read(run_dir)
         assert note and note.job_id, f"{run_dir} is not of a Slurm job"
         self._run_dir, self._console, self._job_id = run_dir, console, note.job_id
         self._shown = 0  # bytes of the launcher's log

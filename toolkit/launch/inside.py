@@ -16,7 +16,7 @@ import yaml
 
 from toolkit import config, records
 from toolkit.config import ExpConfig
-from toolkit.launch import queue
+from toolkit.launch import job_file, queue
 from toolkit.launch.interrupts import NEAR_LIMIT
 from toolkit.launch.run import EXIT_CODES, run
 
@@ -33,8 +33,9 @@ def main() -> int:
         run_dirs = [run_dirs[int(os.environ["SLURM_ARRAY_TASK_ID"])]]
     worst = 0
     for index, run_dir in enumerate(run_dirs):
-        if records.read_status(run_dir).state in ("done", "failed"):
+        if records.read_status(run_dir).state == "done":
             continue  # in an earlier life of this job
+        job_file.write(run_dir, job_file.of_this_process())  # somebody may have submitted the script by hand
         done_before = points_done(run_dir)
         code = run_one(run_dir)
         worst = max(worst, code)
@@ -72,7 +73,7 @@ def read_config(run_dir: Path) -> ExpConfig:
 def goes_on(run_dir: Path, done_before: int) -> bool:
     """Whether to start again after the time limit: where it is asked for, and only if this time brought a point."""
     status = records.read_status(run_dir)
-    wanted = read_config(run_dir).cluster.requeue and status.reason == NEAR_LIMIT
+    wanted = read_config(run_dir).cluster.requeue and status.reason.startswith(NEAR_LIMIT)
     return wanted and points_done(run_dir) > done_before
 
 

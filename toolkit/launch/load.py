@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import msgspec
 
 from toolkit import records
 from toolkit.config import ExpConfig, to_mapping
+from toolkit.engine.args import TOKEN_ENV
 from toolkit.launch.interrupts import Interrupts
 from toolkit.launch.launcher import STATE_DIR, Launcher, Node, ProcessSpec, ProcessState, with_environment
 from toolkit.launch.plan import DeploymentPlan
@@ -30,16 +32,31 @@ PROGRESS = "progress.json"  # inside STATE_DIR
 GRACE_S = 20.0  # to write down what was measured
 
 
-def command(cfg: ExpConfig, plan: DeploymentPlan, run_dir: Path) -> list[str]:
-    """The load generator's command line: every ``load.*`` key as ``key=<JSON>``."""
+def processes(cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir: Path) -> list[ProcessSpec]:
+    """The load generator: one process, or one on each of several nodes, the first of which leads."""
+    meet = f"{nodes[plan.loadgen.nodes[0]].host}:{plan.loadgen.port}" if len(plan.loadgen.nodes) > 1 else ""
+    lead = command(cfg, plan, nodes, run_dir, meet)
+    join = (sys.executable, "-m", "toolkit.loadgen", "join", meet)
+    env = {"no_proxy": "*", "NO_PROXY": "*"}  # a proxy of the site is not for what is on the cluster's own network
+    return [
+        ProcessSpec("loadgen", i, join if i else tuple(lead), env, node, grace_s=GRACE_S)
+        for i, node in enumerate(plan.loadgen.nodes)
+    ]
+
+
+def command(cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir: Path, meet: str) -> list[str]:
+    """The leader's command line: every ``load.*`` key as ``key=<JSON>``."""
+    host = nodes[plan.frontend.node].host if meet else plan.frontend.client_host
     target = {
-        "url": f"http://{plan.frontend.client_host}:{plan.frontend.http_port}",
+        "url": f"http://{host}:{plan.frontend.http_port}",
         "model": cfg.model.name,
         "tokenizer": cfg.model.tokenizer,
         "out": str(run_dir),
         "num_gpus": str(plan.num_gpus),
         "progress": str(run_dir / STATE_DIR / PROGRESS),
     }
+    if meet:
+        target["listen"] = meet
     if cfg.deploy.api_key_env:
         target["api_key_env"] = cfg.deploy.api_key_env
     load = {key: json.dumps(value) for key, value in to_mapping(cfg.load).items()}
@@ -65,11 +82,11 @@ def run_load(
     from toolkit.loadgen.progress import ProgressBars
 
     progress = run_dir / STATE_DIR / PROGRESS
-    spec = ProcessSpec("loadgen", 0, tuple(command(cfg, plan, run_dir)), node=plan.frontend.node, grace_s=GRACE_S)
+    specs = with_environment(processes(cfg, plan, nodes, run_dir), cfg, nodes)
     job = None
     try:
         with interrupts.held():
-            job = launcher.start(with_environment([spec], cfg, nodes), run_dir, {})
+            job = launcher.start(specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
         with ProgressBars() as bars:
             while (state := job.poll()[0]).alive:
                 if not watch.all_alive():
@@ -82,7 +99,7 @@ def run_load(
             time.sleep(POLL_S)  # a process whose death is the reason may not have been reported yet
         watch.check()
         if state.returncode != 0:
-            raise RunFailed(_reason(run_dir, state), run_dir / spec.log)
+            raise RunFailed(_reason(run_dir, state), run_dir / specs[0].log)
     finally:
         with interrupts.ignored():
             if job is not None:

@@ -15,6 +15,7 @@ from toolkit.config import ExpConfig
 from toolkit.engine.dims import ParallelDims
 from toolkit.launch.pools import AGG, Pool, worker_pools
 
+FRONTEND_PORTS = 2  # HTTP, where the load generator's nodes meet
 WORKER_PORTS = 2  # the frontend's inbox for the worker, torch.distributed
 FRONTEND = "frontend"  # a pool of one node for frontend and load generator, where cluster.pools has it
 
@@ -67,6 +68,14 @@ class FrontendPlan:
 
 
 @dataclass(frozen=True)
+class LoadgenPlan:
+    """Nodes that send; the first one, the frontend's, leads and is joined by the others at ``port``."""
+
+    nodes: tuple[int, ...]
+    port: int
+
+
+@dataclass(frozen=True)
 class PoolPlan:
     """Nodes of one kind: ``num_nodes`` from ``first_node`` on. A Slurm job has one component for each pool."""
 
@@ -87,6 +96,7 @@ class DeploymentPlan:
     num_gpus: int
     workers: tuple[WorkerPlan, ...]
     frontend: FrontendPlan
+    loadgen: LoadgenPlan
     pools: tuple[PoolPlan, ...] = ()
 
     @property
@@ -102,6 +112,7 @@ class DeploymentPlan:
         """Every (node, port) of the deployment and what it is for."""
         home = self.frontend.node
         used = {(home, self.frontend.http_port): "frontend HTTP"}
+        used[self.loadgen.nodes[0], self.loadgen.port] = "load generator"
         for worker in self.workers:
             of = "" if worker.pool == AGG else f" of {worker.name}"
             used[home, worker.inbox_port] = f"frontend inbox{of}"
@@ -116,7 +127,7 @@ class DeploymentPlan:
 
 def num_ports(cfg: ExpConfig) -> int:
     """How many consecutive ports a deployment takes, on each of its nodes."""
-    return 1 + sum(pool.workers * (WORKER_PORTS + pool.parallel.tp_size) for pool in worker_pools(cfg))
+    return FRONTEND_PORTS + sum(pool.workers * (WORKER_PORTS + pool.parallel.tp_size) for pool in worker_pools(cfg))
 
 
 def pools(cfg: ExpConfig) -> tuple[PoolPlan, ...]:
@@ -143,7 +154,7 @@ def plan(cfg: ExpConfig, port_base: int | Sequence[int]) -> DeploymentPlan:
     assert len(bases) == num_nodes, f"{len(bases)} first ports for {num_nodes} nodes"
     first_node = {kind.name: kind.first_node for kind in kinds}
     workers: list[WorkerPlan] = []
-    port, gpu = 1, 0
+    port, gpu = FRONTEND_PORTS, 0
     for pool in worker_pools(cfg):
         if cfg.cluster.launcher == "local":
             placed = [[(0, gpu + i) for i in _span(pool, index)] for index in range(pool.workers)]
@@ -163,6 +174,7 @@ def plan(cfg: ExpConfig, port_base: int | Sequence[int]) -> DeploymentPlan:
         num_gpus=gpu,
         workers=tuple(workers),
         frontend=FrontendPlan(0, cfg.deploy.host, bases[0]),
+        loadgen=LoadgenPlan(tuple(i % num_nodes for i in range(cfg.load.nodes)), bases[0] + 1),
         pools=kinds,
     )
 

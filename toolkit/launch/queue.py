@@ -6,11 +6,13 @@ site has it. Everything goes by job id. Knows nothing of experiments.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 TIMEOUT_S = 60.0
 ACTIVE = frozenset({
@@ -101,6 +103,24 @@ def parse_job(line: str) -> JobState:
     return JobState(
         value("JobState"), value("Reason"), value("StartTime"), value("NodeList"), int(value("Restarts") or 0)
     )
+
+
+def why_ending() -> str:
+    """What Slurm says about ending the job that this process is in; empty when it has said nothing.
+
+    ``CANCELLED``, or the cause: ``PREEMPTION``, ``TIME LIMIT``, ``NODE FAILURE``. While a job is being ended, its state
+    is only COMPLETING; the cause is in the line that slurmstepd writes into the job's output.
+    """
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if not job_id:
+        return ""
+    try:
+        out = _field("StdOut", call("scontrol", "--oneliner", "show", "job", job_id).splitlines()[0])
+        text = Path(out[1]).read_text(errors="replace") if out else ""
+    except (SlurmError, OSError):
+        return ""
+    said = re.findall(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+))?", text)
+    return (said[-1].strip() or "CANCELLED") if said else ""
 
 
 def signal_batch(job_id: str, name: str) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from toolkit import records
 from toolkit.config import ExpConfig, to_mapping
 from toolkit.engine.args import TOKEN_ENV
-from toolkit.launch import child, provenance
+from toolkit.launch import child, job_file, provenance, queue
 from toolkit.launch.adapters import adapters
 from toolkit.launch.check import check_model, will_build
 from toolkit.launch.health import LoadingBars, http, wait_ready
@@ -53,12 +53,15 @@ def run(cfg: ExpConfig, overrides: Sequence[str], console: Console, run_dir: Pat
             if run_dir is None:
                 with interrupts.held():
                     run_dir = create_folder(cfg, overrides)
+                    job_file.write(run_dir, job_file.of_this_process())
             deploy_and_load(cfg, run_dir, interrupts, console)
         except (Exception, Cancelled) as error:
             if run_dir is None and isinstance(error, ValueError):
                 raise
             ended_by = error
         with interrupts.ignored():
+            if isinstance(ended_by, Cancelled) and (word := queue.why_ending()):
+                ended_by = Cancelled(f"{ended_by} (Slurm: {word})")
             if run_dir is not None:
                 close_status(run_dir, ended_by)
             if ended_by is not None:

@@ -71,7 +71,7 @@ def _parameters(cfg: ExpConfig, cluster: ClusterConfig, pool: PoolPlan) -> dict[
         "nodes": pool.num_nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": None if cluster.exclusive else cluster.cpus_per_node or tasks + 2,
-        "mem": cluster.mem or None,
+        "mem": str(cluster.mem) or None,
         "gpus_per_node": f"{kind}{gpus}" if gpus and cluster.gpus_by == "gpus-per-node" else None,
         "gres": f"gpu:{kind}{gpus}" if gpus and cluster.gpus_by == "gres" else None,
         "exclusive": cluster.exclusive or None,

@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from toolkit.config import ExpConfig
+from toolkit.config import ExpConfig, LoadConfig
 from toolkit.launch.launcher import ProcessSpec
 from toolkit.launch.plan import DeploymentPlan
 from toolkit.launch.pools import AGG
@@ -39,11 +39,19 @@ def show(
     console.print(_ranks(plan), *(_memory(cfg, pool, by_kind) for pool, by_kind in memory.items()))
     console.print(_commands(specs), soft_wrap=True)
     console.print(
-        f"Then: load points {', '.join(map(str, cfg.load.concurrency))} (concurrency), dataset {cfg.load.dataset}, "
-        f"osl {cfg.load.osl}; results under {cfg.cluster.results_dir}/{cfg.exp}/",
+        f"Then: {_points(cfg.load)}, dataset {cfg.load.dataset}, osl {cfg.load.osl}; results under "
+        f"{cfg.cluster.results_dir}/{cfg.exp}/",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _points(load: LoadConfig) -> str:
+    if load.arrival == "trace":
+        return f"the trace {load.dataset_path}, {load.speedup:g} times as fast as recorded"
+    if load.request_rate:
+        return f"load points {', '.join(f'{rate:g}' for rate in load.request_rate)} (requests/s, {load.arrival})"
+    return f"load points {', '.join(map(str, load.concurrency))} (concurrency)"
 
 
 def _ranks(plan: DeploymentPlan) -> Table:

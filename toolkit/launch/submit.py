@@ -7,10 +7,7 @@ the job writes there and asks ``squeue`` as little as possible, so that the term
 
 from __future__ import annotations
 
-import getpass
 import logging
-import platform
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +16,11 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from toolkit import records
 from toolkit.config import ExpConfig, to_mapping
-from toolkit.launch import queue, sbatch
+from toolkit.launch import job_file, queue, sbatch
 from toolkit.launch.launcher import STATE_DIR
 
-JOB = "job.json"  # inside STATE_DIR
+SCRIPT = "run.sbatch"  # inside STATE_DIR of a job's first run folder
 
 
 @dataclass(frozen=True)
@@ -35,50 +31,46 @@ class Experiment:
     overrides: list[str]
 
 
-class JobRecord(msgspec.Struct, frozen=True):
-    """``launch/job.json``: who runs this folder.
+@dataclass(frozen=True)
+class Prepared:
+    """A job on disk: its run folders, and its script in the first of them."""
 
-    Attributes:
-        job_id: of Slurm, ``17`` or ``17_3``; empty for a run without Slurm.
-        pid, create_time: of the launcher of such a run, on ``host``.
-    """
-
-    host: str
-    user: str
-    submitted: float
-    job_id: str = ""
-    pid: int = 0
-    create_time: float = 0.0
+    run_dirs: list[Path]
+    array: bool
+    script: Path
 
 
-def script(experiments: Sequence[Experiment]) -> str:
-    """The scripts that would be submitted, with ``<time>`` in place of what only the submission decides."""
-    texts = []
+def prepare(experiments: Sequence[Experiment]) -> list[Prepared]:
+    """Makes the run folders and the scripts of all jobs; submits nothing."""
+    from toolkit.launch.run import create_folder
+
+    prepared = []
     for group, array in groups(experiments):
-        run_dirs = [Path(e.cfg.cluster.results_dir).absolute() / e.cfg.exp / "<time>" for e in group]
-        texts.append(sbatch.script(group[0].cfg, run_dirs, array))
-    return "\n".join(texts)
+        run_dirs = [create_folder(e.cfg, e.overrides, "queued") for e in group]
+        file = run_dirs[0] / STATE_DIR / SCRIPT
+        file.write_text(sbatch.script(group[0].cfg, run_dirs, array))
+        file.chmod(0o755)
+        prepared.append(Prepared(run_dirs, array, file))
+    return prepared
 
 
 def submit(experiments: Sequence[Experiment], console: Console) -> list[Path]:
     """Submits all and returns their run folders. Raises ``ValueError`` when Slurm refuses one."""
-    from toolkit.launch.run import create_folder, say
+    from toolkit.launch.inside import never_begun
+    from toolkit.launch.run import say
 
     run_dirs: list[Path] = []
-    for group, array in groups(experiments):
-        folders = [create_folder(e.cfg, e.overrides, "queued") for e in group]
+    for job in prepare(experiments):
         try:
-            job_id = _sbatch(group[0].cfg, folders, array)
+            job_id = _sbatch(job.script)
         except queue.SlurmError as error:
-            from toolkit.launch.inside import never_begun
-
-            never_begun(folders, str(error))
-            raise ValueError(f"Slurm did not take the job: {error}") from None
-        for index, folder in enumerate(folders):
-            mine = f"{job_id}_{index}" if array else job_id
-            note(folder, JobRecord(platform.node(), getpass.getuser(), time.time(), mine))
+            never_begun(job.run_dirs, f"Slurm did not take the job: {error}")
+            raise ValueError(f"Slurm did not take the job: {error} (its script: {job.script})") from None
+        for index, folder in enumerate(job.run_dirs):
+            mine = f"{job_id}_{index}" if job.array else job_id
+            job_file.write(folder, job_file.by_slurm(mine))
             say(console, f"Submitted job {mine}: {folder}")
-        run_dirs += folders
+        run_dirs += job.run_dirs
     return run_dirs
 
 
@@ -100,40 +92,25 @@ def groups(experiments: Sequence[Experiment]) -> list[tuple[list[Experiment], bo
     return jobs
 
 
-def note(run_dir: Path, record: JobRecord) -> None:
-    records.write_json(run_dir / STATE_DIR / JOB, msgspec.to_builtins(record))
-
-
-def read_note(run_dir: Path) -> JobRecord | None:
-    """Who runs the folder; None where nobody said."""
-    try:
-        return msgspec.json.decode((run_dir / STATE_DIR / JOB).read_bytes(), type=JobRecord)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return None
-
-
-def _sbatch(cfg: ExpConfig, run_dirs: Sequence[Path], array: bool) -> str:
-    """Submits the script of ``run_dirs`` and returns the job's id; the script stays in the first folder."""
+def _sbatch(script: Path) -> str:
+    """Submits ``script`` and returns the job's id."""
     import submitit
-
-    text = sbatch.script(cfg, run_dirs, array)
 
     class Executor(submitit.SlurmExecutor):  # type: ignore[misc]
         """submitit with a script of ours: it may be of several components, and reads no pickle."""
 
         def _make_submission_file_text(self, command: str, uid: str) -> str:
-            return text
+            return script.read_text()
 
     logging.getLogger("submitit").setLevel(logging.WARNING)
     if not queue.here():
         raise queue.SlurmError("sbatch is not installed here: run this on a login node, or use emit=sbatch")
-    folder = run_dirs[0] / STATE_DIR / "submitit"
-    folder.mkdir()
+    folder = script.parent / "submitit"
+    folder.mkdir(exist_ok=True)
     try:
-        job = Executor(folder=folder)._submit_command("")
+        return str(Executor(folder=folder)._submit_command("").job_id)
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise queue.SlurmError(_said(str(error))) from None
-    return str(job.job_id)
 
 
 def _said(error: str) -> str:

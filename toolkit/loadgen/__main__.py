@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from toolkit.loadgen.datasets import Dataset
+    from toolkit.loadgen.ledger import Ledger
     from toolkit.loadgen.options import Options
     from toolkit.loadgen.progress import Reporter
     from toolkit.loadgen.sweep import Sweep
 
 BAD_OPTIONS = 2
 NOT_TRUSTWORTHY = 3  # strict=true, and the client's own part in the figures is not ok
+SERVER_GONE = 4
 EXIT = {"done": 0, "failed": 1, "cancelled": 130}
 
 log = logging.getLogger("toolkit.loadgen")
@@ -36,6 +38,7 @@ class _Stderr(logging.Handler):
 def main(words: Sequence[str]) -> int:
     """Runs the command line ``words``; returns the exit status."""
     from toolkit.loadgen.datasets import DATASETS
+    from toolkit.loadgen.ledger import Ledger
     from toolkit.loadgen.options import help_text, parse
 
     if not words or {"-h", "--help", "help"} & set(words):
@@ -59,6 +62,7 @@ def main(words: Sequence[str]) -> int:
 
             return join.main([options.listen])  # one job step with the same command on every node
         dataset = DATASETS[options.dataset](options, options.tokenizer)
+        ledger = Ledger(options)
         if options.out:
             _make_folder(Path(options.out))
     except ValueError as error:
@@ -67,10 +71,10 @@ def main(words: Sequence[str]) -> int:
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_run(options, dataset))
+        return runner.run(_run(options, dataset, ledger))
 
 
-async def _run(options: Options, dataset: Dataset) -> int:
+async def _run(options: Options, dataset: Dataset, ledger: Ledger) -> int:
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -84,21 +88,23 @@ async def _run(options: Options, dataset: Dataset) -> int:
     from toolkit.loadgen.summary import render
     from toolkit.loadgen.sweep import Sweep
 
-    sweep = Sweep(options)
+    sweep = Sweep(options, ledger)
     reporter = ProgressFile(Path(options.progress)) if options.progress else ProgressBars()
     try:
         with reporter:
             await _sweep(sweep, options, dataset, reporter)
     except (ServerError, ValueError, WorkerError) as error:
-        sweep.end("failed", str(error))
+        ledger.close("failed", str(error))
         log.error("%s", error)
         return EXIT["failed"]
     except asyncio.CancelledError:
         if sweep.status.state == "running":  # else the sweep has dealt with it, or had ended before
-            sweep.end("cancelled", "interrupted before the first load point")
+            ledger.close("cancelled", "interrupted before the first load point")
     sys.stdout.write(render(sweep.rows, sweep.status))
     if options.out:
         log.info("results: %s", options.out)
+    if sweep.gone:
+        return SERVER_GONE
     if options.strict and sweep.status.state == "done" and not sweep.trustworthy:
         return NOT_TRUSTWORTHY
     return EXIT[sweep.status.state]
@@ -107,7 +113,7 @@ async def _run(options: Options, dataset: Dataset) -> int:
 async def _sweep(sweep: Sweep, options: Options, dataset: Dataset, reporter: Reporter) -> None:
     """Finds the model, starts the processes, runs the sweep."""
     from toolkit.loadgen.around import Around
-    from toolkit.loadgen.client import choose_transport
+    from toolkit.loadgen.client import choose_transport, leave_out_of_proxies
     from toolkit.loadgen.groups import groups
     from toolkit.loadgen.join import read_token
     from toolkit.loadgen.links import parse_address
@@ -115,9 +121,11 @@ async def _sweep(sweep: Sweep, options: Options, dataset: Dataset, reporter: Rep
     from toolkit.loadgen.points import CallMaker, most_in_flight
     from toolkit.loadgen.pool import Member, Pool, allowed_cores, pinned, share_of_cores
     from toolkit.loadgen.probe import find_model, open_session
+    from toolkit.loadgen.server import ServerWatch
     from toolkit.loadgen.wire import Setup
 
     url = options.url.rstrip("/").removesuffix("/v1")
+    leave_out_of_proxies(url)
     transport, reason = choose_transport(options.transport, url)
     in_flight = -(-most_in_flight(options) // options.nodes)  # of a node
     workers = options.workers or share_of_cores(len(allowed_cores()), in_flight)
@@ -141,15 +149,12 @@ async def _sweep(sweep: Sweep, options: Options, dataset: Dataset, reporter: Rep
         around = await opened.enter_async_context(Around(session, url, options))
         folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="loadgen-"))
         pool = await opened.enter_async_context(Pool(pinned(setup, workers, options.pin), Path(folder), others))
-        await sweep.run(pool, CallMaker(options, dataset, model), transport, around, reporter)
+        server = ServerWatch(session, url, options.gone_s)
+        await sweep.run(pool, CallMaker(options, dataset, model), transport, around, server, reporter)
 
 
 def _make_folder(folder: Path) -> None:
-    """Raises ``ValueError`` when the folder cannot be made or holds a sweep already."""
-    from toolkit.records import REQUESTS
-
-    if (folder / REQUESTS).exists():
-        raise ValueError(f"out={folder} holds the results of a sweep already ({REQUESTS}); give another folder")
+    """Raises ``ValueError`` when the folder cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

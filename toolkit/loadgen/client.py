@@ -5,6 +5,8 @@ Read next: ``sockets.py`` (kernel stamps) and ``http_client.py`` (everything els
 
 from __future__ import annotations
 
+import ipaddress
+import os
 from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -26,6 +28,18 @@ def choose_transport(asked: Literal["auto", "socket", "aiohttp"], url: str) -> t
     if asked == "aiohttp" or reason:
         return "aiohttp", reason or "as asked; stamps are taken when the process has the bytes"
     return "socket", "stamps are the kernel's"
+
+
+def leave_out_of_proxies(url: str) -> None:
+    """A server on this machine is not reached through a proxy, whatever the environment says of others."""
+    host = urlsplit(url).hostname or ""
+    try:
+        here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        here = host == "localhost"
+    if here:
+        for name in ("no_proxy", "NO_PROXY"):
+            os.environ[name] = ",".join(filter(None, [os.environ.get(name, ""), host]))
 
 
 def _why_not_socket(url: str) -> str:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -87,6 +88,7 @@ def read_token() -> str:
 
 
 async def _join(address: tuple[str, int], token: str) -> None:
+    _outlive_the_first_signal()
     link = await _connect(address)
     try:
         await link.send(Hello(token, socket.gethostname(), len(allowed_cores())))
@@ -100,6 +102,19 @@ async def _join(address: tuple[str, int], token: str) -> None:
             await _Group(link, Path(folder)).run(begin)
     finally:
         link.close()
+
+
+def _outlive_the_first_signal() -> None:
+    """A signal goes to all nodes, and the leader then wants what this one has measured. The second one counts."""
+    loop = asyncio.get_running_loop()
+
+    def heard(number: signal.Signals) -> None:
+        log.info("%s: this node ends when the leader does; once more ends it now", number.name)
+        for one in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(one)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, heard, number)
 
 
 async def _connect(address: tuple[str, int]) -> Link:

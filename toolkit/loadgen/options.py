@@ -21,7 +21,6 @@ import yaml
 
 from toolkit.config import LoadConfig, from_mapping, opt
 from toolkit.loadgen.datasets import DATASETS, FILE_DATASETS, TIMED_DATASETS
-from toolkit.loadgen.links import parse_address
 
 Need = Callable[[bool, str, str], None]
 """(what must hold, field, the rule and the way out)"""
@@ -44,9 +43,11 @@ Examples
   python -m toolkit.loadgen url=... concurrency=[1,512] search=true slo_ttft_ms=500 slo_tpot_ms=30
 
 Result in `out`: requests.parquet (a row a request, failed ones too), sweep.csv (a row a load point), status.json (with
-the verdict on the client's own part in the figures: ok, degraded or client_limited), server_metrics.parquet.
-Exit status: 0 done, 1 a load point failed, 2 an option is wrong, 3 strict=true and a verdict is not ok,
-130 interrupted (what was measured is kept)."""
+the verdict on the client's own part in the figures: ok, degraded or client_limited), server_metrics.parquet, and
+points/, a file a load point, from which the first two are made.
+A sweep that was cut off: the same words with resume=true run only the points that are not done.
+Exit status: 0 done, 1 a load point failed or is invalid, 2 an option is wrong, 3 strict=true and a verdict is not ok,
+4 the server is gone, 130 interrupted (what was measured is kept)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Options(LoadConfig):
     out: str = opt("", "folder for the results; empty: only the table is printed")
     api_key_env: str = opt("", "environment variable that holds the API key; empty: none is sent")
     num_gpus: int = opt(1, "GPUs of the deployment (ranks on CPU), for the figures per GPU")
+    resume: bool = opt(False, "go on with the sweep in `out`: run only the load points that are not done there")
+    deployment: str = opt("", "what is loaded, as far as a resumed sweep must be the same; empty: the model's name")
+    attempt: int = opt(1, "how many times this run has been started, for the record")
     listen: str = opt("", "HOST:PORT of the first node, where the others join it; needed with nodes above 1")
     progress: str = opt("", "file that is kept up to date with the progress as JSON; empty: show it here")
 
@@ -102,6 +106,11 @@ def check_load(load: LoadConfig) -> list[str]:
 
     _check_arrivals(load, need)
     _check_lengths(load, need)
+    need(load.repeat >= 1, "repeat", "must be at least 1")
+    need(0 <= load.max_failed_share <= 1, "max_failed_share", "must be from 0 to 1")
+    need(0 <= load.max_wrong_length_share <= 1, "max_wrong_length_share", "must be from 0 to 1")
+    need(load.gone_s >= 0, "gone_s", "is negative; use 0 to end the sweep at the first sign")
+    need(load.repeat == 1 or not load.search, "repeat", "and search=true do not go together; use one of them")
     need(load.temperature >= 0, "temperature", "must be 0 (greedy) or more")
     need(load.timeout_s > 0, "timeout_s", "must be more than 0 seconds")
     need(load.workers >= 0, "workers", "must be 0 (choose) or more")
@@ -175,6 +184,8 @@ def help_text() -> str:
 
 
 def _check_own(options: Options) -> list[str]:
+    from toolkit.loadgen.links import parse_address  # brings numpy, which a launcher's --help must not wait for
+
     problems = []
     url = urlsplit(options.url)
     if url.scheme not in ("http", "https") or not url.hostname:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from toolkit.config import LoadConfig
@@ -32,6 +32,7 @@ class LoadPoint:
     warmup: int
     measured: int
     request_rate: float = 0.0
+    repeat: int = 0
 
     @property
     def open_loop(self) -> bool:
@@ -52,10 +53,15 @@ def points_of(load: LoadConfig) -> list[LoadPoint]:
     if load.search:
         return []
     if load.arrival == "trace":
-        return [LoadPoint(0, load.max_concurrency, 0, load.num_requests, -1.0)]
-    if load.request_rate:
-        return [rate_point(load, index, rate) for index, rate in enumerate(load.request_rate)]
-    return [closed_point(load, index, concurrency) for index, concurrency in enumerate(load.concurrency)]
+        once = [LoadPoint(0, load.max_concurrency, 0, load.num_requests, -1.0)]
+    elif load.request_rate:
+        once = [rate_point(load, index, rate) for index, rate in enumerate(load.request_rate)]
+    else:
+        once = [closed_point(load, index, concurrency) for index, concurrency in enumerate(load.concurrency)]
+    # The same load twice in a list is a repeat too; whole passes, so that what drifts with time is in every load.
+    points = [replace(point, index=i) for i, point in enumerate(once * load.repeat)]
+    loads = [(point.concurrency, point.request_rate) for point in points]
+    return [replace(point, repeat=loads[:i].count(loads[i])) for i, point in enumerate(points)]
 
 
 def most_in_flight(load: LoadConfig) -> int:
@@ -182,6 +188,11 @@ class CallMaker:
             number += len(turns)
         if not number:
             raise ValueError("the dataset holds nothing more to send; give a larger one, or fewer load points")
+
+    def skip(self, point: LoadPoint) -> None:
+        """Passes over what ``point`` would send: the points after it then send the same with it or without it."""
+        for _ in self.conversations(point):
+            pass
 
     def _call(self, point: LoadPoint, number: int, turn: int, sample: Sample, at_s: float) -> tuple[Call, bytes]:
         options, seed = self._options, self._options.seed + self._made

@@ -92,6 +92,9 @@ class CallsFile:
         self._calls.append(msgspec.structs.replace(call, offset=self._end, length=len(body)))
         self._end += len(body)
 
+    def __len__(self) -> int:
+        return len(self._calls)
+
     def remove(self) -> None:
         for path in (self.calls_path, self.bodies_path, self.rows_path, self.raw_path):
             path.unlink(missing_ok=True)

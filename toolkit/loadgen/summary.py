@@ -25,20 +25,21 @@ COLUMNS = {
 
 def render(rows: Sequence[dict[str, Any]], status: RunStatus) -> str:
     """A line for each load point that has a row, then what did not end well, and why."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"sweep: {status.state}", title_justify="left")
+    table = Table(title=f"sweep: {status.state}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     open_loop = any(row["request_rate"] for row in rows)
     columns = {name: key for name, key in COLUMNS.items() if open_loop or key != "request_rate"}
     judged = [point for point in status.points if point.client is not None]
     slo = any(point.good_share is not None for point in judged)
-    for name in (*columns, *(["good"] if slo else []), "client"):
+    for name in (*columns, *(["good"] if slo else []), "client", "state"):
         table.add_column(name, justify="right")
     for row, point in zip(rows, judged, strict=True):
         share = ["-" if point.good_share is None else f"{point.good_share:.1%}"] if slo else []
         verdict = point.client.verdict if point.client is not None else "-"
-        table.add_row(*(_cell(row[key]) for key in columns.values()), *share, verdict)
+        table.add_row(*(_cell(row[key]) for key in columns.values()), *share, verdict, row["state"])
     text = io.StringIO()
     console = Console(file=text, width=120)
     if rows:

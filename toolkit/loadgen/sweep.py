@@ -1,9 +1,11 @@
-"""The sweep: load points one after the other, what is written about them, and what happens when it is interrupted.
+"""The sweep: load points one after the other, what each comes to, and what happens when it is interrupted.
 
-Owns the points' states and the result files. It knows neither HTTP (worker.py) nor when a request is due (arrival.py).
+Owns the order of things and the verdict on a point. It knows neither HTTP (worker.py) nor when a request is due
+(arrival.py), and what is on the disk is ledger.py's.
 
-After every point requests.parquet, sweep.csv and status.json are complete up to it. An interrupted point keeps its
+After every point its file in points/, sweep.csv and status.json are complete up to it. An interrupted point keeps its
 requests, those in flight as ``cancelled``, but gets no row in sweep.csv: its figures would be those of another load.
+A sweep that is resumed runs the points it lacks, with the very requests they would have had.
 """
 
 from __future__ import annotations
@@ -11,19 +13,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from toolkit.loadgen.around import Around
+from toolkit.loadgen.ledger import Ledger, good_share
 from toolkit.loadgen.options import Options
 from toolkit.loadgen.points import CallMaker, LoadPoint, Search, points_of
-from toolkit.loadgen.pool import Pool, WorkerError, owner
+from toolkit.loadgen.pool import CallsFile, Pool, Result, WorkerError, owner
 from toolkit.loadgen.progress import Reporter
-from toolkit.loadgen.proof import Evidence, judge
+from toolkit.loadgen.proof import judge
+from toolkit.loadgen.server import ServerGone, ServerWatch
+from toolkit.loadgen.validity import Limits, why_invalid
 from toolkit.loadgen.wire import Progress
-from toolkit.records import PointStatus, RunStatus, write_raw, write_requests, write_status, write_sweep
+from toolkit.records import ClientProof, PointStatus, RunStatus
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,42 +50,58 @@ class _Live:
 class Sweep:
     """One run of the load generator.
 
-    Call ``run`` once; afterwards ``rows`` (of sweep.csv), ``table`` (of requests.parquet) and ``status`` hold
-    everything, in memory as in the files.
+    Call ``run`` once; afterwards ``rows`` (of sweep.csv) and ``status`` hold everything, in memory as in the files.
+
+    Attributes:
+        gone: it ended because the server was no longer there.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, ledger: Ledger) -> None:
         self.options = options
-        self.rows: list[dict[str, Any]] = []
-        self.tables: list[pa.Table] = []
-        self.raw: list[pa.Table] = []
-        self.status = RunStatus(points=[_pending(point) for point in points_of(options)])
+        self.ledger = ledger
+        self.gone = False
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.ledger.rows
+
+    @property
+    def status(self) -> RunStatus:
+        return self.ledger.status
 
     @property
     def trustworthy(self) -> bool:
         """No load point's figures are partly the client's own."""
         return all(point.client is None or point.client.verdict == "ok" for point in self.status.points)
 
-    async def run(self, pool: Pool, maker: CallMaker, transport: str, around: Around, reporter: Reporter) -> None:
+    async def run(
+        self, pool: Pool, maker: CallMaker, transport: str, around: Around, server: ServerWatch, reporter: Reporter
+    ) -> None:
         """Runs every point. Cancelling it is the way to stop early; it then writes what was measured and returns."""
         self._pool, self._maker, self._transport, self._around = pool, maker, transport, around
-        self._write()
+        self._server, self._server_started = server, await server.started()
+        self.ledger.write()
         try:
             for point in self._points():
-                await self._run_point(point, reporter)
+                if self.ledger.of(point).state == "done":
+                    maker.skip(point)
+                else:
+                    await self._run_point(point, reporter)
         except asyncio.CancelledError:
-            self.end("cancelled", "interrupted")
+            self.ledger.close("cancelled", "interrupted")
+        except ServerGone as error:
+            self.gone = True
+            log.error("%s", error)
+            self.ledger.close("failed", str(error))
         except (WorkerError, ValueError) as error:
             log.error("%s", error)
-            self.end("failed", str(error))
+            self.ledger.close("failed", str(error))
         except Exception as error:
-            self.end("failed", f"{type(error).__name__}: {error}")
+            self.ledger.close("failed", f"{type(error).__name__}: {error}")
             raise
         else:
-            points = self.status.points
-            failed = [point for point in points if point.state == "failed"]
-            reason = f"{len(failed)} of {len(points)} load points failed: {failed[0].reason}" if failed else ""
-            self.end("failed" if failed else "done", reason)
+            reason = _bad_points(self.status.points)
+            self.ledger.close("failed" if reason else "done", reason)
 
     def _points(self) -> Iterator[LoadPoint]:
         """The points, one at a time: where a search decides, the next one depends on how the last one went."""
@@ -90,39 +110,24 @@ class Sweep:
             return
         search = Search(self.options)
         while (point := search.next()) is not None:
-            self.status.points.append(_pending(point))
+            self.ledger.add(point)
             yield point
-            share = self.status.points[-1].good_share
-            search.tell(share is not None and share >= self.options.slo_share)
+            status = self.ledger.of(point)
+            share = status.good_share or 0.0
+            search.tell(status.state == "done" and share >= self.options.slo_share)
         kind = "requests/s" if self.options.request_rate else "concurrency"
         if search.best:
             log.info("the largest load that meets the objectives: %s %g", kind, search.best)
         else:
             log.warning("no load meets the objectives, the smallest one included")
 
-    def end(self, state: Literal["done", "failed", "cancelled"], reason: str) -> None:
-        """Closes the run's status, and that of a point that was running, and writes everything."""
-        self.status.state, self.status.reason = state, reason
-        for point in self.status.points:
-            if point.state == "running":
-                point.state, point.reason = state, reason
-        self._write()
-
     async def _run_point(self, point: LoadPoint, reporter: Reporter) -> None:
-        """Raises ``CancelledError`` when it was interrupted."""
-        status = self.status.points[point.index]
+        """Raises ``CancelledError`` when it was interrupted, ``ServerGone`` when the server is no longer there."""
+        status = self.ledger.of(point)
         status.state = "running"
-        self._write()
-        load = point.load(self.options)
-        files = self._pool.files(load)
-        made = 0
-        for number, conversation in enumerate(self._maker.conversations(point)):
-            for call, body in conversation:
-                files[owner(number, load, len(files))].add(call, body)
-            made += len(conversation)
-            if number % 100 == 0:
-                await asyncio.sleep(0)  # a large point takes seconds to make: signals and /metrics go on meanwhile
-        live = _Live(made)
+        self.ledger.write()
+        files = await self._make_calls(point)
+        live = _Live(sum(map(len, files)))
         await self._around.before_point()
 
         def progress(last: Progress) -> None:
@@ -130,80 +135,118 @@ class Sweep:
             reporter.update(self._state(point, live))
 
         progress(live.last)
-        result = await self._pool.run(load, files, progress, REPORT_S)
+        running = asyncio.create_task(self._pool.run(point.load(self.options), files, progress, REPORT_S))
+        gone, interrupted = await self._until_over(running, lambda: live.last.failed)
+        result = running.result()
         await self._around.after_point()
-        self.tables.append(result.table)
-        if result.raw is not None:
-            self.raw.append(result.raw)
-        if result.interrupted:
-            raise asyncio.CancelledError
-        self._finish_point(point, status, result.table, result.evidence)
+        if not gone and not interrupted and _any_failed(result.table):
+            gone = await self._server.gone()  # before a dead server's refusals are taken for what the server does
+        if gone or interrupted:
+            status.state, status.reason = "cancelled", f"the server is gone: {gone}" if gone else "interrupted"
+            self.ledger.file(point, None, result.table, result.raw)
+            raise ServerGone(status.reason) if gone else asyncio.CancelledError
+        await self._finish_point(point, status, result)
         reporter.update(self._state(point, live, ended=True))
 
-    def _finish_point(self, point: LoadPoint, status: PointStatus, table: pa.Table, evidence: list[Evidence]) -> None:
-        frame: pd.DataFrame = table.to_pandas()
+    async def _make_calls(self, point: LoadPoint) -> list[CallsFile]:
+        load = point.load(self.options)
+        files = self._pool.files(load)
+        for number, conversation in enumerate(self._maker.conversations(point)):
+            for call, body in conversation:
+                files[owner(number, load, len(files))].add(call, body)
+            if number % 100 == 0:
+                await asyncio.sleep(0)  # a large point takes seconds to make: signals and /metrics go on meanwhile
+        return files
+
+    async def _until_over(self, running: asyncio.Task[Result], failed: Callable[[], int]) -> tuple[str, bool]:
+        """Waits for the point's end, ending it when the server is gone: (how that shows, whether it was interrupted).
+
+        The server is asked only when requests have failed since it was asked last.
+        """
+        gone, interrupted, seen = "", False, 0
+        while not running.done():
+            try:
+                await asyncio.wait([running], timeout=REPORT_S)
+                if not running.done() and not gone and failed() > seen:
+                    seen = failed()
+                    gone = await self._server.gone()
+                    if gone:
+                        running.cancel()
+            except asyncio.CancelledError:
+                interrupted = True
+                running.cancel()
+        return gone, interrupted
+
+    async def _finish_point(self, point: LoadPoint, status: PointStatus, result: Result) -> None:
+        table, frame = result.table, result.table.to_pandas()
         measured = frame[~frame["warmup"].astype(bool)]
         errors = measured["error"][~measured["status"].isin(["ok", "cancelled"])]  # cancelled: cancel_fraction asked
-        status.state = "failed" if len(errors) and not (measured["status"] == "ok").any() else "done"
-        if len(errors):
-            status.reason = f"{len(errors)} of {len(measured)} requests failed, the first with: {errors.iloc[0]}"
-            log.warning("%s: %s", point.name, status.reason)
-        status.good_share = self._good_share(measured)
-        proof = status.client = judge(evidence, self._transport, len(evidence))
-        if proof.verdict != "ok":
-            log.warning("%s: the client's own part is %s: %s", point.name, proof.verdict, "; ".join(proof.reasons))
-        if proof.token_count_mismatches:
-            log.warning(
-                "%s: in %d of %d requests the server counted other than one token a chunk, and does not count in each "
-                "chunk: inter-token latency is that of chunks",
-                *(point.name, proof.token_count_mismatches, len(measured)),
-            )
-        if proof.length_mismatches:
-            log.warning("%s: %d answers are not as long as asked", point.name, proof.length_mismatches)
+        proof = status.client = judge(result.evidence, self._transport, len(result.evidence))
+        problems = why_invalid(measured, proof, await self._restarted(), Limits.of(self.options))
+        first = f"the first with: {errors.iloc[0]}" if len(errors) else ""
+        if first:
+            status.reason = f"{len(errors)} of {len(measured)} requests failed, {first}"
+        if first and not (measured["status"] == "ok").any():
+            status.state = "failed"
+        elif problems:
+            status.state, status.reason = "invalid", "; ".join([*problems, *([first] if first else [])])
+        else:
+            status.state = "done"
+        if status.reason:
+            log.warning("%s: %s: %s", point.name, status.state, status.reason)
+        _warn(point, proof, len(measured))
+        status.good_share = good_share(self.options, measured)
         if point.open_loop:
-            self.tables[-1], status.concurrency = _with_concurrency(table, frame)
-        self.rows.append(_sweep_row(frame, status.concurrency, self.options.num_gpus, max(0.0, point.request_rate)))
-        self._write()
+            table, status.concurrency = _with_concurrency(table, frame)
+        row = _sweep_row(frame, status.concurrency, self.options.num_gpus, max(0.0, point.request_rate))
+        self.ledger.file(point, row, table, result.raw)
 
-    def _good_share(self, measured: pd.DataFrame) -> float | None:
-        from toolkit.analysis.metrics import Slo, goodput
-
-        options = self.options
-        slo = Slo(options.slo_ttft_ms, options.slo_itl_ms, options.slo_tpot_ms, options.slo_e2e_ms)
-        return goodput(measured, slo).share if slo and len(measured) else None
-
-    def _write(self) -> None:
-        if not self.options.out:
-            return
-        folder = Path(self.options.out)
-        if any(table.num_rows for table in self.tables):
-            import pyarrow as pa
-
-            write_requests(folder, pa.concat_tables(self.tables))
-            write_sweep(folder, self.rows)
-            if self.raw:
-                write_raw(folder, pa.concat_tables(self.raw))
-        write_status(folder, self.status)
+    async def _restarted(self) -> bool:
+        before, self._server_started = self._server_started, await self._server.started()
+        return None not in (before, self._server_started) and self._server_started != before
 
     def _state(self, point: LoadPoint, live: _Live, ended: bool = False) -> dict[str, Any]:
         elapsed, done = time.perf_counter() - live.began, live.last
         phase = "warm-up" if done.done < point.warmup else "read" if done.parsing else "measure"
         return {
             "points": len(self.status.points),
-            "point": point.index,
-            "concurrency": self.status.points[point.index].concurrency,
+            "point": self.ledger.place(point),
+            "concurrency": self.ledger.of(point).concurrency,
             "request_rate": point.request_rate,
             "phase": "done" if ended else phase,
             "done": live.total if ended else done.done,
             "total": live.total,
             "failed": done.failed,
-            "output_tok_s": self.rows[-1]["output_tok_s"] if ended else done.reads / max(elapsed, 1e-9),
+            "output_tok_s": self.ledger.row(point)["output_tok_s"] if ended else done.reads / max(elapsed, 1e-9),
             "elapsed_s": elapsed,
         }
 
 
-def _pending(point: LoadPoint) -> PointStatus:
-    return PointStatus(point.concurrency, request_rate=max(0.0, point.request_rate))
+def _bad_points(points: list[PointStatus]) -> str:
+    """``1 of 4 load points failed: ...; 1 is invalid: ...``; empty where none did."""
+    parts = []
+    for state, verb in (("failed", "failed"), ("invalid", "did not pass as valid")):
+        bad = [point for point in points if point.state == state]
+        if bad:
+            parts.append(f"{len(bad)} of {len(points)} load points {verb}: {bad[0].reason}")
+    return "; ".join(parts)
+
+
+def _any_failed(table: pa.Table) -> bool:
+    return any(status not in ("ok", "cancelled") for status in table["status"].unique().to_pylist())
+
+
+def _warn(point: LoadPoint, proof: ClientProof, measured: int) -> None:
+    if proof.verdict != "ok":
+        log.warning("%s: the client's own part is %s: %s", point.name, proof.verdict, "; ".join(proof.reasons))
+    if proof.token_count_mismatches:
+        log.warning(
+            "%s: in %d of %d requests the server counted other than one token a chunk, and does not count in each "
+            "chunk: inter-token latency is that of chunks",
+            *(point.name, proof.token_count_mismatches, measured),
+        )
+    if proof.length_mismatches:
+        log.warning("%s: %d answers are not as long as asked", point.name, proof.length_mismatches)
 
 
 def _with_concurrency(table: pa.Table, frame: pd.DataFrame) -> tuple[pa.Table, int]:

@@ -48,7 +48,7 @@ class KindPlan:
         window: tokens that a query sees, its own included; 0: all.
         rows_T: cache row of each token.
         decode: one token a request. prefill: chunks of any length.
-        scratch: what the backend worked out once for all layers of the kind, by first token of the segment.
+        scratch: what the backend works out in the first layer of the kind for all, by first token of the segment.
     """
 
     window: int
@@ -111,10 +111,6 @@ class AttentionBackend(Protocol):
 
     def static_arrays(self, batch: Batch, size: int, max_len: int) -> list[Ints]:
         """What the views must hold for ``batch``, which only decodes; the rest of ``size`` is padding."""
-        ...
-
-    def begin(self, plan: AttentionPlan) -> None:
-        """Device work that a plan needs once, before any layer. Part of a captured step."""
         ...
 
 

@@ -1,7 +1,7 @@
 """FlashAttention 3 with paged KV, from the package sglang-kernel: Hopper, any page size, windows, MLA.
 
 Latent attention runs as SGLang does it: the rotated part of query and key as q and k, the latent part as ``qv`` and v.
-The tile schedule is worked out once a step (``_metadata``) instead of in every layer.
+The tile schedule is worked out on the device in the first layer of a step, for all (``_schedule``).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def fits(cache: KVCache) -> bool:
 
 @BACKENDS.register("fa3")
 class Fa3Attention(PagedAttention):
+    schedule_once = True  # False: in every layer, for comparison
+
     def __init__(self, cache: KVCache, device: str) -> None:
         try:
             from sgl_kernel import flash_attn
@@ -39,17 +41,25 @@ class Fa3Attention(PagedAttention):
         super().__init__(cache, device)
         self._fa3: Any = flash_attn
 
-    def _paged(self, q: Tensor, layer: int, window: int, segment: PagedSegment, scale: float, meta: object) -> Tensor:
+    def _paged(self, q: Tensor, layer: int, kind: KindPlan, segment: PagedSegment, scale: float) -> Tensor:
         k, v = self.cache.pages(layer)
         out: Tensor = self._fa3.flash_attn_with_kvcache(
             q, k, v, page_table=segment.tables_nP, cache_seqlens=segment.lens_n, cu_seqlens_q=segment.cu_q,
-            max_seqlen_q=segment.max_q, softmax_scale=scale, causal=True, window_size=_window(window),
-            scheduler_metadata=meta,
+            max_seqlen_q=segment.max_q, softmax_scale=scale, causal=True, window_size=_window(kind.window),
+            scheduler_metadata=self._schedule(q, kind, segment) if self.schedule_once else None,
         )  # fmt: skip
         return out
 
-    def _metadata(self, kind: KindPlan, segment: PagedSegment) -> object:
-        return None
+    def _schedule(self, q: Tensor, kind: KindPlan, segment: PagedSegment) -> Tensor:
+        if segment.first not in kind.scratch:
+            spec, page = self.cache.spec, self.cache.page_size
+            kind.scratch[segment.first] = self._fa3.get_scheduler_metadata(
+                len(segment.q_lens), segment.max_q, segment.tables_nP.shape[1] * page, q.shape[1], spec.heads,
+                spec.k_dim, segment.lens_n, qkv_dtype=q.dtype, headdim_v=spec.v_dim, cu_seqlens_q=segment.cu_q,
+                page_size=page, causal=True, window_size=_window(kind.window),
+            )  # fmt: skip
+        made: Tensor = kind.scratch[segment.first]
+        return made
 
     def decode(self, q: Tensor, layer: int, plan: AttentionPlan, scale: float, v_dim: int) -> Tensor:
         segment = plan.layers[layer].decode

@@ -1,6 +1,7 @@
 """MLA decode by FlashMLA (package sgl-flash-mla): Hopper, pages of 64 tokens, a latent of 512 + 64 values.
 
-Its schedule is worked out on the device once a step. Prefill expands keys and values and runs FlashAttention 3.
+Its schedule is worked out on the device in the first layer of a step, for all. Prefill expands keys and values and
+runs FlashAttention 3.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ class FlashMlaAttention(PagedAttention):
         self._mla: Any = flash_mla.flash_mla_interface
         self._fa3: Any = flash_attn
 
-    def _metadata(self, kind: KindPlan, segment: PagedSegment) -> object:
-        if segment.max_q > 1 or segment.first:
-            return None
-        meta, _ = self._mla.get_mla_metadata()
-        meta.tile_scheduler_metadata, meta.num_splits = self._mla.get_mla_decoding_metadata(
-            segment.lens_n, HEADS, 1, HEADS, use_legacy=True
-        )
-        return meta
+    def _schedule(self, kind: KindPlan, segment: PagedSegment) -> object:
+        if segment.first not in kind.scratch:
+            meta, _ = self._mla.get_mla_metadata()
+            meta.tile_scheduler_metadata, meta.num_splits = self._mla.get_mla_decoding_metadata(
+                segment.lens_n, HEADS, 1, HEADS, use_legacy=True
+            )
+            kind.scratch[segment.first] = meta
+        return kind.scratch[segment.first]
 
     def decode(self, q: Tensor, layer: int, plan: AttentionPlan, scale: float, v_dim: int) -> Tensor:
         kind = plan.layers[layer]
@@ -70,7 +71,7 @@ class FlashMlaAttention(PagedAttention):
             q = torch.cat([q, q.new_zeros(len(q), padded - heads, q.shape[2])], dim=1)
         pages, _ = self.cache.pages(layer)
         out, _ = self._mla.flash_mla_with_kvcache(
-            q[:, None], pages, segment.tables_nP, segment.lens_n, v_dim, kind.scratch[segment.first],
+            q[:, None], pages, segment.tables_nP, segment.lens_n, v_dim, self._schedule(kind, segment),
             softmax_scale=scale, causal=True, use_legacy=True,
         )  # fmt: skip
         result: Tensor = out[:, 0, :heads]

@@ -52,13 +52,9 @@ class PagedAttention:
 
     # --- the kernels ------------------------------------------------------------------------------
 
-    def _paged(self, q: Tensor, layer: int, window: int, segment: PagedSegment, scale: float, meta: object) -> Tensor:
+    def _paged(self, q: Tensor, layer: int, kind: KindPlan, segment: PagedSegment, scale: float) -> Tensor:
         """q [tokens of the segment, H, k_dim] over the cache -> [tokens, H, v_dim]."""
         raise NotImplementedError
-
-    def _metadata(self, kind: KindPlan, segment: PagedSegment) -> object:
-        """What ``_paged`` wants to know once a step; None: nothing."""
-        return None
 
     # --- the seam ---------------------------------------------------------------------------------
 
@@ -70,9 +66,7 @@ class PagedAttention:
         tensors = to_device(arrays, self.device)
         lens = [(tuple(s.num_tokens for s in part), max((s.end for s in part), default=0))
                 for part in (batch.decode, batch.prefill)]  # fmt: skip
-        plan = self._assemble(tensors, lens)
-        self.begin(plan)
-        return plan
+        return self._assemble(tensors, lens)
 
     def write(self, k: Tensor, v: Tensor | None, layer: int, plan: AttentionPlan) -> None:
         self.cache.write(layer, plan.layers[layer].rows_T, k, v)
@@ -80,9 +74,7 @@ class PagedAttention:
     def forward(self, q: Tensor, layer: int, plan: AttentionPlan, scale: float) -> Tensor:
         kind = plan.layers[layer]
         parts = [
-            self._paged(q[s.tokens], layer, kind.window, _paged(s), scale, kind.scratch.get(s.first))
-            for s in (kind.decode, kind.prefill)
-            if s.q_lens
+            self._paged(q[s.tokens], layer, kind, _paged(s), scale) for s in (kind.decode, kind.prefill) if s.q_lens
         ]
         if not parts:
             return q.new_empty(0, q.shape[1], self.cache.spec.v_dim)
@@ -90,12 +82,6 @@ class PagedAttention:
 
     def gather(self, layer: int, segment: Segment) -> Tensor:
         return self.cache.k[layer].index_select(0, _paged(segment).kv_rows)
-
-    def begin(self, plan: AttentionPlan) -> None:
-        for kind in {id(kind): kind for kind in plan.layers}.values():
-            for segment in (kind.decode, kind.prefill):
-                if segment.q_lens:
-                    kind.scratch[segment.first] = self._metadata(kind, _paged(segment))
 
     # --- fixed shapes -----------------------------------------------------------------------------
 

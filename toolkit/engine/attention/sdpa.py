@@ -77,9 +77,6 @@ class SdpaAttention:
     def static_arrays(self, batch: Batch, size: int, max_len: int) -> list[Ints]:
         raise AssertionError("sdpa loops over requests on the host and cannot be captured")
 
-    def begin(self, plan: AttentionPlan) -> None:
-        """There is nothing to prepare."""
-
     def _plan_kind(self, batch: Batch, kind: int, window: int) -> KindPlan:
         rows: list[Tensor] = []
         segments: list[RowSegment] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toolkit.engine.attention.backend import BACKENDS, AttentionPlan, Segment
+from toolkit.engine.attention.backend import BACKENDS, AttentionPlan, KindPlan, Segment
 from toolkit.engine.attention.paged import PagedAttention, PagedSegment, window_of
 from toolkit.engine.kv.pool import KVCache
 
@@ -30,13 +30,13 @@ class VarlenAttention(PagedAttention):
             )
         super().__init__(cache, device)
 
-    def _paged(self, q: Tensor, layer: int, window: int, segment: PagedSegment, scale: float, meta: object) -> Tensor:
+    def _paged(self, q: Tensor, layer: int, kind: KindPlan, segment: PagedSegment, scale: float) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         k, v = self.cache.pages(layer)
         out = varlen_attn(
             q, k, v, segment.cu_q, segment.cu_kv, segment.max_q, segment.max_kv, scale=scale,
-            window_size=window_of(window), enable_gqa=q.shape[1] != k.shape[2],
+            window_size=window_of(kind.window), enable_gqa=q.shape[1] != k.shape[2],
             seqused_k=segment.lens_n, block_table=segment.tables_nP,
         )  # fmt: skip
         assert isinstance(out, torch.Tensor)

@@ -10,7 +10,6 @@ L: layers, E: experts, R: slots, G: GPUs.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +57,7 @@ class Update:
         replanned_L: layers that were planned anew.
         waiting_L: layers that have to wait for the next update because the budget was used up.
         before_L, after_L: balancedness for the given counts.
+        bound_L: no placement of the policy has more.
     """
 
     phy2log_LR: Ints
@@ -66,38 +66,7 @@ class Update:
     waiting_L: Bools
     before_L: Floats
     after_L: Floats
-
-
-class Pool:
-    """The newest windows of counts that together are enough to tell an imbalance from noise.
-
-    One large window is used alone, so that drift is followed at once; small ones are added up.
-
-    Args:
-        tolerance: the imbalance that matters, as in ``Rules``.
-        gpus: GPUs that share a layer's assignments.
-        windows: at most so many are kept.
-    """
-
-    def __init__(self, tolerance: float, gpus: int, windows: int = 64) -> None:
-        # A GPU's count n has the standard deviation sqrt(n): it is within tolerance / 2 from n = (2 / tolerance)^2.
-        self.enough = gpus * (2.0 / tolerance) ** 2
-        self._windows: deque[Ints] = deque(maxlen=windows)
-
-    def add(self, counts_LE: Ints) -> None:
-        """Takes the counts of a window that has just ended."""
-        self._windows.append(counts_LE)
-
-    def counts(self) -> Ints:
-        """Sum of the newest windows, as many as are needed for ``enough`` assignments in the layers that carry load."""
-        assert self._windows, "no window was added"
-        total = np.zeros_like(self._windows[-1])
-        for window in reversed(self._windows):
-            total = total + window
-            loaded = total.sum(1)
-            if loaded.any() and loaded[loaded > 0].min() >= self.enough:
-                break
-        return total
+    bound_L: Floats
 
 
 def update(
@@ -151,6 +120,7 @@ def update(
         (excess_L > 0) & (work.heaviest_L > target_L * (1 + rules.tolerance)),
         maps.balancedness(before_LG),
         maps.balancedness(after_LG),
+        load_LE.sum(1) / gpus / np.where(bound_L > 0, bound_L, np.nan),
     )
 
 

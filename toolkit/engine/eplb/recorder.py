@@ -1,137 +1,157 @@
-"""Recorder: how many tokens the gate sent to each logical expert, in windows of forward passes.
+"""Recorder: what a rank counts of the experts while it serves. ``engine.expert_distribution_recorder_mode``.
 
-Every rank counts the rows it owns. At a window's end, on the same step everywhere, the counts are summed over all
-ranks. Memory stays bounded on a run of any length: when ``MAX_WINDOWS`` are full, neighbours are merged and windows
-become twice as long. Rank 0 keeps the file.
+    stat         tokens of each logical expert by the gate's top-k ids, and rows that each slot received
+    stat_approx  rows received only: nothing is done per token, but a dispatcher that pads may count its padding
+    per_pass     as stat, with windows of one pass; and each rank keeps what its slots received, pass by pass
+    per_token    as per_pass, and the slots that each token was sent to
+
+Every rank counts the rows it owns, in windows of forward passes that begin and end with the same pass on all ranks. A
+full window goes to ``history.py``, which sums it over the ranks beside the steps. Counting is a device operation
+a layer on tensors that keep their addresses, so a CUDA graph may hold it; what is counted while recording is off is
+thrown away. Source of the modes: SGLang's eplb/expert_distribution.py. Read next: ``history.py``, ``passes.py``.
+L: MoE layers, E: logical experts, P: slots, e: slots of this rank, S: rows, K: top-k.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from toolkit.engine.core import Batch
+from toolkit.engine.eplb.history import History, Window
+from toolkit.engine.eplb.passes import PassLog
 from toolkit.engine.eplb.placement import Placement
-from toolkit.records import ExpertCounts, write_experts
 
-MAX_WINDOWS = 2048
-FLUSH_S = 10.0  # how much a crash may lose
+PAIRS_EVERY = 16  # windows: counting pairs costs rows x experts^2, so it is a sample
 
 
 class Recorder:
     """Counts of one rank.
 
     Args:
-        layer_ids: the model's index of each MoE layer.
+        placement: in force; it changes under the recorder, see ``placement_changes``.
+        counting: this rank's received rows are its own; False where another rank of the same experts counts them.
         window: forward passes a window.
-        sum_over_ranks: adds a tensor up over all ranks in place (a collective: every rank calls it alike).
-        path: file kept on this rank; None on all ranks but one.
+        history: takes the windows.
+        passes: keeps each pass; None in the modes stat and stat_approx.
+        by_ids: count top-k ids; else only what is received.
     """
 
     def __init__(
-        self,
-        layer_ids: tuple[int, ...],
-        placement: Placement,
-        window: int,
-        sum_over_ranks: Callable[[Tensor], object],
-        path: Path | None,
-        device: str,
-    ) -> None:
-        self.layer_ids, self.placement, self.window, self.path = layer_ids, placement, window, path
-        self._sum = sum_over_ranks
-        self._counts = torch.zeros(len(layer_ids), placement.num_experts, dtype=torch.int64, device=device)
-        self._pairs = torch.zeros(
-            len(layer_ids), placement.num_experts, placement.num_experts, dtype=torch.int64, device=device
-        )
-        self._all_pairs: np.ndarray | None = None  # of all ranks, as of the last flush
-        self._windows: list[np.ndarray] = []
-        self._times: list[tuple[float, float]] = []
-        self._placements = [(time.time(), placement.phy2log.cpu().numpy().astype(np.int32))]
-        self._passes = 0
-        self._begin = self._written = time.time()
-        self.last_balancedness = float("nan")
+        self, layers: int, placement: Placement, counting: bool, window: int, history: History, device: str,
+        passes: PassLog | None = None, by_ids: bool = True, pairs_every: int = PAIRS_EVERY,
+    ) -> None:  # fmt: skip
+        experts = placement.num_experts
+        self.placement, self.window, self.history, self.passes = placement, window, history, passes
+        self._counting, self._by_ids, self._pairs_every, self._cpu = counting, by_ids, pairs_every, device == "cpu"
+        # The last column is for padding: id -1 finds it from behind.
+        self._counts = torch.zeros(layers, experts + 1, dtype=torch.int64, device=device)
+        self._rows = list(self._counts.unbind(0))  # views: cheaper than indexing
+        self._received = torch.zeros(layers, placement.num_local, dtype=torch.int64, device=device)
+        self._slots = list(self._received.unbind(0))
+        self._received_host = torch.zeros(layers, placement.num_local, dtype=torch.int64)
+        self._slots_host = list(self._received_host.unbind(0))
+        self._one = torch.ones(1, dtype=torch.int64, device=device)
+        self._pairs = torch.zeros(layers if by_ids else 0, experts, experts, dtype=torch.int64, device=device)
+        self._passes = self._windows = 0
+        self._begin = time.time()
         self.recording = True
+
+    # --- counting, in every layer of a pass ---------------------------------------------------------
+
+    def begin_pass(self, batch: Batch) -> None:
+        """Before a forward pass of ``batch``."""
+        if self.passes is not None and self.recording:
+            self.passes.begin(batch)
+
+    def selected(self, layer: int, ids_SK: Tensor, slots_SK: Tensor) -> None:
+        """One layer's logical ids and slots; -1 (padding) is not counted."""
+        if self._by_ids:
+            if self._cpu:
+                self._rows[layer].index_put_((ids_SK,), self._one, accumulate=True)
+            else:  # where index_put_ would sort
+                flat = (ids_SK + (ids_SK < 0) * self._counts.shape[1]).flatten()
+                self._rows[layer].scatter_add_(0, flat, self._one.expand(len(flat)))
+            if self._samples_pairs:
+                self._count_pairs(layer, ids_SK)
+        if self.passes is not None and self.recording:
+            self.passes.selected(layer, slots_SK)
+
+    def received(self, layer: int, counts_e: Tensor) -> None:
+        """Rows that each slot of this rank got, on the host or on the device."""
+        (self._slots_host if counts_e.device.type == "cpu" else self._slots)[layer].add_(counts_e)
+
+    @property
+    def _samples_pairs(self) -> bool:
+        return self._passes == 0 and self.recording and self._windows % self._pairs_every == 0
+
+    def _count_pairs(self, layer: int, ids_SK: Tensor) -> None:
+        chosen = torch.zeros(len(ids_SK), self._counts.shape[1], device=ids_SK.device)
+        chosen.scatter_(1, ids_SK.long() % chosen.shape[1], 1.0)  # -1 goes to the last column, which is cut off
+        self._pairs[layer] += (chosen[:, :-1].T @ chosen[:, :-1]).long()
+
+    # --- windows, between passes --------------------------------------------------------------------
+
+    def end_of_pass(self) -> None:
+        """Called by every rank after every forward."""
+        if not self.recording:
+            return
+        self._passes += 1
+        if self.passes is not None:
+            self.passes.end(self._received_now() if self._counting else None)
+        if self._passes >= self.window:
+            self._close_window()
 
     def start(self) -> None:
         """Counts from now on."""
         if not self.recording:
-            self.recording, self._begin = True, time.time()
+            self._clear()
+            self.recording = True
 
     def stop(self) -> None:
-        """Closes the window (a collective) and counts no further, until ``start``."""
-        self.end_of_pass(flush=True)
+        """Closes the window and counts no further, until ``start``. All ranks at the same pass."""
+        self.flush()
         self.recording = False
 
-    def record(self, layer: int, ids_SK: Tensor) -> None:
-        """Adds one layer's logical ids; -1 (padding) is not counted."""
-        if not self.recording:
-            return
-        flat = ids_SK.flatten()
-        self._counts[layer].scatter_add_(0, flat.clamp_min(0), (flat >= 0).long())
-        if self._passes == 0:  # a sample: pairs cost rows x experts^2
-            chosen = torch.zeros(len(ids_SK), self.placement.num_experts + 1, device=ids_SK.device)
-            chosen.scatter_(1, ids_SK.long() % chosen.shape[1], 1.0)  # -1 goes to the last column, which is cut off
-            self._pairs[layer] += (chosen[:, :-1].T @ chosen[:, :-1]).long()
+    def flush(self) -> None:
+        """Closes the window now; when it returns, all windows are summed and rank 0's file holds them.
 
-    def end_of_pass(self, flush: bool = False) -> None:
-        """Called by every rank after every forward, and with ``flush`` when all agreed to close the window now."""
-        self._passes += self.recording and not flush
-        if self._passes and (flush or self._passes >= self.window):
+        Raises:
+            RuntimeError: the sum over ranks failed.
+        """
+        if self._passes:
             self._close_window()
-        if flush:
-            self._sum_pairs()
-            self.write()
-
-    def _close_window(self) -> None:
-        self._sum(self._counts)
-        now = time.time()
-        if self.path is not None:
-            counts = self._counts.cpu().numpy().copy()
-            self._windows.append(counts)
-            self._times.append((self._begin, now))
-            self.last_balancedness = self._balancedness(counts)
-            if len(self._windows) >= MAX_WINDOWS:
-                self._merge_neighbours()
-            if now - self._written > FLUSH_S:
-                self.write()
-        self._counts.zero_()
-        self._passes, self._begin = 0, now
-
-    def _sum_pairs(self) -> None:
         pairs = self._pairs.clone()
         pairs.diagonal(dim1=1, dim2=2).zero_()
-        self._sum(pairs)
-        self._all_pairs = pairs.cpu().numpy()
+        self.history.flush(pairs.cpu() if self._by_ids else None)
 
-    def _merge_neighbours(self) -> None:
-        self._windows = [a + b for a, b in zip(self._windows[::2], self._windows[1::2])]
-        self._times = [(a[0], b[1]) for a, b in zip(self._times[::2], self._times[1::2])]
+    def dump(self) -> str:
+        """``flush``, and files in SGLang's format; what was written."""
+        self.flush()
+        if self.passes is not None:
+            return self.passes.dump(self.placement.phy2log_LP)
+        return self.history.dump()
 
-    def _balancedness(self, counts_LE: np.ndarray) -> float:
-        """Mean over layers of mean / max over EP ranks of their load (SGLang's definition)."""
-        phy2log = self.placement.phy2log.cpu().numpy()
-        replicas = np.stack([np.bincount(row, minlength=self.placement.num_experts) for row in phy2log])
-        per_slot = np.take_along_axis(counts_LE / replicas, phy2log, axis=1)
-        per_rank = per_slot.reshape(len(phy2log), self.placement.ep_size, -1).sum(-1)
-        return float(((per_rank.mean(1) + 1e-5) / (per_rank.max(1) + 1e-5)).mean())
+    def placement_changes(self) -> None:
+        """Before maps change: a window has one placement. All ranks at the same pass."""
+        if self._passes:
+            self._close_window()
 
-    def write(self) -> None:
-        """Writes the file, if it is this rank's."""
-        if self.path is None:
-            return
-        shape = (0, len(self.layer_ids), self.placement.num_experts)
-        experts = ExpertCounts(
-            counts=np.stack(self._windows) if self._windows else np.zeros(shape, np.int64),
-            times=np.array(self._times, np.float64).reshape(-1, 2),
-            placement=np.stack([phy2log for _, phy2log in self._placements]),
-            placement_times=np.array([begin for begin, _ in self._placements]),
-            layer_ids=np.array(self.layer_ids, np.int32),
-            ep_size=self.placement.ep_size,
-            pairs=self._all_pairs,
-        )
-        write_experts(self.path, experts)
-        self._written = time.time()
+    def _close_window(self) -> None:
+        """Nothing waits here: copies are queued on the device, and summed over ranks by another thread."""
+        now = time.time()
+        counts = self._counts[:, :-1] if self._by_ids else None
+        received = self._received_now() if self._counting else None
+        self.history.add(Window(counts, received, self._begin, now, self._passes, self.placement.phy2log_LP.copy()))
+        self._windows += 1
+        self._clear()
+
+    def _received_now(self) -> Tensor:
+        return self._received_host if self._cpu else self._received_host.to(self._received.device) + self._received
+
+    def _clear(self) -> None:
+        for counted in (self._counts, self._received, self._received_host):
+            counted.zero_()
+        self._passes, self._begin = 0, time.time()

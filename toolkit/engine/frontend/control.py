@@ -18,7 +18,7 @@ from msgspec import Meta
 from toolkit.engine.frontend.errors import ApiError
 from toolkit.engine.frontend.fleet import Fleet
 from toolkit.engine.frontend.protocol import convert, json_object
-from toolkit.engine.messages import Control, ControlOp
+from toolkit.engine.messages import Control, ControlOp, EplbStats
 
 
 class Nothing(msgspec.Struct, forbid_unknown_fields=True):
@@ -38,6 +38,13 @@ class StartProfile(msgspec.Struct, forbid_unknown_fields=True):
     num_steps: Annotated[int, Meta(ge=1, le=2**31)] | None = None
 
 
+class Rebalance(msgspec.Struct, forbid_unknown_fields=True):
+    """Rebalances experts now. ``physical_to_logical_map``: the expert of each slot of each MoE layer to go to; null:
+    the placement that suits what was counted."""
+
+    physical_to_logical_map: list[list[Annotated[int, Meta(ge=0, le=2**31)]]] | None = None
+
+
 class RankReply(msgspec.Struct):
     rank: int
     detail: str
@@ -48,8 +55,17 @@ class ControlAnswer(msgspec.Struct):
     ok: bool = True
 
 
+class EplbAnswer(msgspec.Struct):
+    """``enabled``: engine.enable_eplb. ``state``: as of the first rank's last report; null before it."""
+
+    enabled: bool
+    state: EplbStats | None
+
+
+Body = type[Nothing | SlowDown | StartProfile | Rebalance]
+
 # path -> operation and body
-OPERATIONS: dict[str, tuple[ControlOp, type[Nothing | SlowDown | StartProfile]]] = {
+OPERATIONS: dict[str, tuple[ControlOp, Body]] = {
     "/flush_cache": ("flush_cache", Nothing),
     "/start_expert_distribution_record": ("start_experts", Nothing),
     "/stop_expert_distribution_record": ("stop_experts", Nothing),
@@ -57,6 +73,7 @@ OPERATIONS: dict[str, tuple[ControlOp, type[Nothing | SlowDown | StartProfile]]]
     "/slow_down": ("slow_down", SlowDown),
     "/start_profile": ("start_profile", StartProfile),
     "/stop_profile": ("stop_profile", Nothing),
+    "/eplb/rebalance": ("rebalance_experts", Rebalance),
 }
 
 B = TypeVar("B", bound=msgspec.Struct)
@@ -65,15 +82,20 @@ B = TypeVar("B", bound=msgspec.Struct)
 class ControlRoutes:
     """Args: ``check_ready`` raises ``ApiError`` while the ranks cannot act."""
 
-    def __init__(self, fleet: Fleet, check_ready: Callable[[], object], timeout_s: float) -> None:
+    def __init__(self, fleet: Fleet, check_ready: Callable[[], object], timeout_s: float, enable_eplb: bool) -> None:
         self._fleet, self._check_ready, self._timeout_s = fleet, check_ready, timeout_s
+        self._enable_eplb = enable_eplb
 
     def routes(self) -> list[web.RouteDef]:
-        return [web.post(path, self._handler(op, body)) for path, (op, body) in OPERATIONS.items()]
+        operations = [web.post(path, self._handler(op, body)) for path, (op, body) in OPERATIONS.items()]
+        return [*operations, web.get("/eplb", self._eplb)]
 
-    def _handler(
-        self, op: ControlOp, body: type[Nothing | SlowDown | StartProfile]
-    ) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def _eplb(self, http: web.Request) -> web.Response:
+        stats = self._fleet.leader_stats
+        answer = EplbAnswer(self._enable_eplb, stats.eplb if stats is not None else None)
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+    def _handler(self, op: ControlOp, body: Body) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(http: web.Request) -> web.Response:
             self._check_ready()
             return await self._run(_control(op, await _body(http, body)))
@@ -97,8 +119,11 @@ class ControlRoutes:
         return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
 
-def _control(op: ControlOp, body: Nothing | SlowDown | StartProfile) -> Control:
+def _control(op: ControlOp, body: Nothing | SlowDown | StartProfile | Rebalance) -> Control:
     cid = uuid.uuid4().hex
+    if isinstance(body, Rebalance):
+        given = body.physical_to_logical_map is not None
+        return Control(cid, op, placement=msgspec.json.encode(body).decode() if given else "")
     if isinstance(body, SlowDown):
         return Control(cid, op, sleep_s=body.forward_sleep_time or 0.0)
     if isinstance(body, StartProfile):

@@ -115,6 +115,11 @@ class Fleet:
         return [status for client in self.clients for status in client.ranks]
 
     @property
+    def leader_stats(self) -> Stats | None:
+        """Of the DP rank that speaks for its whole worker, of the first that generates."""
+        return self.stats.get(self._serving.units[0].number)
+
+    @property
     def num_open(self) -> int:
         """Requests under way."""
         return self._handoffs.num_open if self._handoffs else sum(client.num_open for client in self.clients)

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from toolkit.engine.messages import Stats
+from toolkit.engine.messages import EplbStats, Stats
 
 PREFIX = "wideep:"
 
@@ -34,6 +34,26 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
     ("preemptions", "Requests pushed out of the running batch", lambda s: s.preemptions_total),
     ("engine_steps", "Forward passes", lambda s: s.steps_total),
     ("engine_step_seconds", "Time in forward passes", lambda s: s.step_s_total),
+)
+_EPLB_GAUGES: tuple[tuple[str, str, Callable[[EplbStats], float]], ...] = (
+    ("eplb_moving", "1 while experts move between ranks", lambda s: s.state == "moving"),
+    ("eplb_broken", "1 when experts cannot be moved any more", lambda s: s.state == "broken"),
+    (
+        "eplb_balancedness_before",
+        "Of the last rebalance, for what it was planned from",
+        lambda s: s.balancedness_before,
+    ),
+    ("eplb_balancedness_after", "Of the last rebalance, for what it was planned from", lambda s: s.balancedness_after),
+    ("eplb_balancedness_measured", "Of the rows ranks received, at the last look", lambda s: s.balancedness_measured),
+)
+_EPLB_COUNTERS: tuple[tuple[str, str, Callable[[EplbStats], float]], ...] = (
+    ("eplb_rebalances", "Rebalances that ended well", lambda s: s.rebalances_total),
+    ("eplb_aborted", "Rebalances that were given up", lambda s: s.aborted_total),
+    ("eplb_skipped", "Looks at the balance that moved nothing", lambda s: s.skipped_total),
+    ("eplb_moved_slots", "Slots that got an expert from another rank", lambda s: s.moved_slots_total),
+    ("eplb_same_node_bytes", "Weights moved inside nodes", lambda s: s.same_node_bytes_total),
+    ("eplb_cross_node_bytes", "Weights moved between nodes", lambda s: s.cross_node_bytes_total),
+    ("eplb_pause_seconds", "Time that steps of the first rank waited for moving experts", lambda s: s.pause_s_total),
 )
 
 
@@ -62,7 +82,19 @@ class RankCollector(Collector):
             if not math.isnan(s.balancedness):
                 balancedness.add_metric([], s.balancedness)
         yield balancedness
+        yield from _eplb(next((s.eplb for _, s in stats if s.eplb is not None), None))
         yield GaugeMetricFamily(PREFIX + "num_open_reqs", "Requests the server holds", value=self._num_open())
+
+
+def _eplb(state: EplbStats | None) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+    """Nothing without engine.enable_eplb; a figure that does not exist yet is left out."""
+    if state is None:
+        return
+    for name, help_text, value in _EPLB_GAUGES:
+        if not math.isnan(value(state)):
+            yield GaugeMetricFamily(PREFIX + name, help_text, value=value(state))
+    for name, help_text, value in _EPLB_COUNTERS:
+        yield CounterMetricFamily(PREFIX + name, help_text, value=value(state))
 
 
 class Metrics:

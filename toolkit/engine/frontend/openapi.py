@@ -27,6 +27,7 @@ _GETS = {
     "/live": "200 from the process's first moment", "/health": "200 when completions are served, else 503",
     "/metrics": "Prometheus metrics", "/v1/models": "the one model", "/openapi.json": "this document",
     "/get_server_info": "configuration; memory by kind and state of every rank",
+    "/eplb": "state and totals of rebalancing experts",
 }  # fmt: skip
 
 

@@ -116,8 +116,12 @@ class Server:
                 web.get("/openapi.json", self._openapi),
             ]
         )
-        app.add_routes(ControlRoutes(self._fleet, self._ready, self._control_timeout_s).routes())
+        app.add_routes(self._control_routes())
         return app
+
+    def _control_routes(self) -> list[web.RouteDef]:
+        enable_eplb = self._args.engine.enable_eplb
+        return ControlRoutes(self._fleet, self._ready, self._control_timeout_s, enable_eplb).routes()
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -7,6 +7,7 @@ Imported only where there is a GPU; the same arithmetic in torch is ``moe/place.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,18 +75,22 @@ def _gather_kernel(y_ptr, rows_ptr, weights_ptr, out_ptr, D, K: tl.constexpr, BL
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, weights_ptr, counts_ptr, q_ptr, s_ptr, M, C, s_slot, s_row, s_group,
-    GLU: tl.constexpr, FP8: tl.constexpr, GROUPS: tl.constexpr, COUNTED: tl.constexpr, WEIGHTED: tl.constexpr,
-    SIZE: tl.constexpr, FULL: tl.constexpr, SMALL: tl.constexpr,
+    x_ptr, weights_ptr, counts_ptr, ends_ptr, q_ptr, s_ptr, M, C, s_slot, s_row, s_group,
+    GLU: tl.constexpr, FP8: tl.constexpr, GROUPS: tl.constexpr, COUNTED: tl.constexpr, ENDED: tl.constexpr,
+    WEIGHTED: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
-    """Rows [e, M, C] (or [e, M, 2C] where GLU) -> [e, M, C], in FP8 with a scale a group of SIZE columns, or not."""
+    """Rows [e, M, C] (or [e, M, 2C] where GLU) -> [e, M, C], in FP8 with a scale a group of SIZE columns, or not.
+
+    Where ENDED, slots lie in one [R, C], each before its end.
+    """
     slot = tl.program_id(0).to(tl.int64)
     count = tl.load(counts_ptr + slot) if COUNTED else M
+    start = tl.load(ends_ptr + slot) - count if ENDED else slot * M
     g = tl.arange(0, GROUPS)
     c = g[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     inside = c < C
     for m in range(tl.program_id(1), count, tl.num_programs(1)):
-        row = slot * M + m
+        row = (start + m).to(tl.int64)
         if GLU:
             gate = tl.load(x_ptr + row * 2 * C + c, mask=inside, other=0.0).to(tl.float32)
             up = tl.load(x_ptr + row * 2 * C + C + c, mask=inside, other=0.0).to(tl.float32)
@@ -97,7 +102,8 @@ def _quantize_kernel(
         if FP8:
             largest = tl.maximum(tl.max(tl.abs(value), 1), SMALL)
             scale = largest / FULL
-            tl.store(s_ptr + slot * s_slot + m * s_row + g * s_group, scale, mask=g * SIZE < C)
+            where = row * s_row if ENDED else slot * s_slot + m * s_row
+            tl.store(s_ptr + where + g * s_group, scale, mask=g * SIZE < C)
             value = value * (1.0 / scale)[:, None]
         tl.store(q_ptr + row * C + c, value.to(q_ptr.dtype.element_ty), mask=inside)
 
@@ -153,41 +159,55 @@ def column_major(shape: tuple[int, ...], device: torch.device | str) -> Tensor:
     return torch.empty(*lead, groups, -(-rows // 4) * 4, device=device).transpose(-1, -2)[..., :rows, :]
 
 
-def quantize(x: Tensor, counts: Tensor | None = None, by_column: bool = True) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Real:
+    """Which rows of a layout are real, read on the GPU.
+
+    Attributes:
+        counts: int32, of each slot: [1] for rows [M, ..], [e] for [e, M, ..].
+        ends: int32 [e], where slots lie in rows [R, ..]: the row after each slot's last.
+    """
+
+    counts: Tensor
+    ends: Tensor | None = None
+
+
+def quantize(x: Tensor, real: Real | None = None, by_column: bool = True) -> tuple[Tensor, Tensor]:
     """x [M, D] or [e, M, D] -> float8_e4m3 and float32 scales of each row's groups of 128.
 
     Args:
-        counts: rows to be read, int32: [1] where x is [M, D], [e] otherwise; None: all.
+        real: rows to be read; None: all.
         by_column: scales as DeepGEMM reads them; otherwise row by row, as DeepEP sends them.
     """
     shape = (*x.shape[:-1], -(-x.shape[-1] // GROUP))
     scales = column_major(shape, x.device) if by_column else torch.empty(shape, device=x.device)
     q = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
-    _run(x.contiguous(), None, counts, q, scales, glu=False)
+    _run(x.contiguous(), None, real, q, scales, glu=False)
     return q, scales
 
 
-def swiglu_quantize(gate_up: Tensor, weights: Tensor | None, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+def swiglu_quantize(gate_up: Tensor, weights: Tensor | None, real: Real | None) -> tuple[Tensor, Tensor]:
     """silu(gate) * up (* each row's weight) of [.., M, 2F] -> float8_e4m3 [.., M, F] and column-major scales."""
     *lead, columns = gate_up.shape
     q = torch.empty(*lead, columns // 2, dtype=torch.float8_e4m3fn, device=gate_up.device)
     scales = column_major((*lead, -(-columns // 2 // GROUP)), gate_up.device)
-    _run(gate_up, weights, counts, q, scales, glu=True)
+    _run(gate_up, weights, real, q, scales, glu=True)
     return q, scales
 
 
-def swiglu(gate_up: Tensor, weights: Tensor | None, counts: Tensor | None) -> Tensor:
+def swiglu(gate_up: Tensor, weights: Tensor | None, real: Real | None) -> Tensor:
     """silu(gate) * up (* each row's weight) of [.., M, 2F] -> [.., M, F] in the same type."""
     *lead, columns = gate_up.shape
     out = torch.empty(*lead, columns // 2, dtype=gate_up.dtype, device=gate_up.device)
-    _run(gate_up, weights, counts, out, None, glu=True)
+    _run(gate_up, weights, real, out, None, glu=True)
     return out
 
 
-def _run(
-    x: Tensor, weights: Tensor | None, counts: Tensor | None, out: Tensor, scales: Tensor | None, glu: bool
-) -> None:
+def _run(x: Tensor, weights: Tensor | None, real: Real | None, out: Tensor, scales: Tensor | None, glu: bool) -> None:
     slots, rows = (1, x.shape[0]) if x.dim() == 2 else (x.shape[0], x.shape[1])
+    counts, ends = (None, None) if real is None else (real.counts, real.ends)
+    if ends is not None:
+        slots = len(ends)
     if not out.numel():
         return
     columns = out.shape[-1]
@@ -196,8 +216,9 @@ def _run(
         strides = (scales.stride(0) if x.dim() == 3 else 0, scales.stride(-2), scales.stride(-1))
     grid = (slots, min(rows, max(1, PROGRAMS // slots)))
     _quantize_kernel[grid](
-        x, weights, counts, out, scales, rows, columns, *strides,
+        x, weights, counts, ends, out, scales, rows, columns, *strides,
         GLU=glu, FP8=scales is not None, GROUPS=triton.next_power_of_2(-(-columns // GROUP)),
-        COUNTED=counts is not None, WEIGHTED=weights is not None, SIZE=GROUP, FULL=FP8_MAX, SMALL=SMALLEST,
+        COUNTED=counts is not None, ENDED=ends is not None, WEIGHTED=weights is not None,
+        SIZE=GROUP, FULL=FP8_MAX, SMALL=SMALLEST,
         num_warps=8 if columns > 1024 else 4,
     )  # fmt: skip

@@ -35,21 +35,29 @@ class DeepGemm:
 
     def __call__(self, rows: Dispatched) -> Tensor:
         w, kernels = self.weights, self._kernels
-        counts = rows.counts if rows.layout == "masked" else rows.ends[-1:]
+        real = self._real(rows)
         x: Any = rows.x
         if w.fp8:
-            x = (rows.x, rows.scales) if rows.scales is not None else kernels.quantize(rows.x, counts)
+            x = (rows.x, rows.scales) if rows.scales is not None else kernels.quantize(rows.x, real)
         lead = rows.x.shape[:-1]
         gate_up = torch.empty(*lead, w.gate_up.shape[1], dtype=torch.bfloat16, device=rows.x.device)
         self._multiply(x, w.gate_up, w.gate_up_scales, gate_up, rows)
         a: Any
         if w.fp8:
-            a = kernels.swiglu_quantize(gate_up, rows.weights, counts)
+            a = kernels.swiglu_quantize(gate_up, rows.weights, real)
         else:
-            a = kernels.swiglu(gate_up, rows.weights, counts)
+            a = kernels.swiglu(gate_up, rows.weights, real)
         out = torch.empty(*lead, w.down.shape[1], dtype=torch.bfloat16, device=rows.x.device)
         self._multiply(a, w.down, w.down_scales, out, rows)
         return out
+
+    def _real(self, rows: Dispatched) -> Any:
+        """Slot by slot where padding would be much of the work; else all rows in one, however uneven slots are."""
+        if rows.layout == "masked":
+            return self._kernels.Real(rows.counts)
+        if rows.expected <= 2 * rows.alignment:
+            return self._kernels.Real(rows.counts, rows.ends)
+        return self._kernels.Real(rows.ends[-1:])
 
     def shapes(self, most: int) -> Iterator[int]:
         """Tiles are chosen by ``expected``, rounded up to a power of two."""

@@ -10,6 +10,7 @@ S: rows of this rank's slice, D: hidden, K: top-k. Knows no GEMM.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -47,12 +48,24 @@ class Settings:
 
 
 class Transport(Protocol):
-    """The four calls of ``TokenDispatcher``, each way by name."""
+    """The four calls of ``TokenDispatcher``, each way by name.
+
+    Attributes:
+        num_bytes: of the buffers on this GPU.
+    """
+
+    num_bytes: int
 
     def dispatch_start(self, way: Way, x: Tensor, slots: Tensor, weights: Tensor, step: StepRows) -> Any: ...
     def dispatch_finish(self, handle: Any) -> tuple[Dispatched, Any]: ...
     def combine_start(self, y: Tensor, handle: Any) -> Any: ...
     def combine_finish(self, handle: Any) -> Tensor: ...
+
+    def library_calls(
+        self, way: Way, x: Tensor, slots: Tensor, weights: Tensor, step: StepRows
+    ) -> Callable[[], object]:
+        """The library's dispatch and combine with these rows and nothing around them, for measurements."""
+        ...
 
 
 @DISPATCHERS.register("deepep")
@@ -70,9 +83,10 @@ def make_deepep(comm: Comm, shape: ExpertShape, engine: EngineConfig) -> TokenDi
     chosen = {way: BEST[way] if engine.deepep_buffer == "auto" else engine.deepep_buffer for way in ways}
     made = {name: _make(name, library, comm, settings, chosen) for name in sorted(set(chosen.values()))}
     log.info(
-        "DeepEP over %d ranks: %s; rows in %s; %s RDMA",
+        "DeepEP over %d ranks: %s; rows in %s; %s RDMA; %.0f MB of buffers",
         comm.size, ", ".join(f"{way} by {chosen[way]}, {most[way]} rows a rank at most" for way in ways),
         "fp8" if fp8 else "bf16", "with" if settings.rdma else "NVLink alone, without",
+        sum(transport.num_bytes for transport in made.values()) / 1e6,
     )  # fmt: skip
     return DeepEPDispatcher({way: made[chosen[way]] for way in ways}, most)
 

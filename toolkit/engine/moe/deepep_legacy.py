@@ -7,9 +7,11 @@ Knows neither when a step takes which way (``deepep.py``) nor GEMMs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from toolkit.engine.moe.deepep import Settings, Way, expected_rows
@@ -52,8 +54,39 @@ class LegacyTransport:
         self.buffer = buffer(
             comm.group, nvlink_bytes, rdma_bytes, low_latency_mode=low_latency, num_qps_per_rank=queues
         )
+        self.num_bytes = nvlink_bytes + rdma_bytes
         self.clean = len(ways) == 2 and self.buffer.runtime.get_num_rdma_ranks() > 1
         self.id_type = library.topk_idx_t
+
+    def library_calls(
+        self, way: Way, x: Tensor, slots: Tensor, weights: Tensor, step: StepRows
+    ) -> Callable[[], object]:
+        from toolkit.engine.kernels import rows as kernels
+
+        buffer, shape, fp8 = self.buffer, self.settings.shape, self.settings.fp8
+        ids, most = slots.to(self.id_type), self.settings.most[way]
+        sent: Any = kernels.quantize(x, by_column=False) if fp8 else x
+        y: dict[tuple[int, ...], Tensor] = {}
+
+        def like(received: Any) -> Tensor:
+            got = received[0] if fp8 else received
+            if got.shape not in y:
+                y[got.shape] = torch.zeros(got.shape, dtype=torch.bfloat16, device=x.device)
+            return y[got.shape]
+
+        def low_latency() -> None:
+            received, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, most, shape.num_slots, use_fp8=fp8)
+            buffer.low_latency_combine(like(received), ids, weights, handle)
+
+        def normal() -> None:
+            by_rank, by_rdma, by_slot, is_in_rank, _ = buffer.get_dispatch_layout(ids, shape.num_slots)
+            received, _, _, _, handle, _ = buffer.dispatch(
+                sent, num_tokens_per_rank=by_rank, num_tokens_per_rdma_rank=by_rdma, num_tokens_per_expert=by_slot,
+                is_token_in_rank=is_in_rank, topk_idx=ids, topk_weights=weights,
+            )  # fmt: skip
+            buffer.combine(like(received), handle)
+
+        return low_latency if way == "low_latency" else normal
 
     def dispatch_start(self, way: Way, x: Tensor, slots: Tensor, weights: Tensor, step: StepRows) -> _Handle:
         ids, expected = slots.to(self.id_type), expected_rows(step, self.settings.shape)
@@ -78,7 +111,7 @@ class LegacyTransport:
             is_token_in_rank=is_in_rank,
             topk_idx=ids,
             topk_weights=weights,
-            async_finish=True,
+            async_finish=self.settings.overlap,
         )
         kept = sent, ids, weights, by_rank, by_slot, is_in_rank
         return _Handle("normal", kept, received, handle, event, None, None, local, row_weights, alignment, expected)
@@ -95,7 +128,8 @@ class LegacyTransport:
     def dispatch_finish(self, handle: _Handle) -> tuple[Dispatched, _Handle]:
         h = handle
         if h.way == "normal":
-            h.event.current_stream_wait()
+            if self.settings.overlap:
+                h.event.current_stream_wait()
             x, scales = h.received if isinstance(h.received, tuple) else (h.received, None)
             rows, h.placed = place(x, h.ids, h.weights, self.settings.shape.num_local, h.alignment, scales)
             return rows, h
@@ -115,12 +149,12 @@ class LegacyTransport:
             return combined, None, hook if overlap else None, y, h
         assert h.placed is not None, "combine before dispatch_finish"
         partial = h.placed.weighted_sum(y, y.dtype)
-        combined, _, event = self.buffer.combine(partial, h.library, async_finish=True)
+        combined, _, event = self.buffer.combine(partial, h.library, async_finish=self.settings.overlap)
         return combined, event, None, partial, h
 
     def combine_finish(self, handle: tuple[Any, ...]) -> Tensor:
         combined, event, hook = handle[:3]
-        if event is not None:
+        if event is not None and self.settings.overlap:
             event.current_stream_wait()
         if hook is not None:
             hook()

@@ -77,13 +77,38 @@ def make_gemm(name: str, device: str = "cpu") -> ExpertGemm:
     """A new instance, one a layer.
 
     Args:
-        name: auto: deep_gemm on GPUs that it runs on, where it is installed; grouped_mm on others; torch on CPUs.
+        name: auto: torch on CPUs; on a GPU what suits the weights, see ``AutoGemm``.
     """
     from toolkit.engine.moe import deep_gemm, grouped_mm  # noqa: F401  (register themselves)
 
     if name == "auto":
-        name = "torch" if device == "cpu" else "deep_gemm" if has_deep_gemm() else "grouped_mm"
+        return TorchGemm() if device == "cpu" else AutoGemm()
     return GEMMS[name]()
+
+
+class AutoGemm:
+    """On a GPU: deep_gemm where it is installed and runs; grouped_mm for other bf16 experts; torch for the rest.
+
+    Slots are aligned for the strictest of them, before the weights are known.
+    """
+
+    alignment, decode_alignment = 128, 64
+
+    def pack(self, weights: ExpertWeights) -> None:
+        # DeepGEMM's tiles are 64 columns wide in bf16; torch wants rows of 16 bytes
+        sizes = weights.down.shape[1:]
+        if weights.gate_up.dtype == torch.float32 or any(size % 8 for size in sizes):
+            name = "torch"
+        else:
+            name = "deep_gemm" if has_deep_gemm() and not any(size % 64 for size in sizes) else "grouped_mm"
+        self.gemm = GEMMS[name]()
+        self.gemm.pack(weights)
+
+    def __call__(self, rows: Dispatched) -> Tensor:
+        return self.gemm(rows)
+
+    def shapes(self, most: int) -> Iterator[int]:
+        return self.gemm.shapes(most)
 
 
 @GEMMS.register("torch")
@@ -97,6 +122,8 @@ class TorchGemm:
 
     def __call__(self, rows: Dispatched) -> Tensor:
         x = rows.x if rows.scales is None else dequantize_rows(rows.x, rows.scales)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._without_waiting(rows, x)
         out = x.new_zeros(x.shape)
         for slot, (count, start) in enumerate(zip(rows.counts.tolist(), rows.starts.tolist())):
             if not count:
@@ -110,6 +137,19 @@ class TorchGemm:
 
     def shapes(self, most: int) -> Iterator[int]:
         return iter(())
+
+    def _without_waiting(self, rows: Dispatched, x: Tensor) -> Tensor:
+        """For CUDA graphs, which cannot ask how many rows a slot has: every row through every expert."""
+        out = x.new_zeros(x.shape)
+        if rows.layout == "masked":
+            for slot in range(len(x)):
+                out[slot] = swiglu(x[slot], *self._slot(slot, x.dtype))
+            return out
+        row = torch.arange(len(x), device=x.device)
+        for slot in range(len(rows.ends)):
+            mine = (row >= rows.starts[slot]) & (row < rows.ends[slot])
+            out = torch.where(mine[:, None], swiglu(x, *self._slot(slot, x.dtype)), out)
+        return out if rows.weights is None else out * rows.weights[:, None].to(out.dtype)
 
     def _slot(self, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         w = self.weights

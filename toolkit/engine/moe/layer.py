@@ -7,16 +7,17 @@ its own; ranks without rows take part with none. Read next: ``dispatch.py``, ``a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from toolkit.config import EngineConfig
-from toolkit.engine.arch import Arch
-from toolkit.engine.eplb.placement import Placement
+from toolkit.engine.arch import Arch, wants_fp8
+from toolkit.engine.dims import ParallelDims
+from toolkit.engine.eplb.placement import Placement, start_placement
 from toolkit.engine.eplb.recorder import Recorder
-from toolkit.engine.fp8 import BlockFp8, Matrix, stack_rows
+from toolkit.engine.fp8 import BLOCK, BlockFp8, Matrix, stack_rows
 from toolkit.engine.gpu_libraries import has_deep_gemm
 from toolkit.engine.moe.dispatch import ExpertShape, StepRows, TokenDispatcher, make_dispatcher
 from toolkit.engine.moe.gate import Gate
@@ -31,7 +32,7 @@ from toolkit.engine.weights import Shard, Weights
 class MoEContext:
     """What all MoE layers of a rank share: where experts are, how rows travel, who counts.
 
-    ``recorder`` is set by the worker when counting is on.
+    ``recorder`` is set by the worker when counting is on; ``layers`` are those that were made, in order.
     """
 
     engine: EngineConfig
@@ -41,20 +42,30 @@ class MoEContext:
     shape: ExpertShape
     device: str
     recorder: Recorder | None = None
+    layers: list[MoELayer] = field(default_factory=list)
     first: tuple[ExpertGemm, ExpertWeights] | None = None  # of the first MoE layer; all have the same shapes
 
     @classmethod
-    def create(cls, arch: Arch, engine: EngineConfig, groups: Groups, device: str) -> MoEContext:
-        """Trivial placement, and the dispatcher of ``engine.moe_a2a_backend`` over the rank's expert group."""
-        slots, dims = arch.slots(engine), groups.dims
-        layers, rank = len(arch.moe_layers), groups.ep_rank
-        placement = Placement.trivial(layers, arch.num_experts, slots, rank, dims.ep_size, device)
+    def create(cls, arch: Arch, engine: EngineConfig, groups: Groups, device: str, nodes: int = 1) -> MoEContext:
+        """The placement that ``engine.init_expert_location`` names, and the dispatcher over the rank's expert group.
+
+        Args:
+            nodes: that the ranks of one set of experts are on.
+        """
+        slots, dims, rank = arch.slots(engine), groups.dims, groups.ep_rank
+        experts, ep_size = arch.num_experts, dims.ep_size
+        phy2log_LP = start_placement(
+            engine.init_expert_location if arch.moe_layers else "trivial", groups.tp_cpu.broadcast_bytes,
+            groups.rank == 0, arch.moe_layers, experts, slots, ep_size, arch.expert_groups, nodes,
+        )  # fmt: skip
+        algorithm = engine.ep_dispatch_algorithm or "static"
+        placement = Placement(phy2log_LP, experts, rank, ep_size, device, nodes, algorithm)
         gemm = make_gemm(engine.moe_runner_backend, device)
         shape = ExpertShape(
             slots, rank, dims.ep_size, arch.hidden_size, arch.top_k, gemm.alignment, gemm.decode_alignment,
             max_rows=-(-engine.chunked_prefill_size // dims.attn_tp),
             max_decode_rows=-(-engine.max_running_requests // dims.attn_tp),
-            fp8=keeps_fp8(arch, engine, device),
+            fp8=keeps_fp8(arch, engine, device) and _whole_blocks(arch, dims),
         )  # fmt: skip
         name = engine.moe_a2a_backend if arch.moe_layers else "allgather"  # which has no buffers that nobody would use
         dispatcher = make_dispatcher(name, groups.moe, shape, engine)
@@ -102,27 +113,39 @@ class MoELayer:
         self.context, self.index, self.gate, self.shared = context, index, gate, shared
         self.experts = experts
         self.gemm: ExpertGemm = context.make_gemm(experts)
+        assert len(context.layers) == index, f"MoE layer {index} is made after {len(context.layers)} others"
+        context.layers.append(self)
 
     def stages(self, x_SD: Tensor, layout: TokenLayout) -> Stages[Tensor]:
         """The layer's stages; returns [S, D]."""
         context, dispatcher = self.context, self.context.dispatcher
         ids_SK, weights_SK = self.gate(x_SD)
         ids_SK = layout.drop_padding(ids_SK)  # neither sent nor counted
-        if context.recorder is not None:
-            context.recorder.record(self.index, ids_SK)
         slots_SK = context.placement.to_slots(self.index, ids_SK)
+        if context.recorder is not None:
+            context.recorder.selected(self.index, ids_SK, slots_SK)
         yield "selected"
         sent = dispatcher.dispatch_start(x_SD, slots_SK, weights_SK, context.step_rows(layout))
         # the shared expert fills the time in which rows travel: to the experts in decode, back from them in prefill
         shared = self._shared(x_SD) if not layout.is_extend else None
         yield "dispatched"
         rows, handle = dispatcher.dispatch_finish(sent)
+        if context.recorder is not None:
+            context.recorder.received(self.index, rows.counts)
         returned = dispatcher.combine_start(self.gemm(rows), handle)
         yield "combining"
         shared = self._shared(x_SD) if layout.is_extend else shared
         out = dispatcher.combine_finish(returned)
         yield "combined"
         return out if shared is None else out + shared
+
+    def slot_tensors(self) -> list[Tensor]:
+        """All that makes up an expert, each [e, ...]; experts migrate by writing into them in place."""
+        return [part for part in vars(self.experts).values() if isinstance(part, Tensor)]
+
+    def slots_changed(self) -> None:
+        """Some slots were overwritten."""
+        self.gemm.pack(self.experts)
 
     def _shared(self, x_SD: Tensor) -> Tensor | None:
         return self.shared(x_SD) if self.shared is not None else None
@@ -164,6 +187,11 @@ def _stack(experts: list[Matrix]) -> tuple[Tensor, Tensor | None]:
     return torch.stack([expert for expert in experts if isinstance(expert, Tensor)]), None
 
 
+def _whole_blocks(arch: Arch, dims: ParallelDims) -> bool:
+    """True when this rank's part of every expert is made of whole blocks."""
+    return not arch.hidden_size % BLOCK and not arch.moe_intermediate // dims.moe_tp % BLOCK
+
+
 def keeps_fp8(arch: Arch, engine: EngineConfig, device: str) -> bool:
-    """True when matrices in FP8 are multiplied as they are stored: on a GPU with DeepGEMM."""
-    return bool(arch.fp8) and device != "cpu" and engine.moe_runner_backend in ("auto", "deep_gemm") and has_deep_gemm()
+    """True when matrices that are stored in FP8 are multiplied in it here; otherwise they are dequantised."""
+    return wants_fp8(arch, engine, device) and has_deep_gemm()

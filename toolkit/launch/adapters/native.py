@@ -99,7 +99,7 @@ def _frontend_args(
     deploy, disagg = cfg.deploy, cfg.deploy.mode == "disagg"
     return FrontendArgs(
         model=cfg.model,
-        engine=cfg.engine,
+        engine=by_name[plan.main_worker.pool].engine,
         http=(plan.frontend.host, plan.frontend.http_port),
         workers=[
             WorkerAddress(

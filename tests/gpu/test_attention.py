@@ -1,0 +1,39 @@
+"""The attention contract over every backend that a GPU has."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from tests.contract import attention_cases as cases
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+needs_fa3 = pytest.mark.skipif(importlib.util.find_spec("sgl_kernel") is None, reason="sglang-kernel is not installed")
+needs_mla = pytest.mark.skipif(importlib.util.find_spec("flash_mla") is None, reason="sgl-flash-mla is not installed")
+PAGED = [pytest.param("fa3", 16, marks=needs_fa3), pytest.param("fa3", 64, marks=needs_fa3), ("varlen", 256)]
+
+
+@pytest.mark.parametrize(("backend", "page"), [*PAGED, ("sdpa", 16)])
+@pytest.mark.parametrize("step", cases.STEPS)
+@pytest.mark.parametrize("window", [0, 48], ids=["global", "sliding"])
+def test_attends(backend: str, page: int, step: str, window: int) -> None:
+    cases.check_attends(backend, step, page, window, torch.bfloat16, "cuda:0")
+
+
+@pytest.mark.parametrize(("backend", "page"), PAGED)
+@pytest.mark.parametrize("window", [0, 48], ids=["global", "sliding"])
+def test_static_plan(backend: str, page: int, window: int) -> None:
+    cases.check_static_plan(backend, page, window, torch.bfloat16, "cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("backend", "page"),
+    [pytest.param("flash_mla", 64, marks=[needs_mla, needs_fa3]), pytest.param("fa3", 64, marks=needs_fa3)],
+)
+@pytest.mark.parametrize("step", cases.STEPS)
+@pytest.mark.parametrize("heads", [16, 128])
+def test_latent(backend: str, page: int, step: str, heads: int) -> None:
+    cases.check_latent(backend, step, page, torch.bfloat16, "cuda:0", heads, (512, 64))

@@ -1,0 +1,91 @@
+"""The Triton kernels of a layer against the torch they replace, bit for bit where both round alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from toolkit.engine import fused
+from toolkit.engine.layers import RMSNorm, Rotary
+from toolkit.engine.moe.gate import SoftmaxGate
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+DEVICE = "cuda:0"
+
+
+class Given:
+    """Weights of one name."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        self.tensor = (1 + 0.1 * torch.randn(size)).to(DEVICE, dtype)
+
+    def get(self, name: str, shape: tuple[int, ...], shard: object = None, dtype: object = None) -> torch.Tensor:
+        return self.tensor
+
+
+def norm(size: int, dtype: torch.dtype, add_one: bool) -> RMSNorm:
+    return RMSNorm(Given(size, dtype), "norm", size, 1e-6, add_one)  # type: ignore[arg-type]
+
+
+def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "supported", lambda x: False)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """One rounding apart at most."""
+    dtype = wanted.dtype
+    torch.testing.assert_close(found, wanted, rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    assert (found.float() - wanted.float()).norm() <= (
+        2e-3 if dtype == torch.bfloat16 else 1e-6
+    ) * wanted.float().norm()
+
+
+@pytest.mark.parametrize("size", [16, 2048, 7168])
+@pytest.mark.parametrize("rows", [0, 1, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("add_one", [False, True])
+def test_norms(size: int, rows: int, dtype: torch.dtype, add_one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = norm(size, dtype, add_one)
+    x, delta = (torch.randn(rows, size + 8, device=DEVICE, dtype=dtype)[:, :size] for _ in range(2))
+    alone, (total, added) = n(x), n.add(x, delta)
+    reference(monkeypatch)
+    wanted_total, wanted = n.add(x, delta)
+    close(alone, n(x))
+    assert torch.equal(total, wanted_total)
+    close(added, wanted)
+
+
+@pytest.mark.parametrize("dim", [12, 64, 128])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotate_and_write(dim: int, normed: bool, dtype: torch.dtype) -> None:
+    heads, kv_heads, tokens = 8, 2, 19
+    rotary = Rotary(dim, {"rope_theta": 1e4, "rope_type": "default"}, 512, DEVICE)
+    norms = (norm(dim, dtype, False), norm(dim, dtype, False)) if normed else None
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, device=DEVICE, dtype=dtype)
+    positions = torch.randint(512, (tokens,), device=DEVICE, dtype=torch.int32)
+    rows = torch.randperm(64, device=DEVICE)[:tokens].int()
+    k_cache, v_cache = (torch.zeros(64, kv_heads, dim, device=DEVICE, dtype=dtype) for _ in range(2))
+    found = fused.rotate_and_write(qkv, norms, rotary, positions, k_cache, v_cache, rows)
+    q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
+    if norms is not None:
+        q, k = (n_(part.contiguous()) for n_, part in zip(norms, (q, k)))
+    close(found, rotary(q, positions))
+    close(k_cache[rows.long()], rotary(k, positions))
+    assert torch.equal(v_cache[rows.long()], v)
+    others = torch.ones(64, dtype=torch.bool, device=DEVICE).index_fill_(0, rows.long(), False)
+    assert not k_cache[others].any() and not v_cache[others].any()
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(16, 4), (128, 8), (160, 6)])
+@pytest.mark.parametrize("rows", [0, 1, 70])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_softmax_topk(experts: int, top_k: int, rows: int, renormalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = SoftmaxGate(torch.randn(experts, 64, device=DEVICE), top_k, renormalize)
+    x = torch.randn(rows, 64, device=DEVICE)
+    ids, weights = gate(x)
+    reference(monkeypatch)
+    wanted_ids, wanted = gate(x)
+    assert torch.equal(ids, wanted_ids)
+    torch.testing.assert_close(weights, wanted, rtol=1e-5, atol=1e-7)

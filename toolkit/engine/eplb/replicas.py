@@ -1,0 +1,162 @@
+"""Which replica of an expert a token goes to: ``engine.ep_dispatch_algorithm``.
+
+    static    one replica for each rank: on its own GPU, else on its node, else dealt evenly: least traffic
+    dynamic   replicas in turn, row by row: an expert's load is shared evenly whatever rank its tokens come from
+    weighted  the batch's tokens split so that GPUs get equally much (weighted.py); needs the ids on the host
+
+Owns the maps that this needs, one row a layer, always changed in place: their addresses stay, so CUDA graphs stay
+valid. Knows no dispatchers and no weights. Source of the first two: SGLang's expert_location_dispatch.py.
+L: layers, E: experts, R: slots, X: most replicas an expert can have (R - E + 1), S: rows, K: top-k.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from toolkit.registry import Registry
+
+Ints = NDArray[np.int64]
+
+
+class ReplicaChoice(Protocol):
+    """One rank's way from logical experts to slots, for all layers."""
+
+    def prepare(self, phy2log_R: Ints) -> Any:
+        """What ``update`` needs of a layer's new placement: the part that takes time, done beside the steps."""
+        ...
+
+    def update(self, layer: int, prepared: Any) -> None:
+        """The layer has the prepared placement from now on."""
+        ...
+
+    def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
+        """Logical ids [S, K] -> slots [S, K]; -1 (padding) stays -1."""
+        ...
+
+
+class ReplicaChoiceFactory(Protocol):
+    def __call__(
+        self, layers: int, experts: int, slots: int, ep_rank: int, ep_size: int, nodes: int, device: str
+    ) -> ReplicaChoice: ...
+
+
+ALGORITHMS: Registry[ReplicaChoiceFactory] = Registry("engine.ep_dispatch_algorithm")
+
+
+@ALGORITHMS.register("static")
+class StaticChoice:
+    """A table; its last column is for padding, which -1 finds from behind."""
+
+    def __init__(
+        self, layers: int, experts: int, slots: int, ep_rank: int, ep_size: int, nodes: int, device: str
+    ) -> None:
+        self._experts, self._rank, self._ranks, self._nodes = experts, ep_rank, ep_size, nodes
+        self.table_LE = torch.full((layers, experts + 1), -1, dtype=torch.int64, device=device)
+
+    def prepare(self, phy2log_R: Ints) -> Tensor:
+        return torch.from_numpy(nearest(phy2log_R, self._experts, self._ranks, self._nodes)[self._rank].copy())
+
+    def update(self, layer: int, prepared: Tensor) -> None:
+        self.table_LE[layer, :-1].copy_(prepared)
+
+    def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
+        return self.table_LE[layer][ids_SK]
+
+
+@ALGORITHMS.register("dynamic")
+class DynamicChoice:
+    """Row i of this rank takes replica (i + rank) mod replicas."""
+
+    def __init__(
+        self, layers: int, experts: int, slots: int, ep_rank: int, ep_size: int, nodes: int, device: str
+    ) -> None:
+        self._experts, self._rank, width = experts, ep_rank, slots - experts + 1
+        self.slots_LEX = torch.full((layers, experts + 1, width), -1, dtype=torch.int64, device=device)
+        self.count_LE = torch.ones((layers, experts + 1), dtype=torch.int64, device=device)
+
+    def prepare(self, phy2log_R: Ints) -> tuple[Tensor, Tensor]:
+        count, slots = _replicas(phy2log_R, self._experts)
+        return torch.from_numpy(count), torch.from_numpy(slots)
+
+    def update(self, layer: int, prepared: tuple[Tensor, Tensor]) -> None:
+        count, slots = prepared
+        self.count_LE[layer, :-1].copy_(count)
+        self.slots_LEX[layer, :-1, : slots.shape[1]].copy_(slots)
+
+    def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
+        turn_S = torch.arange(self._rank, self._rank + len(ids_SK), device=ids_SK.device)
+        return self.slots_LEX[layer][ids_SK, turn_S[:, None] % self.count_LE[layer][ids_SK]]
+
+
+@ALGORITHMS.register("weighted")
+class WeightedChoice:
+    """Each rank levels its own batch over all GPUs; the sum of even loads is even.
+
+    Ties go to the replica that comes first; each rank begins elsewhere, so that they do not all pick the same one.
+    """
+
+    def __init__(
+        self, layers: int, experts: int, slots: int, ep_rank: int, ep_size: int, nodes: int, device: str
+    ) -> None:
+        from toolkit.engine.eplb import weighted  # compiles with numba
+
+        self._split, self._choose = weighted.split, weighted.choose
+        self._experts, self._rank, self._ranks = experts, ep_rank, ep_size
+        self._slots = slots // ep_size
+        self._log2phy: list[Ints] = [np.empty((experts, 0), np.int64)] * layers
+
+    def prepare(self, phy2log_R: Ints) -> Ints:
+        count, slots = _replicas(phy2log_R, self._experts)
+        for expert in np.flatnonzero(count > 1):
+            slots[expert, : count[expert]] = np.roll(slots[expert, : count[expert]], self._rank)
+        return slots
+
+    def update(self, layer: int, prepared: Ints) -> None:
+        self._log2phy[layer] = prepared
+
+    def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
+        log2phy, ids = self._log2phy[layer], ids_SK.flatten().cpu().numpy()
+        counts = np.bincount(ids[ids >= 0], minlength=self._experts)
+        tokens = self._split(counts, log2phy, self._ranks, self._slots)
+        chosen = self._choose(ids, tokens, log2phy)
+        return torch.from_numpy(chosen).view(ids_SK.shape).to(ids_SK.device)
+
+
+def nearest(phy2log_R: Ints, experts: int, ranks: int, nodes: int) -> Ints:
+    """The slot that each rank sends an expert's tokens to, [ranks, E]; every rank computes the same.
+
+    Its own replica, else one on its node, else any: those who have to share are dealt to the replicas evenly, and
+    among equals the first differs from expert to expert.
+    """
+    slots, node_ranks = len(phy2log_R) // ranks, ranks // nodes
+    count, log2phy = _replicas(phy2log_R, experts)
+    table = np.tile(log2phy[:, 0], (ranks, 1))
+    for expert in np.flatnonzero(count > 1).tolist():
+        replicas = np.roll(log2phy[expert, : count[expert]], expert).tolist()
+        used = dict.fromkeys(replicas, 0)
+        own: dict[int, list[int]] = {}
+        near: dict[int, list[int]] = {}
+        for slot in replicas:
+            own.setdefault(slot // slots, []).append(slot)
+            near.setdefault(slot // slots // node_ranks, []).append(slot)
+        # whose choice is narrow goes first, so that the others can make up for it
+        allowed = [(own.get(rank), near.get(rank // node_ranks), rank) for rank in range(ranks)]
+        for mine, nearby, rank in sorted(allowed, key=lambda a: (a[0] is None, a[1] is None, a[2])):
+            table[rank, expert] = choice = min(mine or nearby or replicas, key=used.__getitem__)
+            used[choice] += 1
+    return table
+
+
+def _replicas(phy2log_R: Ints, experts: int) -> tuple[Ints, Ints]:
+    """Replicas of each expert [E], and their slots [E, X] in ascending order, padded with -1."""
+    count = np.bincount(phy2log_R, minlength=experts)
+    order = np.argsort(phy2log_R, kind="stable")
+    expert, first = phy2log_R[order], count.cumsum() - count
+    slots = np.full((experts, int(count.max())), -1, np.int64)
+    slots[expert, np.arange(len(order)) - first[expert]] = order
+    return count, slots
