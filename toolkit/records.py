@@ -218,7 +218,7 @@ class TransferRecord(typing.NamedTuple):
     wait_s: float  # from the last ticket to the begin of the read
     transfer_s: float  # in which reads went on
     hidden_s: float  # of that, before the last ticket: beside the prompt's computation
-    join_s: float  # from the end of the last read to its place in the batch
+    join_s: float  # from the end of the last read to its place in the batch: the rest of a step
     first_decode_s: float  # from there to the first token decoded here; NaN: there was none
 
 

@@ -213,6 +213,8 @@ class Worker:
                 self.pipeline.drain()  # they happen between two steps
             if agreed.controls and self.step_log is not None:
                 self.step_log.flush()  # a dump is of everything until now
+            if agreed.controls and self.part is not None:
+                self.part.flush()
             for reply in self.control.apply(agreed.controls):
                 self.link.send(reply)
             if asleep or time.monotonic() - self._stats_sent > STATS_S:

@@ -142,6 +142,9 @@ class DecodePart:
             self._log.decoded(output.rid)
         return outputs
 
+    def flush(self) -> None:
+        self._log.flush()
+
     def close(self) -> None:
         self._transfer.close()
         self._log.close()
@@ -211,9 +214,10 @@ class DecodePart:
             elif state == "failed":
                 arrival.error = arrival.error or f"KV transfer: {running.read.error}"
             arrival.reads.remove(running)
-            arrival.spans.append((running.began, now))
+            ended = running.read.ended or now
+            arrival.spans.append((running.began, ended))
             arrival.num_bytes += running.read.num_bytes
-            arrival.ended = now
+            arrival.ended = max(arrival.ended, ended)
         if arrival.error:
             for running in arrival.reads:
                 self._transfer.cancel(running.read)

@@ -72,6 +72,10 @@ class TransferLog:
             row, joined = found
             self._rows.append(row if ended else row._replace(first_decode_s=time.monotonic() - joined))
 
+    def flush(self) -> None:
+        if self._rows is not None:
+            self._rows.flush()
+
     def close(self) -> None:
         for rid in list(self._open):
             self.decoded(rid, ended=True)

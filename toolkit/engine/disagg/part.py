@@ -67,6 +67,10 @@ class Part(Protocol):
         """After a step that began at ``began`` (monotonic): its outputs, with tickets."""
         ...
 
+    def flush(self) -> None:
+        """Writes down what was measured until now."""
+        ...
+
     def close(self) -> None: ...
 
 

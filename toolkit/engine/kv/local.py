@@ -13,6 +13,7 @@ import mmap
 import os
 import secrets
 import socket
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -42,7 +43,7 @@ class LocalRead:
     """A read in flight."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.num_bytes, self.error = num_bytes, ""
+        self.num_bytes, self.error, self.ended = num_bytes, "", 0.0
         self.stop = Event()
         self.future: Future[None]
 
@@ -109,7 +110,7 @@ class LocalTransfer:
         read = LocalRead(int(pieces[:, 4].sum()))
         to = self._addresses[pieces[:, 0]] + pieces[:, 1]
         source = self._peer_addresses[peer][pieces[:, 2]] + pieces[:, 3]
-        read.future = self._threads.submit(_copy, np.stack([to, source, pieces[:, 4]], axis=1), read.stop)
+        read.future = self._threads.submit(_copy, np.stack([to, source, pieces[:, 4]], axis=1), read)
         return read
 
     def poll(self, read: Read) -> ReadState:
@@ -163,9 +164,10 @@ def _address(mapped: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(mapped))
 
 
-def _copy(spans: NDArray[np.int64], stop: Event) -> None:
+def _copy(spans: NDArray[np.int64], read: LocalRead) -> None:
     """Copies (to, from, bytes) one after the other. memmove gives the interpreter free meanwhile."""
     for to, source, size in spans.tolist():
-        if stop.is_set():
-            return
+        if read.stop.is_set():
+            break
         ctypes.memmove(to, source, size)
+    read.ended = time.monotonic()

@@ -42,7 +42,7 @@ class NixlRead:
     """A read in flight."""
 
     def __init__(self, num_bytes: int, peer: str, handle: Any) -> None:
-        self.num_bytes, self.error, self.peer = num_bytes, "", peer
+        self.num_bytes, self.error, self.ended, self.peer = num_bytes, "", 0.0, peer
         self.handle, self.state = handle, "PROC"
 
 
@@ -64,6 +64,7 @@ class NixlTransfer:
         self._peers: dict[bytes, str] = {}
         self._peer_regions: dict[str, tuple[NDArray[np.int64], str, int]] = {}
         self._released: list[str] = []
+        self._reads: list[NixlRead] = []  # in flight
         self._active, self._closing = threading.Event(), False
         self._thread = threading.Thread(target=self._progress, name="kv-progress", daemon=True)
         self._thread.start()
@@ -109,31 +110,32 @@ class NixlTransfer:
                 mine, theirs = agent.get_xfer_descs(here, self._memory), agent.get_xfer_descs(there, memory)
                 read.handle = agent.initialize_xfer("READ", mine, theirs, peer)
                 read.state = agent.transfer(read.handle)
+                self._note(read)
         except Exception as error:
-            self._fail(read, error)
+            read.state, read.error, read.ended = "ERR", f"{type(error).__name__}: {error}", time.monotonic()
         return read
 
     def poll(self, read: Read) -> ReadState:
         assert isinstance(read, NixlRead)
-        if read.state == "PROC":
-            try:
-                with self._lock:
-                    read.state = self._agent.check_xfer_state(read.handle)
-            except Exception as error:
-                self._fail(read, error)
+        with self._lock:
+            self._look(read)
         if read.state == "DONE":
             self._release(read)
             return "done"
         if read.state == "PROC":
             return "running"
         read.error = read.error or "NIXL reports an error"
+        if not self._release(read):
+            self._disconnect(read.peer)
         return "failed"
 
     def cancel(self, read: Read) -> None:
         """A read that UCX cannot take back ends with the connection to its peer, other reads from it included."""
         assert isinstance(read, NixlRead)
-        if read.state == "PROC":
-            read.state, read.error = "ERR", "cancelled"
+        with self._lock:
+            if read.state == "PROC":
+                read.state, read.error = "ERR", "cancelled"
+                self._note(read)
         if not self._release(read):
             self._disconnect(read.peer)
             if not self._release(read):
@@ -165,6 +167,8 @@ class NixlTransfer:
             self._active.wait()
             with self._lock:
                 self._collect()
+                for read in list(self._reads):
+                    self._look(read)
             time.sleep(PROGRESS_S)
 
     def _collect(self) -> None:
@@ -175,10 +179,25 @@ class NixlTransfer:
         except Exception as error:
             log.warning("NIXL notifications: %s: %s", type(error).__name__, error)
 
-    def _fail(self, read: NixlRead, error: Exception) -> None:
-        read.state, read.error = "ERR", f"{type(error).__name__}: {error}"
-        if not self._release(read):
-            self._disconnect(read.peer)
+    def _look(self, read: NixlRead) -> None:
+        """Asks how a read is doing. Under the lock."""
+        if read.state != "PROC":
+            return
+        try:
+            read.state = self._agent.check_xfer_state(read.handle)
+        except Exception as error:
+            read.state, read.error = "ERR", f"{type(error).__name__}: {error}"
+        self._note(read)
+
+    def _note(self, read: NixlRead) -> None:
+        """Keeps the list of reads in flight, and when each has ended. Under the lock."""
+        if read.state == "PROC":
+            if read not in self._reads:
+                self._reads.append(read)
+            return
+        read.ended = read.ended or time.monotonic()
+        if read in self._reads:
+            self._reads.remove(read)
 
     def _release(self, read: NixlRead) -> bool:
         """Gives the library's handle back; False while UCX may still write."""

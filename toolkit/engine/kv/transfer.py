@@ -23,10 +23,11 @@ ReadState = Literal["running", "done", "failed"]
 
 
 class Read(Protocol):
-    """One read in flight. ``error`` says why it failed."""
+    """One read in flight. ``error`` says why it failed; ``ended`` when it was over, monotonic seconds, 0: not yet."""
 
     num_bytes: int
     error: str
+    ended: float
 
 
 class KVTransfer(Protocol):
