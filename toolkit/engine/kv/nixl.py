@@ -125,8 +125,9 @@ class NixlTransfer:
         if read.state == "PROC":
             return "running"
         read.error = read.error or "NIXL reports an error"
-        if not self._release(read):
-            self._disconnect(read.peer)
+        self._release(read)
+        self._disconnect(read.peer)
+        self._release(read)
         return "failed"
 
     def cancel(self, read: Read) -> None:
