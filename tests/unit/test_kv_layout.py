@@ -20,7 +20,10 @@ def layouts(total_heads: int, ranks: int, v_dim: int = V_DIM) -> list[CacheLayou
     shards = min(ranks, total_heads)
     heads = total_heads // shards
     firsts = [rank * shards // ranks * heads for rank in range(ranks)]
-    return [CacheLayout(PAGE, "float32", heads, first, total_heads, K_DIM, v_dim, [0, 5], LAYERS) for first in firsts]
+    return [
+        CacheLayout(PAGE, "float32", heads, first, total_heads, K_DIM, v_dim, [0, 5], LAYERS, [BLOCKS, BLOCKS])
+        for first in firsts
+    ]
 
 
 def whole(layout: CacheLayout, seed: int) -> list[torch.Tensor]:

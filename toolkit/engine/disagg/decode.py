@@ -18,6 +18,7 @@ from toolkit.engine.core import Batch, Request
 from toolkit.engine.disagg.log import TransferLog
 from toolkit.engine.disagg.part import MAX_BITS, Cache, bits, chosen
 from toolkit.engine.kv.layout import Blocks, CacheLayout, mismatch, pieces, sources
+from toolkit.engine.kv.strategy import check_blocks
 from toolkit.engine.kv.tables import NO_BLOCK
 from toolkit.engine.kv.transfer import KVTransfer, Read
 from toolkit.engine.messages import Generate, Handover, Output, Receive, Ticket
@@ -188,6 +189,9 @@ class DecodePart:
                 arrival.error, arrival.retry = wrong, False
                 return
             for i in sources(self._layout, self._rank, [cache.layout for cache in caches]):
+                counts = zip(wanted, self._layout.blocks, caches[i].layout.blocks)
+                for (mine, theirs), num_mine, num_theirs in counts:
+                    check_blocks(theirs, mine, num_theirs, num_mine)  # a ticket came over the network
                 rows = pieces(self._layout, caches[i].layout, wanted)
                 if len(rows):
                     read = self._transfer.start_read(self._transfer.connect(caches[i].endpoint), rows)

@@ -29,7 +29,7 @@ class CacheLayout(msgspec.Struct, frozen=True):
     Attributes:
         heads, first_head, total_heads: KV heads of this rank, which they are, and all of the model. MLA: 1, 0, 1.
         k_dim, v_dim: values a head, token and layer; ``v_dim`` = 0: values are part of the keys.
-        windows, layers: of each kind of layer (``kinds.py``).
+        windows, layers, blocks: of each kind of layer (``kinds.py``); ``blocks``: how many there are.
     """
 
     page_size: int
@@ -41,6 +41,7 @@ class CacheLayout(msgspec.Struct, frozen=True):
     v_dim: int
     windows: list[int]
     layers: list[list[int]]
+    blocks: list[int]
 
     @classmethod
     def of(cls, cache: KVCache, arch: Arch, attn_tp: int, attn_tp_rank: int) -> CacheLayout:
@@ -49,6 +50,7 @@ class CacheLayout(msgspec.Struct, frozen=True):
         return cls(
             cache.page_size, str(cache.k[0].dtype).removeprefix("torch."), spec.heads, first, arch.kv_heads, spec.k_dim,
             spec.v_dim, [kind.window for kind in cache.kinds], [list(kind.layers) for kind in cache.kinds],
+            [kind.num_blocks for kind in cache.kinds],
         )  # fmt: skip
 
     @property
