@@ -258,6 +258,10 @@ class LoadConfig:
     warmup_requests: int = opt(
         -1, "requests before the measured ones, in no figure; -1: concurrency, or a tenth of an open loop's"
     )
+    phase: Literal["all", "prefill", "decode"] = opt(
+        "all", "prefill: one token an answer, so that prefill alone is loaded; decode: slowed down until all requests "
+        "of a point generate, so that its batch is full"
+    )  # fmt: skip
     repeat: int = opt(1, "passes over all load points, one after the other; their spread is drawn")
     cancel_fraction: float = opt(0.0, "share of the requests that the client gives up; 0 to 1")
     cancel_after_s: float = opt(1.0, "when it gives them up, seconds after sending")

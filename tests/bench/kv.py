@@ -1,9 +1,9 @@
 """KV transfer beside the raw NIXL library: ``make bench-kv``.
 
 Two processes. The same bytes are read three ways, in turns: by ``NixlTransfer`` as the engine uses it (pieces of a
-block table, polled), by bare NIXL calls with descriptors prepared beforehand in a list, and by ``LocalTransfer``. Sizes:
-one contiguous read of 4 KiB to 256 MiB, and KV caches as they are: many small blocks over many layers. The engine's
-reads include making descriptors; adjacent blocks are merged there, so that it may be the faster one.
+block table, polled), by bare NIXL calls with descriptors made beforehand, and by ``LocalTransfer``. Sizes: one
+contiguous read of 4 KiB to 256 MiB, and KV caches as they are: many small blocks over many layers. The engine's reads
+include making descriptors; adjacent blocks are merged there, so that it may be the faster one.
 ``UCX_TLS=tcp make bench-kv`` measures TCP. Figures are medians and the spread from the 10th to the 90th percentile.
 """
 

@@ -6,7 +6,7 @@ The order of the imports is the order in the report.
 from __future__ import annotations
 
 # isort: off
-from toolkit.analysis.charts import latency, throughput, timeline, server, joined, experts  # noqa: F401
+from toolkit.analysis.charts import latency, throughput, timeline, server, joined, experts, handoffs  # noqa: F401
 
 # isort: on
 from toolkit.analysis.charts.registry import CHARTS, Chart, Drawn, chart, draw_charts, save

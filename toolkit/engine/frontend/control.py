@@ -98,13 +98,17 @@ class ControlRoutes:
     def _handler(self, op: ControlOp, body: Body) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(http: web.Request) -> web.Response:
             self._check_ready()
-            return await self._run(_control(op, await _body(http, body)))
+            pool = http.query.get("pool") if "agg" not in self._fleet.pools else None  # one pool is all there is
+            if pool is not None and pool not in self._fleet.pools:
+                known = ", ".join(self._fleet.pools)
+                raise ApiError(400, f"pool={pool} is none of this deployment's: use one of {known}, or none for all")
+            return await self._run(_control(op, await _body(http, body)), pool)
 
         return handle
 
-    async def _run(self, control: Control) -> web.Response:
+    async def _run(self, control: Control, pool: str | None) -> web.Response:
         try:
-            replies = await self._fleet.control(control, self._timeout_s)
+            replies = await self._fleet.control(control, self._timeout_s, pool)
         except TimeoutError as error:
             raise ApiError(504, str(error), code="timeout") from None
         if self._fleet.failure:

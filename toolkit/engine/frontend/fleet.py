@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -109,6 +109,19 @@ class Fleet:
     def clients(self) -> list[RankClient]:
         return [client for pool in self.pools.values() for client in pool.clients]
 
+    def describe(self) -> list[dict[str, Any]]:
+        """Each worker: what it does, the numbers of its DP ranks, why it is down, requests under way on it."""
+        return [
+            {
+                "name": client.name,
+                "pool": client.pool,
+                "dp_ranks": [unit.number for _, unit in self._units.values() if unit.client is client],
+                "down": client.down,
+                "num_open": client.num_open,
+            }
+            for client in self.clients
+        ]
+
     @property
     def ranks(self) -> list[RankStatus]:
         """Start-up state of all ranks of the deployment."""
@@ -156,9 +169,13 @@ class Fleet:
         with unit.client.flight(unit.dp_rank, unit.index) as flight:
             yield flight
 
-    async def control(self, control: Control, timeout_s: float) -> list[ControlReply]:
-        """Has every rank of every living worker carry it out; replies by the ranks' numbers. ``TimeoutError``."""
-        living = [client for client in self.clients if not client.down or len(self.clients) == 1]
+    async def control(self, control: Control, timeout_s: float, pool: str | None = None) -> list[ControlReply]:
+        """Has every rank of every living worker, or of one pool's, carry it out; replies by the ranks' numbers.
+
+        ``TimeoutError``: a rank stays silent.
+        """
+        asked = [client for client in self.clients if pool in (None, client.pool)]
+        living = [client for client in asked if not client.down or len(self.clients) == 1]
         answers = await asyncio.gather(*(client.control(control, timeout_s) for client in living))
         return [
             msgspec.structs.replace(reply, rank=client.ranks[reply.rank].rank)

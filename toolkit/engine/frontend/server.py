@@ -215,10 +215,7 @@ class Server:
                 "state": self.state,
                 "model": to_mapping(args.model),
                 "parallel": to_mapping(args.workers[-1].parallel),
-                "workers": [
-                    {"name": client.name, "pool": client.pool, "down": client.down, "num_open": client.num_open}
-                    for client in self._fleet.clients
-                ],
+                "workers": self._fleet.describe(),
                 "engine": to_mapping(args.engine),
                 "router": args.router,
                 "ranks": [asdict(status) for status in self._fleet.ranks],
