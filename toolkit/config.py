@@ -436,7 +436,7 @@ def _resolve_disagg(
     deploy, cluster = values["deploy"], values["cluster"]
     for pool in POOLS:
         _refuse_unknown(deploy[pool]["engine"], EngineConfig, f"deploy.{pool}.engine.")
-    # What a rank has read of another's cache is only ever seen by its own request (engine/README.md says why).
+    # What a rank has read of another's cache is only ever seen by its own request (engine/disagg/README.md says why).
     engine = {"disable_radix_cache": True}
     if deploy["decode"]["engine"].get("disable_radix_cache") is not True:
         log.info("resolved deploy.decode.engine.disable_radix_cache: -> True")
