@@ -17,10 +17,12 @@ PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c
 PARALLEL := tests/unit tests/process tests/eplb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check fmt hooks slurm-install slurm-up slurm-down test-slurm test-slurm-all bench-scheduler bench-analysis bench-loadgen bench-eplb bench-kv
+.PHONY: help demo test unit check fmt hooks test-gpu
+.PHONY: slurm-install slurm-up slurm-down test-slurm test-slurm-all test-slurm-segment
+.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-recorder bench-kv
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the charts (minutes)
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
@@ -42,11 +44,20 @@ check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the 
 bench-kv: $(STAMP)  ## KV transfer beside the bare NIXL library, 4 KiB to 256 MiB and whole requests
 	$(BIN)/python -m tests.bench.kv $(ARGS)
 
+test-gpu: $(STAMP)  ## backends, layers and the engine on this machine's GPUs against the CPU (pip install -e '.[gpu]' first)
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+bench-moe: $(STAMP)  ## dispatch, experts and combine on this machine's GPUs, beside DeepEP's own calls
+	$(BIN)/python -m toolkit.engine.moe.bench $(ARGS)
+
 bench-analysis: $(STAMP)  ## time and memory of reading runs of up to a million requests
 	$(BIN)/python -m tests.bench.analysis_scale $(ARGS)
 
 bench-loadgen: $(STAMP)  ## the load generator against a server with known send times (a minute)
 	$(BIN)/python -m tests.bench.loadgen $(ARGS)
+
+bench-recorder: $(STAMP)  ## what each mode of the expert recorder costs of a decode step
+	$(BIN)/python -m tests.bench.recorder $(ARGS)
 
 fmt: $(STAMP)  ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix-only .
@@ -74,6 +85,11 @@ test-slurm: $(STAMP) slurm-install  ## the toolkit on a real Slurm: what CI runs
 
 test-slurm-all: $(STAMP) slurm-install  ## all of it
 	$(BIN)/python -m pytest tests/slurm $(ARGS)
+
+test-slurm-segment: $(STAMP) slurm-install  ## NVLink domains on Slurm 24.11, in a Debian 13 that is fetched once (minutes, root)
+	@command -v debootstrap >/dev/null || apt-get install -qy --no-install-recommends debootstrap </dev/null
+	-$(BIN)/python -m tests.slurm.debian13 make
+	$(BIN)/python -m pytest tests/slurm/test_segment.py $(ARGS)
 
 hooks: $(STAMP)  ## run ruff and mypy at every git commit
 	$(BIN)/pre-commit install

@@ -15,7 +15,7 @@ import logging
 import re
 import types
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -168,7 +168,19 @@ class DeployConfig:
     host: str = opt("127.0.0.1", "address the frontend binds; loopback unless told otherwise")
     router: str = opt("round_robin", "which DP rank takes a request: round_robin")
     api_key_env: str = opt("", "environment variable that holds the API key clients must send; empty: none")
-    ready_stall_s: float = opt(180.0, "give up when a rank has reported no progress in loading for so long")
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """How a run is watched."""
+
+    stall_s: float = opt(180.0, "silence that ends a run: no progress in loading, or no step with requests in flight")
+    preflight: bool = opt(True, "look at every node before ranks start: GPUs, links, memory, disk, ports, clock")
+    min_disk_gb: float = opt(1.0, "preflight: free space that run folder and temporary folder must have, 10^9 bytes")
+    max_clock_offset_ms: float = opt(50.0, "preflight: most that a node's clock may differ from the first node's")
+    sample_interval_s: float = opt(
+        1.0, "seconds between two samples of each node's GPUs, CPUs, memory, network; 0: none"
+    )
 
 
 @dataclass(frozen=True)
@@ -209,6 +221,7 @@ class ClusterConfig:
     )
     gpu_type: str = opt("", "type in that request: h100 gives gpu:h100:8; empty: any")
     segment: int = opt(0, "nodes that must share an NVLink domain (--segment, Slurm 23.11 and later); 0: no matter")
+    exclude_bad_nodes: bool = opt(False, "a node that fails the preflight is left out and the job submitted again")
     requeue: bool = opt(
         False, "after preemption, a lost node or the time limit the job starts again and the sweep goes on"
     )
@@ -322,9 +335,16 @@ class ExpConfig:
     engine: EngineConfig = opt(EngineConfig(), "")
     deploy: DeployConfig = opt(DeployConfig(), "")
     cluster: ClusterConfig = opt(ClusterConfig(), "")
+    health: HealthConfig = opt(HealthConfig(), "")
     load: LoadConfig = opt(LoadConfig(), "")
     rehearsal: dict[str, dict[str, Any]] = opt({}, "group -> keys that a CPU rehearsal of a GPU experiment replaces")
+    variants: dict[str, dict[str, Any]] = opt(
+        {}, "name -> group -> keys: run this experiment once for each, as <exp>-<name>, and compare with the first"
+    )
+    compare_with: str = opt("", "run folder (results/<exp>/latest) that the report compares this run with")
     dry_run: bool = opt(False, "print the plan and exit")
+    resume: bool = opt(False, "go on with the newest run of this experiment: run only what is not done there")
+    run_dir: str = opt("", "run folder; one that holds a run of this experiment is gone on with; empty: a new one")
     emit: Literal["", "sbatch"] = opt(
         "", "sbatch: make the run folder and the job script in it, print the script, submit nothing"
     )
@@ -359,6 +379,39 @@ def from_omegaconf(node: Any) -> ExpConfig:
 
     plain = OmegaConf.to_container(node, resolve=True)
     return from_mapping(typing.cast(dict[str, Any], plain), ExpConfig)
+
+
+def variants(node: Any, overrides: list[str]) -> list[tuple[Any, list[str]]]:
+    """What Hydra composed, once for each of its ``variants``; itself where it has none.
+
+    A variant's keys replace the experiment's; its name is added to ``exp``; all but the first are compared with it.
+    """
+    from omegaconf import OmegaConf
+
+    names = list(node.get("variants") or {})
+    found: list[tuple[Any, list[str]]] = []
+    for name in names:
+        made = OmegaConf.create(OmegaConf.to_container(node, resolve=True))
+        made.variants = {}
+        made = OmegaConf.merge(made, node.variants[name] or {})
+        made.exp = f"{node.exp}-{name}"
+        if name != names[0]:
+            made.compare_with = str(Path(node.cluster.results_dir).absolute() / f"{node.exp}-{names[0]}" / "latest")
+        found.append((made, [*overrides, f"variant={name}"]))
+    return found or [(node, overrides)]
+
+
+def read_saved(file: Path, overrides: Sequence[str]) -> Any:
+    """A run folder's config.yaml as Hydra would have composed it, with ``overrides`` (``load.osl=8``), for a new run.
+
+    What a rehearsal replaces was replaced when the file was written, and is not replaced again.
+    """
+    from omegaconf import OmegaConf
+
+    new = {"rehearsal": None, "resume": False, "run_dir": "", "dry_run": False}
+    node = OmegaConf.merge(OmegaConf.load(file), new)
+    node.rehearsal = {}
+    return OmegaConf.merge(node, OmegaConf.from_dotlist(list(overrides)))
 
 
 def from_mapping(values: dict[str, Any], cls: type[C]) -> C:

@@ -46,8 +46,11 @@ STEPS = "steps"
 WORKERS = "workers"  # a folder for each worker but the main one, with the same files
 TRANSFERS = "transfers"
 NODES = "nodes.parquet"
+NODE_SAMPLES = "nodes"
+ATTEMPTS = "attempts"
 REBALANCES = "rebalances.jsonl"
 
+Row = typing.TypeVar("Row", bound=tuple[Any, ...])
 RunState = Literal["queued", "running", "done", "failed", "cancelled"]
 PointState = Literal["pending", "running", "done", "invalid", "failed", "cancelled"]
 
@@ -55,6 +58,17 @@ PointState = Literal["pending", "running", "done", "invalid", "failed", "cancell
 def log_name(role: str, index: int) -> str:
     """Path of a process's log inside a run folder."""
     return f"{LOGS}/{role}-{index}.log"
+
+
+def attempt_folder(folder: Path, number: int) -> Path:
+    """Where the files of an attempt that is over lie, once the run has been taken up again."""
+    return folder / ATTEMPTS / str(number)
+
+
+def attempt_folders(folder: Path) -> list[Path]:
+    """The folders of all attempts at a run, the first one first; the last is the run folder itself."""
+    earlier = [path for path in (folder / ATTEMPTS).glob("*") if path.name.isdigit()]
+    return [*sorted(earlier, key=lambda path: int(path.name)), folder]
 
 
 # --- status.json ------------------------------------------------------------------------------------
@@ -233,18 +247,27 @@ class MetricSample:
     value: float
 
 
-@dataclass
-class NodeSample:
-    """One sample of one GPU; a row of ``nodes.parquet``. NaN: the driver does not say."""
+HOST = -1  # in the place of a GPU's number: a row of the node itself
+
+
+class NodeSample(typing.NamedTuple):
+    """One look at one GPU, or at a node itself (``gpu`` is ``HOST``); a row of ``nodes.parquet``. NaN: not known."""
 
     time: float  # Unix seconds
     node: str
     gpu: int
-    utilization: float  # 0 to 1
-    memory_used_bytes: int
-    power_w: float
-    temperature_c: float
-    sm_clock_mhz: float
+    utilization: float = math.nan  # 0 to 1; of all CPUs for the node
+    memory_used_bytes: int = 0
+    memory_total_bytes: int = 0
+    power_w: float = math.nan  # of the GPU; of the CPU packages (RAPL) for the node
+    temperature_c: float = math.nan
+    sm_clock_mhz: float = math.nan
+    mem_clock_mhz: float = math.nan
+    throttle: int = 0  # why the clock is not higher: NVML's bits (nvmlClocksThrottleReason*)
+    net_rx_bytes: float = math.nan  # since boot, all interfaces
+    net_tx_bytes: float = math.nan
+    rdma_rx_bytes: float = math.nan  # since boot, all ports
+    rdma_tx_bytes: float = math.nan
 
 
 def steps_path(folder: Path, rank: int) -> Path:
@@ -255,15 +278,19 @@ def transfers_path(folder: Path, worker: str, rank: int) -> Path:
     return folder / TRANSFERS / f"{worker}-{rank}.arrows"
 
 
+def open_steps(path: Path) -> contextlib.AbstractContextManager[Callable[[Sequence[StepRecord]], None]]:
+    return open_rows(path, StepRecord)
+
+
 @contextlib.contextmanager
-def open_rows(path: Path, record: type[Any]) -> Iterator[Callable[[Sequence[Any]], None]]:
-    """Opens a stream of ``record``, a named tuple; each call of what it yields appends rows that a reader then sees."""
+def open_rows(path: Path, record: type[Row]) -> Iterator[Callable[[Sequence[Row]], None]]:
+    """Opens an Arrow stream of ``record``; each call of what it yields appends rows that a reader then sees."""
     import pyarrow as pa
 
     schema = schema_of(record)
     with path.open("wb") as out, pa.ipc.new_stream(out, schema) as stream:
 
-        def write(rows: Sequence[Any]) -> None:
+        def write(rows: Sequence[Row]) -> None:
             columns = [pa.array(column, field.type) for column, field in zip(zip(*rows), schema)]
             stream.write_batch(pa.record_batch(columns, schema=schema))
             out.flush()
@@ -281,18 +308,29 @@ def read_transfers(folder: Path) -> pd.DataFrame:
     return read_rows(folder / TRANSFERS, TransferRecord).sort_values(["t_join", "dp_rank"], ignore_index=True)
 
 
-def read_rows(folder: Path, record: type[Any]) -> pd.DataFrame:
-    """The rows of all files in ``folder``. A file that is still written, or cut off, gives its whole batches.
+def read_rows(folder: Path, record: type) -> pd.DataFrame:
+    """The rows of every Arrow stream of ``record`` in a folder; see ``read_streams``.
 
     Raises:
         FileNotFoundError: no rank left a file.
         ValueError: a file is not a stream of ``record``.
     """
+    table = read_streams(folder, record)
+    if table is None:
+        raise FileNotFoundError(f"{folder} holds no rank's file")
+    return typing.cast("pd.DataFrame", table.to_pandas())
+
+
+def read_streams(folder: Path, record: type) -> pa.Table | None:
+    """The rows of every Arrow stream of ``record`` in a folder; None where there is none.
+
+    A file that is still written, or was cut off, gives its whole batches. Raises ``ValueError`` for other columns.
+    """
     import pyarrow as pa
 
     files = sorted(folder.glob("*.arrows"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no rank's file")
+        return None
     schema = schema_of(record)
     batches: list[Any] = []
     for path in files:
@@ -305,7 +343,7 @@ def read_rows(folder: Path, record: type[Any]) -> pd.DataFrame:
             with contextlib.suppress(StopIteration, pa.ArrowInvalid, OSError):  # the end, or where it is cut off
                 while True:
                     batches.append(stream.read_next_batch())
-    return typing.cast("pd.DataFrame", pa.Table.from_batches(batches, schema=schema).to_pandas())
+    return pa.Table.from_batches(batches, schema=schema)
 
 
 # --- tables -----------------------------------------------------------------------------------------
@@ -514,8 +552,15 @@ def read_rebalances(folder: Path) -> list[RebalanceRecord]:
 # --- files ------------------------------------------------------------------------------------------
 
 
-def new_run_folder(results_dir: Path, exp: str) -> Path:
-    """Makes ``<results_dir>/<exp>/<YYYYmmdd-HHMMSS>/`` with logs/ and charts/, and points ``latest`` at it."""
+def new_run_folder(results_dir: Path, exp: str, named: Path | None = None) -> Path:
+    """Makes ``<results_dir>/<exp>/<YYYYmmdd-HHMMSS>/`` with logs/ and charts/, and points ``latest`` at it.
+
+    Where the caller has ``named`` a folder, that one is made, and nothing points at it.
+    """
+    if named is not None:
+        for name in (LOGS, CHARTS):
+            (named / name).mkdir(parents=True, exist_ok=True)
+        return named
     parent = results_dir / exp
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{n}" for n in range(1, 100))):

@@ -50,7 +50,7 @@ def forced_logits(
         # logits of every token are wanted, not only of those that sample
         tokens = batch.num_tokens
         half = split(batch)[0].num_tokens if engine.enable_two_batch_overlap else -1
-        agreed = agree(groups.tp_cpu, dims, step, Proposal(tokens, tokens, bool(batch.prefill), half, *[0] * 8))
+        agreed = agree(groups.tp_cpu, dims, step, Proposal(tokens, tokens, bool(batch.prefill), half))
         if not any(agreed.ctx.dp_tokens):
             break
         hidden = runner.hidden(batch, agreed.ctx)

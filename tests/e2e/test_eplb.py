@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import requests
 
@@ -146,3 +150,30 @@ def test_a_placement_that_does_not_fit_ends_the_start_by_name(tmp_path: Path) ->
         pass
     log = (tmp_path / "run" / records.log_name("rank", 3)).read_text()
     assert "ValueError: engine.init_expert_location" in log
+
+
+def test_a_rank_killed_while_experts_move_ends_all_and_leaves_readable_files(tmp_path: Path) -> None:
+    """Nothing hangs in a transfer; what the folder tells are whole placements."""
+    options = EPLB | {"eplb_rebalance_layers_per_chunk": 1}
+    with serve(tmp_path / "run", parallel=PARALLEL, engine=ENGINE | options) as served:
+        complete(served, "count me")
+        with ThreadPoolExecutor(4) as pool:
+            for seed in range(8):
+                pool.submit(
+                    requests.post, f"{served.url}/v1/completions", json={"prompt": [seed] * 9, "max_tokens": 40}
+                )
+            assert post(served, "/eplb/rebalance", {"physical_to_logical_map": placement(served, 0)}).status_code == 200
+            wait_for(lambda: state(served)["state"]["state"] != "waiting" or done(served) > 0, "does not begin")
+            pids = [json.loads((served.run_dir / "launch" / f"rank-{r}.json").read_text())["pid"] for r in (0, 2)]
+            (planning,) = psutil.Process(pids[0]).children()
+            os.kill(pids[1], signal.SIGKILL)
+
+            def ended() -> bool:
+                return all(p.state == "exited" for p in served.job.poll() if p.name.startswith("rank"))
+
+            wait_for(ended, "a rank hangs")
+            wait_for(lambda: not planning.is_running(), "the planning process outlives its rank")
+    if (served.run_dir / records.EXPERTS).exists():
+        experts = records.read_experts(served.run_dir / records.EXPERTS)
+        for row in experts.placement.reshape(-1, experts.placement.shape[2]):
+            assert set(row.tolist()) == set(range(experts.counts.shape[2]))

@@ -59,8 +59,9 @@ def test_norms(size: int, rows: int, dtype: torch.dtype, add_one: bool, monkeypa
 @pytest.mark.parametrize("dim", [12, 64, 128])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rotate_and_write(dim: int, normed: bool, dtype: torch.dtype) -> None:
-    heads, kv_heads, tokens = 8, 2, 19
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (32, 4), (3, 1), (24, 8)])
+def test_rotate_and_write(dim: int, normed: bool, dtype: torch.dtype, heads: int, kv_heads: int) -> None:
+    tokens = 19
     rotary = Rotary(dim, {"rope_theta": 1e4, "rope_type": "default"}, 512, DEVICE)
     norms = (norm(dim, dtype, False), norm(dim, dtype, False)) if normed else None
     qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, device=DEVICE, dtype=dtype)
@@ -89,3 +90,29 @@ def test_softmax_topk(experts: int, top_k: int, rows: int, renormalize: bool, mo
     wanted_ids, wanted = gate(x)
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(weights, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (300, 8)], ids=str)
+def test_lookup(shape: tuple[int, int]) -> None:
+    table = torch.randperm(129, device=DEVICE)
+    ids = torch.randint(-1, 128, shape, device=DEVICE)
+    assert torch.equal(fused.lookup(table, ids), table[ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 19])
+def test_latent_attention(dtype: torch.dtype, tokens: int) -> None:
+    latent, rope, heads, nope = 512, 64, 20, 128
+    rotary = Rotary(rope, {"rope_theta": 1e4, "rope_type": "default"}, 512, DEVICE, interleaved=True)
+    n = norm(latent, dtype, False)
+    positions = torch.randint(512, (tokens,), device=DEVICE, dtype=torch.int32)
+    kv = torch.randn(tokens, latent + rope, device=DEVICE, dtype=dtype)
+    rows = torch.randperm(64, device=DEVICE)[:tokens].int()
+    cache = torch.zeros(64, 1, latent + rope, device=DEVICE, dtype=dtype)
+    fused.write_latent(kv, n, rotary, positions, cache, rows)
+    wanted = torch.cat([n(kv[:, :latent].contiguous()), rotary(kv[:, None, latent:], positions)[:, 0]], dim=-1)
+    close(cache[rows.long(), 0], wanted)
+    q = torch.randn(tokens, heads, nope + rope, device=DEVICE, dtype=dtype)
+    wanted = torch.cat([q[..., :nope], rotary(q[..., nope:], positions)], dim=-1)
+    fused.rotate_pairs(q[..., nope:], rotary, positions)
+    close(q, wanted)

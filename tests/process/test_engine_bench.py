@@ -11,7 +11,7 @@ import pytest
 from toolkit.config import EngineConfig, ParallelConfig, from_mapping
 from toolkit.config import ModelConfig as Model
 from toolkit.engine.arch import read_arch
-from toolkit.engine.bench.__main__ import CONF, main
+from toolkit.engine.bench.__main__ import CONF, arguments, main, make_job
 from toolkit.engine.bench.roofline import Rates, Roofline
 from toolkit.engine.dims import ParallelDims
 
@@ -60,6 +60,14 @@ def test_a_mistake_is_named(arguments: list[str], words: list[str], capsys: pyte
     assert main(["--device", "cpu", *arguments]) == 2
     said = capsys.readouterr().err
     assert all(word in said for word in words), said
+
+
+def test_a_model_that_builds_on_another_is_composed() -> None:
+    arguments_ = arguments(["--model", "deepseek_v3_fp8", "--set", "model.hf_config.num_hidden_layers=12"])
+    job = make_job(arguments_)
+    assert job.model.hf_config is not None
+    assert job.model.hf_config["num_hidden_layers"] == 12 and job.model.hf_config["hidden_size"] == 7168
+    assert job.model.hf_config["quantization_config"]["quant_method"] == "fp8"
 
 
 def test_the_floor_of_a_known_shape() -> None:

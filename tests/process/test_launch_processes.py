@@ -17,9 +17,9 @@ import pytest
 from toolkit import records
 from toolkit.launch import child
 from toolkit.launch.interrupts import Cancelled, Interrupts
-from toolkit.launch.launcher import STATE_DIR, ProcessSpec, ProcessState
+from toolkit.launch.launcher import STATE_DIR, ProcessSpec, ProcessState, tail
 from toolkit.launch.local import LocalJob, LocalLauncher
-from toolkit.launch.watch import RunFailed, Watch, describe, tail
+from toolkit.launch.watch import RunFailed, Watch, describe
 
 SLEEP = "import time\nprint('up', flush=True)\ntime.sleep(600)"
 STUBBORN = f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{SLEEP}"

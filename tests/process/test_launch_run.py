@@ -131,8 +131,10 @@ class Alive(Watch):
 
     def check(self) -> None: ...
 
-    def running(self) -> int:
+    def marks(self) -> object:
         return 2
+
+    def dump_stacks(self) -> None: ...
 
 
 def loading(done: int) -> tuple[int, object]:
@@ -142,7 +144,7 @@ def loading(done: int) -> tuple[int, object]:
 def test_loading_without_progress_is_given_up() -> None:
     out = io.StringIO()
     with Frontend(loading(3)) as frontend, LoadingBars(Console(file=out), 1) as bars:
-        with pytest.raises(RunFailed, match=r"^no progress in loading for 0.3 s .*: rank 0 load 30%$"):
+        with pytest.raises(RunFailed, match=r"^no progress in loading for 0.3 s .*: rank 0 load 30%; "):
             wait_ready(frontend.url, Alive(), 0.3, bars)
         frontend.shutdown()
     assert out.getvalue() == "ranks ready 0/1, last: rank 0 load 30%\n"

@@ -107,6 +107,7 @@ def test_progress_goes_to_the_file(server: ScriptedServer, tmp_path: Path) -> No
     state = json.loads(file.read_text())
     assert state.pop("output_tok_s") > 0
     assert state.pop("elapsed_s") > 0
+    assert set(state.pop("latencies")) == {"ttft", "tpot"}
     assert state == {
         "points": 2, "point": 1, "concurrency": 2, "request_rate": 0.0, "phase": "done", "done": 6, "total": 6,
         "failed": 0,

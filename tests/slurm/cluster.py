@@ -9,6 +9,7 @@ configuration. It does not know the toolkit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -27,8 +28,6 @@ from tests.slurm.settings import Layout
 
 DAEMONS = "daemons.json"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sinfo", "srun", "unshare")
-MUNGE_SOCKET = Path("/run/munge/munge.socket.2")
-MUNGE_KEY = Path("/etc/munge/munge.key")
 START_S = 60.0
 STOP_S = 20.0
 
@@ -39,12 +38,18 @@ class ClusterError(Exception):
 
 @dataclass(frozen=True)
 class Daemon:
-    """A process that ``up`` started. ``name``: munged, slurmctld, node1, ..."""
+    """A process that ``up`` started.
+
+    Attributes:
+        name: munged, slurmctld, node1, ...
+        uts: a node's namespace: everything that a node ever started is in it, whatever became of its slurmd.
+    """
 
     name: str
     pid: int
     create_time: float
     argv: list[str]
+    uts: str = ""
 
 
 class Cluster:
@@ -76,7 +81,7 @@ class Cluster:
                 self._make_networks()
             if self.layout.accounting:
                 self._start_accounting()
-            self.start("slurmctld", ["slurmctld", "-D", "-i"])
+            self.start("slurmctld", self.inside("slurmctld", "-D", "-i"))
             for index in range(1, self.layout.nodes + 1):
                 self.start_node(index)
             self._wait_idle()
@@ -87,7 +92,7 @@ class Cluster:
     def down(self, keep_folder: bool = False) -> None:
         """Ends every daemon and every job step by pid, takes the networks away, removes the folder."""
         daemons = self.daemons()
-        steps = [p for d in daemons if d.name.startswith("node") for p in _steps(self.layout, d.name)]
+        steps = _in_namespaces({d.uts for d in daemons if d.uts})
         nodes_first = sorted(daemons, key=lambda d: ("node" not in d.name, d.name == "munged", d.name == "mariadbd"))
         _end([p for d in nodes_first if (p := find(d))] + steps)
         if self.layout.mode == "netns":
@@ -111,11 +116,14 @@ class Cluster:
     def start_node(self, index: int) -> None:
         """Starts the slurmd of a node (again)."""
         name = f"node{index}"
-        inside = f"hostname {name} && exec slurmd -D -N {name}"
+        inside = f"hostname {name} && exec {' '.join(self.inside('slurmd', '-D', '-N', name))}"
         argv = ["unshare", "--uts", "sh", "-c", inside]
         if self.layout.mode == "netns":  # `ip netns exec` would remount /sys, and slurmd would miss its cgroups
             argv = ["nsenter", f"--net=/run/netns/{self.layout.netns(index)}", *argv]
         self.start(name, argv)
+        *others, daemon = self.daemons()
+        wait(lambda: _uts(daemon.pid) not in ("", _uts(os.getpid())), f"{name} has a namespace of its own")
+        self._save([*others, replace(daemon, uts=_uts(daemon.pid))])
 
     def start(self, name: str, argv: Sequence[str]) -> None:
         """Starts a daemon in the foreground of a session of its own and notes its pid."""
@@ -130,12 +138,17 @@ class Cluster:
     def run(self, *argv: str, check: bool = True, timeout_s: float = 60) -> str:
         """Output of a Slurm command on this cluster."""
         env = {**os.environ, **self.env}
+        command = self.inside(*argv)
         done = subprocess.run(
-            argv, capture_output=True, text=True, env=env, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, env=env, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
         )
         if check and done.returncode:
             raise ClusterError(f"{' '.join(argv)} failed: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
+
+    def inside(self, *argv: str) -> list[str]:
+        """``argv`` where the cluster's programs are."""
+        return ["chroot", self.layout.root, *argv] if self.layout.root else list(argv)
 
     def idle_nodes(self) -> list[str]:
         states = dict(line.split() for line in self.run("sinfo", "-hN", "-o", "%N %t").splitlines())
@@ -151,18 +164,23 @@ class Cluster:
         wait(idle, f"all nodes idle; logs in {self.folder / 'logs'}")
 
     def _start_munge(self) -> None:
-        """Clients of the accounting daemon know munge's default socket only, so one munged serves the whole machine."""
-        if MUNGE_SOCKET.exists() and not _silent("munge", "-n"):
+        """A munged of this cluster's own; one that already serves the default socket is used."""
+        socket, home = self.layout.munge, self.folder / "munge"
+        asked = ("munge", "-n", "-S", str(socket))
+        if not _silent(*asked):
             return
-        MUNGE_SOCKET.parent.mkdir(parents=True, exist_ok=True)
-        shutil.chown(MUNGE_SOCKET.parent, "munge", "munge")
-        MUNGE_SOCKET.parent.chmod(0o755)
-        if not MUNGE_KEY.exists():
-            MUNGE_KEY.write_bytes(os.urandom(128))
-            MUNGE_KEY.chmod(0o400)
-            shutil.chown(MUNGE_KEY, "munge", "munge")
-        self.start("munged", ["runuser", "-u", "munge", "--", "munged", "--foreground", "--force"])
-        wait(lambda: not _silent("munge", "-n"), "munged answers")
+        for folder in {home, socket.parent}:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.chown(folder, "munge", "munge")
+            folder.chmod(0o755)
+        key = home / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        shutil.chown(key, "munge", "munge")
+        files = [f"--{name}-file={home / name}" for name in ("key", "log", "pid", "seed")]
+        command = ["munged", "--foreground", "--force", f"--socket={socket}", *files]
+        self.start("munged", ["runuser", "-u", "munge", "--", *command])
+        wait(lambda: not _silent(*asked), "munged answers")
 
     def _start_accounting(self) -> None:
         data = self.folder / "mysql"
@@ -244,15 +262,20 @@ def find(daemon: Daemon) -> psutil.Process | None:
         return None
 
 
-def _steps(layout: Layout, node: str) -> list[psutil.Process]:
-    """slurmstepds of ``node`` and what they run: they outlive their slurmd and are in its spool folder."""
+def _uts(pid: int) -> str:
+    try:
+        return str(Path(f"/proc/{pid}/ns/uts").readlink())
+    except OSError:
+        return ""
+
+
+def _in_namespaces(namespaces: set[str]) -> list[psutil.Process]:
+    """All processes of nodes: slurmstepds outlive their slurmd."""
     found = []
-    for process in psutil.process_iter():
-        try:
-            if process.name().startswith("slurmstepd") and process.environ().get("SLURM_CONF") == str(layout.conf):
-                found += [process, *process.children(recursive=True)]
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
+    for pid in psutil.pids():
+        if _uts(pid) in namespaces:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(pid))
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.slurm.cluster import Cluster, ClusterError, check_machine, wait
 from tests.slurm.settings import FOLDER, Layout
 
-NODES = 4
+NODES = 18  # a rack; most tests take two or four
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

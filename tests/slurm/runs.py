@@ -26,11 +26,12 @@ SOON_S = 90.0  # for what must happen; its end means that it does not
 class Run:
     """``python -m toolkit.launch WORDS`` with its results under ``results``."""
 
-    def __init__(self, results: Path, *words: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, results: Path, *words: str, env: dict[str, str] | None = None, inside: str = "") -> None:
         self.results = results
+        where = ["chroot", inside, "env", f"--chdir={ROOT}", f"PYTHONPATH={ROOT}"] if inside else []
         command = [sys.executable, "-m", "toolkit.launch", *TINY, f"cluster.results_dir={results}", *words]
         self.process = subprocess.Popen(
-            command,
+            [*where, *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -94,3 +95,12 @@ class Run:
         """What there is to read when a test fails."""
         logs = [p for folder in self.folders() for p in sorted((folder / "logs").glob("[ls]*.log"))]
         return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-2000:]}" for p in logs)
+
+
+def rank_process(run: Run, rank: int) -> psutil.Process:
+    """The engine process of a rank; all nodes of the test cluster are this machine."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "toolkit.engine.worker" in words and str(run.results) in " ".join(words) and words[-1] == str(rank):
+            return process
+    raise AssertionError(f"no process of rank {rank}")

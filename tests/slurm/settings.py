@@ -21,8 +21,8 @@ SlurmctldHost={controller}({controller_address})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=5
-CryptoType=crypto/munge
+AuthInfo=socket={munge},cred_expire=5
+CredType=cred/munge
 MpiDefault=none
 SlurmctldPort={port}
 StateSaveLocation={folder}/state
@@ -51,6 +51,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 {accounting}
 {nodes}
+{topology}
 PartitionName=batch Nodes=ALL Default=YES MaxTime=08:00:00 State=UP PriorityTier=1 GraceTime=10
 PartitionName=urgent Nodes=ALL MaxTime=00:30:00 State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -81,7 +82,13 @@ StorageLoc=slurm_acct_db
 
 @dataclass(frozen=True)
 class Layout:
-    """A cluster on paper. ``port`` is the controller's; every other port follows from it."""
+    """A cluster on paper.
+
+    Attributes:
+        port: the controller's; every other port follows from it.
+        root: a Debian of its own that Slurm's programs are taken from (``debian13.py``); empty: this machine's.
+        block: nodes of an NVLink domain, for topology/block (Slurm 23.11 and later); 0: none are told.
+    """
 
     folder: Path
     nodes: int = 4
@@ -89,6 +96,8 @@ class Layout:
     mode: Literal["uts", "netns"] = "uts"
     accounting: bool = False
     port: int = 16817
+    root: str = ""
+    block: int = 0
 
     @classmethod
     def saved(cls, folder: Path) -> Layout | None:
@@ -101,6 +110,11 @@ class Layout:
     @property
     def conf(self) -> Path:
         return self.folder / "slurm.conf"
+
+    @property
+    def munge(self) -> Path:
+        """munge's socket. The accounting's programs know only the default one."""
+        return Path("/run/munge/munge.socket.2") if self.accounting else self.folder / "munge" / "socket"
 
     @property
     def dbd_port(self) -> int:
@@ -144,10 +158,15 @@ def write(layout: Layout) -> None:
     layout.conf.write_text(
         SLURM_CONF.format(
             cluster=CLUSTER, controller=os.uname().nodename, controller_address=layout.host_address, port=layout.port,
-            folder=folder, nodes=nodes, accounting=accounting,
+            folder=folder, nodes=nodes, accounting=accounting, munge=layout.munge,
+            topology="TopologyPlugin=topology/block" if layout.block else "",
         )
     )  # fmt: skip
     (folder / "gres.conf").write_text(gpus)
+    if layout.root:
+        (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+    if layout.block:
+        (folder / "topology.conf").write_text(_blocks(layout))
     dbd = folder / "slurmdbd.conf"
     dbd.write_text(SLURMDBD_CONF.format(port=layout.dbd_port, folder=folder, mariadb=layout.mariadb_port))
     dbd.chmod(0o600)
@@ -161,6 +180,13 @@ def _gpus(layout: Layout) -> str:
         os.mknod(layout.folder / "gpus" / f"gpu{index}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     files = f"{layout.folder}/gpus/gpu" + (f"[0-{layout.gpus - 1}]" if layout.gpus > 1 else "0")
     return f"NodeName=node[1-{layout.nodes}] Name=gpu Count={layout.gpus} File={files}\n"
+
+
+def _blocks(layout: Layout) -> str:
+    """topology.conf: ``block`` nodes each."""
+    firsts = range(1, layout.nodes + 1, layout.block)
+    lines = [f"BlockName=block{i + 1} Nodes=node[{n}-{n + layout.block - 1}]" for i, n in enumerate(firsts)]
+    return "\n".join([*lines, f"BlockSizes={layout.block}", ""])
 
 
 def user() -> str:

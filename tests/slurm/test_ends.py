@@ -6,11 +6,10 @@ import os
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import LONG, SHORT, Run
+from tests.slurm.runs import LONG, SHORT, Run, rank_process
 from toolkit import records
 
 TWO = ["parallel=dep2", "cluster.gpus_per_node=1"]
@@ -18,15 +17,6 @@ TWO = ["parallel=dep2", "cluster.gpus_per_node=1"]
 
 def kept(run: Run) -> bool:
     return bool((records.read_requests(run.folder).status == "ok").any())
-
-
-def rank_process(run: Run, rank: int) -> psutil.Process:
-    found = [
-        line for line in psutil.process_iter(["cmdline"]) if f"--rank {rank}" in " ".join(line.info["cmdline"] or [])
-    ]
-    return next(
-        p for p in found if str(run.results) in " ".join(p.cmdline()) and "engine.worker" in " ".join(p.cmdline())
-    )
 
 
 def test_a_killed_rank_ends_the_run_with_its_name(cluster: Cluster, tmp_path: Path) -> None:
@@ -79,7 +69,7 @@ def test_the_time_limit_ends_a_run_before_slurm_does(cluster: Cluster, tmp_path:
     code, _ = run.end(120)
     assert code == 130
     status = run.status()
-    assert (status.state, "time limit" in status.reason) == ("cancelled", True)
+    assert (status.state, "time limit is near" in status.reason) == ("cancelled", True)
     assert kept(run)
 
 

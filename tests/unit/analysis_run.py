@@ -13,7 +13,7 @@ import yaml
 from toolkit import records
 from toolkit.analysis.imbalance import window_loads
 from toolkit.analysis.metrics import sweep_row
-from toolkit.records import ExpertCounts, PointStatus, RequestRecord, RunStatus, StepRecord
+from toolkit.records import HOST, ExpertCounts, NodeSample, PointStatus, RequestRecord, RunStatus, StepRecord
 
 EPOCH = 1_760_000_000.0
 
@@ -108,6 +108,25 @@ def skewed_steps(
     return rows
 
 
+def node_samples(begin: float, end: float, nodes: int = 2, gpus: int = 4) -> list[NodeSample]:
+    """A sample a second of each GPU and node: GPU g of node n draws 300 + 10 g + n W, and slows down when it is hot."""
+    rows = []
+    for second in range(int(end - begin) + 2):
+        at = begin - 1 + second
+        for n in range(nodes):
+            hot = n == 1 and second > (end - begin) / 2
+            rows.append(
+                NodeSample(at, f"node{n}", HOST, 0.3 + 0.1 * n, 64 * 10**9, 512 * 10**9,
+                           net_rx_bytes=1e9 * second, net_tx_bytes=5e8 * second)
+            )  # fmt: skip
+            rows += [
+                NodeSample(at, f"node{n}", g, 0.9, 70 * 10**9, 80 * 10**9, 300.0 + 10 * g + n, 60.0 + 20 * hot,
+                           1400.0 if hot and g == 2 else 1980.0, 2619.0, 0x40 if hot and g == 2 else 0)
+                for g in range(gpus)
+            ]  # fmt: skip
+    return rows
+
+
 def make_run(results: Path, points: tuple[int, ...] = (1, 2, 4, 8), requests_per_slot: int = 4) -> Path:
     """A finished run under ``results/smoke/``; the last load point has one failed request."""
     rng = np.random.default_rng(7)
@@ -128,6 +147,7 @@ def make_run(results: Path, points: tuple[int, ...] = (1, 2, 4, 8), requests_per
     (folder / records.STEPS).mkdir()
     with records.open_rows(records.steps_path(folder, 0), records.StepRecord) as write:
         write(skewed_steps(rng, EPOCH, begin, experts))
+    records.write_table(folder / records.NODES, records.to_table(NodeSample, node_samples(EPOCH, begin)))
     records.write_status(folder, RunStatus("done", "", [PointStatus(c, "done") for c in points]))
     ranks = [{"rank": r, "dp_rank": r, "ep_rank": r, "node": r // 2} for r in range(4)]
     records.write_json(

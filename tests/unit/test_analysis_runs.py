@@ -126,7 +126,7 @@ def test_export_keeps_every_row_and_value(results: Path, tmp_path: Path, kind: s
     assert main(["export", str(folder), "--format", kind, "--out", str(tmp_path)]) == 0
     read = {"csv": pd.read_csv, "parquet": pd.read_parquet, "json": pd.read_json}[kind]
     run = Run(folder)
-    assert {path.stem for path in tmp_path.iterdir()} == {"sweep", "requests", "texts", "steps", "moments"}
+    assert {path.stem for path in tmp_path.iterdir()} == {"sweep", "requests", "texts", "steps", "moments", "nodes"}
     requests, steps = read(tmp_path / f"requests.{kind}"), read(tmp_path / f"steps.{kind}")
     np.testing.assert_allclose(requests["first_token_s"], run.requests["first_token_s"], rtol=1e-9)
     chunks = requests["chunk_s"].iloc[0]

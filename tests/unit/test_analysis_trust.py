@@ -115,3 +115,12 @@ def test_the_steady_state_by_hand(tmp_path: Path) -> None:
     assert steady_interval(requests, 2) == (EPOCH + 1, EPOCH + 8)
     assert held_concurrency(requests, EPOCH, EPOCH + 9) == pytest.approx(16 / 9)
     assert np.isnan(steady_interval(requests, 4)[0])
+
+
+def test_attempts_that_differ_are_told(tmp_path: Path) -> None:
+    changed = {"git.commit": ["aaa", "bbb"], "host.name": ["node1", "node7"]}
+    entries = [{"attempt": 1, "changed": {}}, {"attempt": 2, "changed": changed}]
+    records.write_json(tmp_path / records.MANIFEST, {"attempts": entries})
+    records.write_requests(tmp_path, [record()])
+    (line,) = [line for line in warnings(Run(tmp_path)) if line.startswith("attempt")]
+    assert line.endswith("the one before: git.commit: aaa -> bbb; host.name: node1 -> node7")

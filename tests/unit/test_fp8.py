@@ -22,6 +22,15 @@ def test_blocks_hold_a_matrix_to_half_a_step_of_e4m3(shape: tuple[int, int]) -> 
     assert bool(((stored.dequantize(torch.float32) - weight).abs() <= weight.abs() / 16 + largest / 448 / 512).all())
 
 
+def test_blackwells_scales_are_powers_of_two() -> None:
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    plain, rounded = quantize_blocks(weight), quantize_blocks(weight, power_of_two=True)
+    assert bool((rounded.scales.log2() % 1 == 0).all())
+    assert bool((rounded.scales >= plain.scales).all()) and bool((rounded.scales < 2 * plain.scales).all())
+    error = (rounded.dequantize(torch.float32) - weight).norm() / weight.norm()
+    assert float(error) < 0.05
+
+
 def test_groups_hold_rows_and_zeros_stay_zero() -> None:
     x = torch.randn(3, 5, 256, generator=torch.Generator().manual_seed(0))
     x[1] = 0

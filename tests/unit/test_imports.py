@@ -56,7 +56,7 @@ def violations(importers: str, *allowed: str) -> list[str]:
     ]
 
 
-BASE = ("toolkit.config", "toolkit.records", "toolkit.registry", "toolkit.point_files")
+BASE = ("toolkit.config", "toolkit.records", "toolkit.registry", "toolkit.point_files", "toolkit.heartbeat")
 
 
 @pytest.mark.parametrize("module", BASE)

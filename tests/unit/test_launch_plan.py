@@ -65,6 +65,8 @@ def test_a_sound_experiment_has_no_errors() -> None:
         ({"parallel": {"enable_dp_attention": False}}, r"needs parallel\.enable_dp_attention=true"),
         ({"engine": {"ep_num_redundant_experts": 1}}, r"ep_size=4 does not divide 9 slots.*use 4 redundant experts"),
         ({"engine": {"moe_a2a_backend": "all2all"}}, r"engine\.moe_a2a_backend=all2all.*did you mean all_to_all"),
+        ({"engine": {"moe_a2a_backend": "deepep"}}, r"=deepep runs on GPUs, but cluster\.device=cpu: use .*all_to_all"),
+        ({"engine": {"moe_runner_backend": "deep_gemm"}}, r"=deep_gemm runs on GPUs, but cluster\.device=cpu"),
         ({"deploy": {"router": "rr"}}, r"deploy\.router=rr is not known, use one of: .*round_robin"),
         ({"deploy": {"api_key_env": "NO_SUCH_VARIABLE"}}, r"NO_SUCH_VARIABLE.*is not set"),
         ({"cluster": {"port": 70_000}}, r"cluster\.port=70000: the run takes 8 ports"),

@@ -104,7 +104,7 @@ def state(**change: Any) -> dict[str, Any]:
     return {
         "points": 2, "point": 0, "concurrency": 4, "request_rate": 0.0, "phase": "measure", "done": 3, "total": 12,
         "failed": 1,
-        "output_tok_s": 12.34, "elapsed_s": 5.0, **change,
+        "output_tok_s": 12.34, "latencies": {}, "elapsed_s": 5.0, **change,
     }  # fmt: skip
 
 
@@ -119,10 +119,12 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal()
     with ProgressBars(screen) as bars:
         bars.update(state())
+        bars.update(state(phase="done", latencies={"ttft": 310.4, "tpot": 20.6}))
         bars.update(state(point=1, concurrency=8, done=2, total=20, failed=0))
     last = screen.getvalue().split("[1/2]")[-1]
     assert "12/12" in last, "a point that was passed over is complete"
     assert "1 failed" in last
+    assert "TTFT 310 ms, TPOT 21 ms" in last
     assert "concurrency 8" in last
     assert "2/20" in last
 
@@ -132,10 +134,12 @@ def test_lines_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
     with ProgressBars(io.StringIO()) as bars:
         for done in range(5):
             bars.update(state(done=done))
-        bars.update(state(done=12, phase="done"))
-        bars.update(state(done=12, phase="done"))
+        for _ in range(2):
+            bars.update(state(done=12, phase="done", latencies={"ttft": 310.4}))
     assert len(caplog.messages) == 2, "not a line for every update"
-    assert caplog.messages[1] == "point 1/2, concurrency 4, done: 12/12 requests, 1 failed, 12.3 tok/s, 5 s"
+    assert (
+        caplog.messages[1] == "point 1/2, concurrency 4, done: 12/12 requests, 1 failed, 12.3 tok/s, 5 s, TTFT 310 ms"
+    )
 
 
 def test_a_rate_is_shown_as_one(caplog: pytest.LogCaptureFixture) -> None:

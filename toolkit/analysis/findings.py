@@ -179,8 +179,11 @@ def _outcome(run: Run) -> list[Finding]:
     if status is None:
         return []
     findings = []
-    if status.state == "running":
-        findings.append(Finding("Incomplete", "status.json says running: the run goes on, or ended without a word."))
+    if run.state == "running":
+        findings.append(Finding("Incomplete", "The run goes on."))
+    elif run.state == "dead":
+        text = "status.json says running, but its launcher gives no sign of life: it was killed, or its node lost."
+        findings.append(Finding("Dead", f"{text} Take it up again with resume=true."))
     elif status.state != "done":
         findings.append(Finding(f"Run {status.state}", status.reason or "no reason was given"))
     unfinished = [

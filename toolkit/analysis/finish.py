@@ -13,6 +13,7 @@ from toolkit.analysis.charts import draw_charts
 from toolkit.analysis.findings import best_row, number, verdict
 from toolkit.analysis.load import COUNT_COLUMNS, Run
 from toolkit.analysis.metrics import steady_figures
+from toolkit.analysis.nodes import point_power
 from toolkit.analysis.report import write_report
 from toolkit.analysis.trust import warnings
 
@@ -57,6 +58,9 @@ def complete_sweep(run: Run) -> None:
         if len(point.requests):  # a sweep.csv of an older version has no steady state
             for name, value in steady_figures(point.requests, point.concurrency).items():
                 run.sweep.loc[position, name] = value
+    for position, watts in enumerate(point_power(run)):
+        run.sweep.loc[position, "power_w"] = watts
+    run.sweep["output_tok_s_per_w"] = run.sweep["output_tok_s"] / run.sweep["power_w"]
     if len(run.sweep):
         rows = run.sweep.astype(object).to_dict("records")
         records.write_sweep(run.path, [{str(name): value for name, value in row.items()} for row in rows])

@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 def gpu_loads(counts_WLE: NDArray[np.int64], placement_LP: NDArray[np.int32], ep_size: int) -> Floats:
     """Load of each GPU in each window and layer, [W, L, G]; replicas of an expert share its load evenly.
 
-    Evenly, because that is what spreading over replicas aims at; which replica took which token is not recorded.
+    Evenly, because that is what spreading over replicas aims at. For files without ``slot_counts``.
 
     Raises:
         ValueError: slots that ``ep_size`` does not divide, a slot of an unknown expert, an expert without a slot.
@@ -105,7 +105,7 @@ class WindowLoads:
 
 
 def window_loads(experts: ExpertCounts) -> WindowLoads:
-    """All windows of ``experts.npz``.
+    """All windows of ``experts.npz``: the rows that each GPU's slots received, where they were counted.
 
     Raises:
         ValueError: arrays that do not fit together, or a placement as in ``gpu_loads``.
@@ -118,6 +118,12 @@ def window_loads(experts: ExpertCounts) -> WindowLoads:
     # The middle of a window: a window ends where a placement changes, and clocks of the two may differ by a little.
     epoch = np.searchsorted(experts.placement_times, times.mean(1), side="right") - 1
     epoch = np.clip(epoch, 0, len(placement) - 1)
+    if experts.slot_counts is not None:
+        received = experts.slot_counts
+        if received.shape != (*counts.shape[:2], placement.shape[2]) or placement.shape[2] % experts.ep_size:
+            raise ValueError(f"shapes do not fit: slot_counts {received.shape}, placement {placement.shape}")
+        by_gpu = received.reshape(*counts.shape[:2], experts.ep_size, placement.shape[2] // experts.ep_size)
+        return WindowLoads(times, counts, by_gpu.sum(-1).astype(np.float64), epoch)
     loads_WLG = np.zeros((*counts.shape[:2], experts.ep_size))
     for index in np.unique(epoch):
         held = epoch == index

@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from toolkit import point_files, records
+from toolkit import heartbeat, point_files, records
+from toolkit.analysis import attempts
 from toolkit.analysis.chunks import check_chunks
 from toolkit.analysis.imbalance import PointLoad, WindowLoads, summed, window_loads
 from toolkit.analysis.metrics import Slo, interval, sweep_row
@@ -76,6 +77,11 @@ class Run:
     @cached_property
     def status(self) -> records.RunStatus | None:
         return self._read(records.STATUS, lambda: records.read_status(self.path), None)
+
+    @property
+    def state(self) -> str:
+        """``dead`` in place of ``running`` for a run whose launcher gives no sign of life; empty: not known."""
+        return heartbeat.run_state(self.path, self.status) if self.status else ""
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -135,7 +141,7 @@ class Run:
     def steps(self) -> pd.DataFrame:
         """One row a forward pass of a DP rank (``records.StepRecord``), in the order of time."""
         columns = list(records.StepRecord._fields)
-        return self._read(records.STEPS, lambda: records.read_steps(self.path), _no_rows(columns))
+        return self._read(records.STEPS, lambda: attempts.steps(self.path), _no_rows(columns))
 
     @cached_property
     def server_metrics(self) -> pd.DataFrame:
@@ -144,8 +150,12 @@ class Run:
 
     @cached_property
     def nodes(self) -> pd.DataFrame:
-        """Samples of the GPUs (``records.NodeSample``); no rows when none were taken."""
-        return self._optional(records.NODES, records.NodeSample)
+        """Samples of nodes and GPUs (``records.NodeSample``); no rows when none were taken."""
+        parts = (records.NODES, records.NODE_SAMPLES)
+        if not any(attempts.present(self.path, part) for part in parts):
+            return _no_rows(list(records.NodeSample._fields))
+        none = _no_rows(list(records.NodeSample._fields))
+        return self._read(parts[not attempts.present(self.path, parts[0])], lambda: attempts.nodes(self.path), none)
 
     @cached_property
     def transfers(self) -> pd.DataFrame:
@@ -224,7 +234,7 @@ class Run:
     @cached_property
     def experts(self) -> records.ExpertCounts | None:
         def read() -> records.ExpertCounts:
-            experts = records.read_experts(self.path / records.EXPERTS)
+            experts = attempts.experts(self.path)
             window_loads(experts)  # refuses arrays that do not fit together
             return experts
 
@@ -234,6 +244,26 @@ class Run:
     def windows(self) -> WindowLoads | None:
         """GPU loads of every recorder window, or None where no expert counts were left."""
         return window_loads(self.experts) if self.experts is not None else None
+
+    @cached_property
+    def rebalances(self) -> list[records.RebalanceRecord]:
+        """Rebalances of experts, in order; none where ``engine.enable_eplb`` was off."""
+        if not (self.path / records.REBALANCES).exists():
+            return []
+        return self._read(records.REBALANCES, lambda: records.read_rebalances(self.path), [])
+
+    @cached_property
+    def baseline(self) -> Run | None:
+        """The run that the config asks to compare this one with (``compare_with``); None: none, or it is not there."""
+        named = self.config.get("compare_with")
+        if not isinstance(named, str) or not named:
+            return None
+        try:
+            found = Run(named)
+        except ValueError as error:
+            self.warnings.append(f"compare_with: {error}")
+            return None
+        return found if found.path != self.path else None
 
     @cached_property
     def point_loads(self) -> list[PointLoad | None]:
@@ -269,10 +299,10 @@ class Run:
     def read_all(self) -> None:
         """Reads every part now, so that ``warnings`` and ``missing`` are complete."""
         _ = (self.status, self.manifest, self.plan, self.config, self.overrides, self.points, self.point_loads)
-        _ = (self.steps, self.server_metrics, self.nodes, self.slo)
+        _ = (self.steps, self.server_metrics, self.nodes, self.slo, self.rebalances, self.baseline)
 
     def _read(self, name: str, read: Callable[[], T], otherwise: T) -> T:
-        if not (self.path / name).exists():
+        if not attempts.present(self.path, name):
             self.missing.append(name)
             return otherwise
         try:
@@ -284,9 +314,9 @@ class Run:
     def _optional(self, name: str, record: type) -> pd.DataFrame:
         """A table that most runs do not have: its lack is no warning."""
         columns = records.schema_of(record).names
-        if not (self.path / name).exists():
+        if not attempts.present(self.path, name):
             return _no_rows(columns)
-        return self._read(name, lambda: records.read_table(self.path / name, columns), _no_rows(columns))
+        return self._read(name, lambda: attempts.table(self.path, name, columns), _no_rows(columns))
 
     def _mapping(self, name: str) -> dict[str, Any]:
         text = (self.path / name).read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ import jinja2
 import yaml
 
 from toolkit import records
+from toolkit.analysis import against, rebalances
 from toolkit.analysis.charts import Drawn
 from toolkit.analysis.findings import best_row, expert_summary, number, verdict
 from toolkit.analysis.load import COUNT_COLUMNS, Run
@@ -56,8 +57,14 @@ GROUPS: tuple[Group, ...] = (
             Column("per user", "output_tok_s_per_user"),
         ),
     ),
+    Group("power", (Column("W", "power_w"), Column("tok/s/W", "output_tok_s_per_w"))),
     Group("GPU load", (Column("balance", "balancedness_mean"), Column("max/mean", "imbalance_max"))),
 )
+
+
+def _groups(run: Run) -> list[Group]:
+    """Columns that say something: power is known on few machines."""
+    return [group for group in GROUPS if group.title != "power" or run.sweep["power_w"].notna().any()]
 
 
 def write_report(run: Run, charts: Iterable[Drawn]) -> Path:
@@ -73,9 +80,12 @@ def write_report(run: Run, charts: Iterable[Drawn]) -> Path:
         subtitle=_subtitle(run),
         verdict=verdict(run),
         warnings=warnings(run),
-        groups=GROUPS,
+        groups=_groups(run),
         sweep=_sweep_rows(run),
-        experts=expert_summary(run),
+        experts=[*expert_summary(run), *rebalances.sentences(run)],
+        rebalances=rebalances.table(run),
+        against=(against.TITLES, against.table(run)),
+        against_names=(run.baseline.name, run.name, _changed(run)) if run.baseline is not None else None,
         charts=[
             {
                 "name": chart.name,
@@ -95,6 +105,18 @@ def write_report(run: Run, charts: Iterable[Drawn]) -> Path:
     return path
 
 
+def _changed(run: Run) -> list[str]:
+    """The settings in which the run differs from the one that it is compared with."""
+    assert run.baseline is not None
+    left, right = run.baseline.settings, run.settings
+    names = sorted(set(left) | set(right))
+    return [
+        f"{name}: {left.get(name)!r} → {right.get(name)!r}"
+        for name in names
+        if left.get(name) != right.get(name) and name not in ("run", "exp", "compare_with", "cluster.port")
+    ]
+
+
 def _subtitle(run: Run) -> str:
     """Model, mapping and size of the deployment, as far as the folder says."""
     model, parallel, engine = (_group(run.config, name) for name in ("model", "parallel", "engine"))
@@ -103,7 +125,7 @@ def _subtitle(run: Run) -> str:
               if key in parallel]  # fmt: skip
     parts += [str(engine["moe_a2a_backend"])] if "moe_a2a_backend" in engine else []
     parts += [f"{run.num_gpus} GPUs or ranks"] if run.num_gpus else []
-    parts += [f"state: {run.status.state}"] if run.status else []
+    parts += [f"state: {run.state}"] if run.status else []
     return " · ".join(parts)
 
 
@@ -118,7 +140,7 @@ def _sweep_rows(run: Run) -> list[dict[str, Any]]:
         {
             "best": position == best,
             "invalid": row["reason"] or "no reason was given" if row["state"] == "invalid" else "",
-            "groups": [[_cell(column.key, row[column.key]) for column in group.columns] for group in GROUPS],
+            "groups": [[_cell(column.key, row[column.key]) for column in group.columns] for group in _groups(run)],
         }
         for position, (_, row) in enumerate(run.sweep.iterrows())
     ]

@@ -145,7 +145,7 @@ def _summary(run: Run) -> dict[str, Any]:
     best: Any = run.sweep.iloc[position] if position is not None else {}
     return {
         "run": run.name,
-        "state": run.status.state if run.status else "unknown",
+        "state": run.state or "unknown",
         "model": run.settings["model"],
         "mapping": run.mapping,
         "gpus": run.num_gpus,

@@ -86,12 +86,18 @@ def ramp(count: int) -> list[Any]:
     return [mpl.colormaps["viridis_r"](x) for x in np.linspace(0.15, 0.95, count)]
 
 
-def ratio_heatmap(fig: Figure, ax: Axes, ratio: NDArray[np.float64], rows: Sequence[int], what: str) -> None:
+def ratio_heatmap(
+    fig: Figure, ax: Axes, ratio: NDArray[np.float64], rows: Sequence[int], what: str, top: float = 0.0
+) -> None:
     """Cells of load / mean, linear: white is the mean, red above it, pale blue below, grey where nothing is known.
 
     Blue stays pale so that the eye finds what is overloaded. Above 8 times the mean the colour does not change.
+
+    Args:
+        what: label of the colour bar; empty: none is drawn.
+        top: the largest ratio of all panels that share a scale; 0: this one's.
     """
-    top = float(np.nanmax(ratio, initial=1.25))
+    top = top or float(np.nanmax(ratio, initial=1.25))
     limit = min(top, 8.0)
     cmap = LinearSegmentedColormap.from_list("load", LOAD_COLORS).with_extremes(bad="#bbbbbb")
     norm = TwoSlopeNorm(1.0, 0.0, limit)
@@ -101,6 +107,8 @@ def ratio_heatmap(fig: Figure, ax: Axes, ratio: NDArray[np.float64], rows: Seque
     step = max(1, -(-ratio.shape[1] // 16))
     ax.set_xticks(range(0, ratio.shape[1], step))
     ax.grid(False)
+    if not what:
+        return
     bar = fig.colorbar(image, ax=ax, pad=0.01, extend="max" if top > limit else "neither")
     ticks = [0, 0.5, 1, *(t for t in (1.5, 2, 3, 4, 6, 8) if t <= limit)]
     bar.set_ticks(ticks, labels=[f"{t:g}×" for t in ticks])

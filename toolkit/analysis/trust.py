@@ -23,6 +23,7 @@ from toolkit.analysis.metrics import (
     tok_s_between,
     ttft_s,
 )
+from toolkit.analysis.nodes import throttled
 
 ENOUGH_FOR_P99 = 100  # requests: with fewer, linear p99 lies between the two slowest
 HELD = 0.9  # share of the asked concurrency below which the client, not the server, set the load
@@ -40,6 +41,11 @@ def warnings(run: Run) -> list[str]:
         if not point.valid:
             found.append(f"concurrency {point.concurrency} is invalid and left out: {point.row['reason']}")
         found += [f"concurrency {point.concurrency}: {text}" for text in _point(point)]
+    found += _attempts(run)
+    found += [
+        f"{name}: its clock was held down by heat or a power brake in {share:.0%} of the samples"
+        for name, share in throttled(run.nodes).items()
+    ]
     few = [
         f"{point.concurrency} ({ok})"
         for point in run.points
@@ -60,6 +66,17 @@ def warnings(run: Run) -> list[str]:
         unseen = [str(p.concurrency) for p, load in zip(run.points, run.point_loads, strict=True) if load is None]
         found.append(f"no recorder window overlaps the measured requests of concurrency {', '.join(unseen)}")
     return found + _clocks(run)
+
+
+def _attempts(run: Run) -> Iterator[str]:
+    """What differed between the attempts at a run that was resumed."""
+    entries = run.manifest.get("attempts")
+    for entry in entries if isinstance(entries, list) else []:
+        changed = entry.get("changed") if isinstance(entry, dict) else None
+        if isinstance(changed, dict) and changed:
+            what = "; ".join(f"{name}: {pair[0]} -> {pair[1]}" for name, pair in list(changed.items())[:6])
+            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+            yield f"attempt {entry.get('attempt')} was not made on the same as the one before: {what}{more}"
 
 
 def _point(point: LoadPoint) -> Iterator[str]:

@@ -39,14 +39,14 @@ class Proposal:
     logit_rows: int
     prefill: int
     first_half: int
-    busy: int
-    messages: int
-    controls: int
-    shutdown: int
-    experts: int
-    prompts: int
-    generating: int
-    slots: int
+    busy: int = 0
+    messages: int = 0
+    controls: int = 0
+    shutdown: int = 0
+    experts: int = 0
+    prompts: int = 0
+    generating: int = 0
+    slots: int = 0
     arrived: int = 0
     lost: int = 0
 

@@ -263,7 +263,9 @@ def memory_by_kind(
     embedding = arch.vocab_size * d
     by_heads, by_kv, replicated = arch.attn_params
     kv_shards = 1 if arch.mla else min(dims.attn_tp, arch.kv_heads)
-    kv_rows = sum(len(kind.layers) * kind.num_blocks * engine.page_size for kind in layer_kinds(arch.windows, engine))
+    spare = 0 if device == "cpu" else 1  # a block of each pool, for the padding of steps with a fixed shape
+    kinds = layer_kinds(arch.windows, engine)
+    kv_rows = sum(len(kind.layers) * (kind.num_blocks + spare) * engine.page_size for kind in kinds)
     return {
         "embedding": size * (embedding if arch.tied and dims.head_tp == 1 else embedding + embedding // dims.head_tp),
         "attention": int(

@@ -44,6 +44,7 @@ class WorkerArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         experts_path: where rank 0 keeps experts.npz; empty: not written.
         steps_dir: run folder in which the leader of each DP rank keeps a row a forward pass; empty: not written.
         profile_dir: where profiles go, a folder each; empty: there are none.
+        pulse_dir: where each rank says every second where it is; empty: it does not.
         name: of the worker, in its files and figures.
         disaggregation: None: it prefills and decodes.
     """
@@ -61,6 +62,7 @@ class WorkerArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     experts_path: str = ""
     steps_dir: str = ""
     profile_dir: str = ""
+    pulse_dir: str = ""
     name: str = "rank"
     disaggregation: Disaggregation | None = None
 

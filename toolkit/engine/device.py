@@ -34,7 +34,7 @@ def use(name: str, local_rank: int) -> str:
             "cluster.gpus_per_node as the host has them, or cluster.device=cpu"
         )
     torch.cuda.set_device(local_rank)
-    torch.backends.cudnn.enabled = False  # nothing convolves, and a cuDNN older than torch's stops the first call
+    torch.backends.cudnn.enabled = False  # nothing convolves, and an older cuDNN than torch's stops it
     return f"cuda:{local_rank}"
 
 

@@ -72,12 +72,18 @@ def stack_rows(parts: Sequence[Matrix]) -> Matrix:
     )
 
 
-def quantize_blocks(weight_NK: Tensor) -> BlockFp8:
-    """A matrix of any shape with one scale a block of 128 x 128."""
+def quantize_blocks(weight_NK: Tensor, power_of_two: bool = False) -> BlockFp8:
+    """A matrix of any shape with one scale a block of 128 x 128.
+
+    Args:
+        power_of_two: scales are rounded up to one, as Blackwell's GEMMs read them (UE8M0).
+    """
     n, k = weight_NK.shape
     padded = F.pad(weight_NK.float(), (0, -k % BLOCK, 0, -n % BLOCK))
     blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
     scales = blocks.abs().amax(dim=(1, 3)).clamp_min(SMALLEST) / FP8_MAX
+    if power_of_two:
+        scales = scales.log2().ceil().exp2()
     values = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn).view(padded.shape)
     return BlockFp8(values[:n, :k].contiguous(), scales, (BLOCK, BLOCK), (0, 0))
 

@@ -2,7 +2,7 @@
 
 Each function has one meaning; ``supported`` says whether the tensors take the kernel. The torch versions, which CPU and
 the tests compare with, are where they always were: in ``layers.py``, ``models/gqa.py`` and ``moe/gate.py``.
-Read next: ``kernels/norms.py``, ``kernels/attention.py``, ``kernels/gate.py``.
+Read next: ``kernels/norms.py``, ``kernels/attention.py``, ``kernels/latent.py``, ``kernels/gate.py``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def _kernels() -> Any:
         import triton  # noqa: F401
     except ImportError:
         return None
-    from toolkit.engine.kernels import attention, gate, norms
+    from toolkit.engine.kernels import attention, gate, latent, norms
 
-    return {"attention": attention, "gate": gate, "norms": norms}
+    return {"attention": attention, "gate": gate, "latent": latent, "norms": norms}
 
 
 def supported(x: Tensor) -> bool:
@@ -63,7 +63,23 @@ def rotate_and_write(
     return out
 
 
+def write_latent(kv: Tensor, norm: RMSNorm, rotary: Rotary, positions_T: Tensor, cache: Tensor, rows_T: Tensor) -> None:
+    """Norms the latent of kv [T, C + R], rotates the rest in pairs, and stores both in ``cache`` at ``rows_T``."""
+    _kernels()["latent"].write_latent(kv, norm, rotary, positions_T, cache, rows_T)
+
+
+def rotate_pairs(x: Tensor, rotary: Rotary, positions_T: Tensor) -> None:
+    """``rotary`` on x [T, H, R], in place; x may be a part of each head."""
+    _kernels()["latent"].rotate_pairs(x, rotary, positions_T)
+
+
 def softmax_topk(logits_SE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """The ``top_k`` experts of each row by softmax, best first: ids int64 [S, K], weights float32 [S, K]."""
     out: tuple[Tensor, Tensor] = _kernels()["gate"].softmax_topk(logits_SE, top_k, renormalize)
+    return out
+
+
+def lookup(table_E: Tensor, ids_SK: Tensor) -> Tensor:
+    """``table_E[ids_SK]``, int64; -1 finds the last entry."""
+    out: Tensor = _kernels()["gate"].lookup(table_E, ids_SK)
     return out

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +44,14 @@ def has_deep_gemm() -> bool:
         and torch.cuda.is_available()
         and torch.cuda.get_device_capability()[0] in (9, 10)
     )
+
+
+@cache
+def scales_are_powers_of_two() -> bool:
+    """True on Blackwell, whose GEMMs on FP8 read the exponents of scales alone (UE8M0). That path was not run."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
 
 
 def prepare(environment: MutableMapping[str, str] | None = None, rdma: bool | None = None) -> dict[str, str]:

@@ -29,6 +29,7 @@ class Comm:
     def __init__(self, ranks: list[int], rank: int, group: dist.ProcessGroup | None) -> None:
         assert group is not None or len(ranks) == 1, f"no process group for {ranks}"
         self.ranks, self.size, self.rank, self.group = ranks, len(ranks), ranks.index(rank), group
+        self.begun = 0  # collectives, for whoever looks at ranks that wait for each other (pulse.py)
 
     @classmethod
     def split(cls, world: int, rank: int, size: int, backend: str | None = None) -> Comm:
@@ -45,6 +46,7 @@ class Comm:
         """[n, ...] on every rank -> [size * n, ...], in rank order."""
         if self.size == 1:
             return x
+        self.begun += 1
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         dist.all_gather_single(out, x.contiguous(), group=self.group)
         return out
@@ -53,6 +55,7 @@ class Comm:
         """[size * n, ...] -> the sum over ranks of this rank's [n, ...]."""
         if self.size == 1:
             return x
+        self.begun += 1
         out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
         dist.reduce_scatter_single(out, x.contiguous(), group=self.group)
         return out
@@ -60,6 +63,7 @@ class Comm:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums ``x`` over the ranks, in place."""
         if self.size > 1:
+            self.begun += 1
             dist.all_reduce(x, group=self.group)
         return x
 
@@ -67,6 +71,7 @@ class Comm:
         """Rows to every rank: ``send[r]`` rows go to rank r, ``recv[r]`` come from it. Wait on the work before use."""
         if self.size == 1:
             return x, None
+        self.begun += 1
         out = x.new_empty(sum(recv), *x.shape[1:])
         return out, dist.all_to_all_single(out, x.contiguous(), recv, send, group=self.group, async_op=True)
 
@@ -83,6 +88,7 @@ class Comm:
         """What the first rank passes, on every rank."""
         if self.size == 1:
             return data
+        self.begun += 1
         length = torch.tensor([len(data)])
         dist.broadcast(length, self.ranks[0], group=self.group)
         if not length.item():
@@ -117,6 +123,10 @@ class Groups:
     tp_cpu: Comm
     counts: Comm
     experts: Comm
+
+    def collectives(self) -> int:
+        """How many this rank has begun, in all its groups."""
+        return sum(comm.begun for comm in {id(c): c for c in vars(self).values() if isinstance(c, Comm)}.values())
 
     @classmethod
     def single(cls) -> Groups:
@@ -190,6 +200,7 @@ class TokenLayout:
     ) -> None:
         tp = groups.dims.attn_tp
         self.num_valid = num_valid
+        self._is_padding: Tensor | None = None
         self.comm = groups.attn_tp
         self.num_tokens = ctx.dp_tokens[groups.dims.dp_rank(groups.rank)]
         rows_by_dp = [-(-tokens // tp) for tokens in ctx.dp_tokens]
@@ -210,8 +221,10 @@ class TokenLayout:
     def drop_padding(self, ids_SK: Tensor) -> Tensor:
         """-1 in place of the ids of rows that are no tokens; may be done in place."""
         if self.num_valid is not None:
-            rows = torch.arange(self.first, self.first + self.rows, device=ids_SK.device)
-            return ids_SK.masked_fill_((rows >= self.num_valid)[:, None], -1)
+            if self._is_padding is None:  # in the first layer, for all
+                rows = torch.arange(self.first, self.first + self.rows, device=ids_SK.device)
+                self._is_padding = (rows >= self.num_valid)[:, None]
+            return ids_SK.masked_fill_(self._is_padding, -1)
         ids_SK[self.valid :] = -1
         return ids_SK
 

@@ -18,6 +18,7 @@ from toolkit.config import EngineConfig
 from toolkit.engine import device as devices
 from toolkit.engine.arch import context_length
 from toolkit.engine.core import SamplingParams, StepContext
+from toolkit.engine.linear_warm_up import warm_up_linears
 from toolkit.engine.runner import ModelRunner
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def prepare(runner: ModelRunner, progress: Callable[[str, int, int], None]) -> d
     engine, gpu = runner.engine, runner.device != "cpu"
     used: dict[str, int] = {}
     progress("warm-up", 0, 1)
-    runner.moe.warm_up(lambda done, total: progress("compile", done, total))
+    _compile(runner, lambda done, total: progress("compile", done, total))
     if gpu and engine.mem_fraction_static:
         runner.allocate(_with_tokens(runner, PROBE * (engine.chunked_prefill_size + engine.page_size)))
     _warm_up(runner)
@@ -61,6 +62,15 @@ def prepare(runner: ModelRunner, progress: Callable[[str, int, int], None]) -> d
         _log_memory(runner, used)
     progress("warm-up", 1, 1)
     return used
+
+
+def _compile(runner: ModelRunner, progress: Callable[[int, int], None]) -> None:
+    """Kernels whose code depends on the number of rows, for every number."""
+    dims = runner.groups.dims
+    runner.moe.warm_up(progress)
+    # a dense FFN that is split over ranks multiplies the rows of all of them
+    most = runner.engine.chunked_prefill_size * (dims.dp_size if dims.dense_tp > 1 else 1)
+    warm_up_linears(runner.model, most, runner.groups.rank / dims.tp_size, progress)
 
 
 def _warm_up(runner: ModelRunner) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from toolkit.config import ModelConfig
 from toolkit.engine.fp8 import BlockFp8, Matrix, blocks_of, quantize_blocks
+from toolkit.engine.gpu_libraries import scales_are_powers_of_two
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,8 @@ class SafetensorsWeights:
         if not stored.whole:
             return self.get(name, shape, shard)
         made = stored.to(self.device)
+        if scales_are_powers_of_two():
+            made = quantize_blocks(made.dequantize(torch.float32), power_of_two=True)
         self._count(made.nbytes)
         return made
 
@@ -245,7 +248,7 @@ class DummyWeights:
         )
         if not self.keep_fp8 or not whole_blocks:
             return self.get(name, shape, shard)
-        made = quantize_blocks(self._make(name, shape, shard))
+        made = quantize_blocks(self._make(name, shape, shard), scales_are_powers_of_two())
         self._count(made.nbytes)
         return made
 

@@ -11,6 +11,7 @@ each message of the frontend reaches every rank (as itself or as ``Wake``), so w
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import math
 import os
@@ -55,6 +56,7 @@ from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups
 from toolkit.engine.pipeline import Pipeline, Step
 from toolkit.engine.prepare import prepare
+from toolkit.engine.pulse import Pulse
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.steplog import StepLog
 from toolkit.records import steps_path
@@ -146,6 +148,7 @@ class Worker:
             Path(args.experts_path).parent.mkdir(parents=True, exist_ok=True)
         self._progress("connect", 0, self.dims.tp_size)
         self.groups = Groups.connect(self.dims, self.rank, args.rank_hosts[0], args.dist_port, self.device)
+        self.pulse = Pulse(Path(args.pulse_dir), self.rank, self.groups.collectives) if args.pulse_dir else None
         memory = memory_by_kind(arch, self.dims, engine, args.model.dtype, args.device)
         total = sum(memory.values()) - memory["kv_cache"] - memory["eplb_spare"]
         self.runner = ModelRunner(
@@ -192,9 +195,15 @@ class Worker:
         """Serves until every rank has been told to shut down."""
         asleep, hold = True, False
         while True:
-            self._take(self.link.receive(asleep, self._send_stats))
+            self._mark("idle" if asleep else "take")
+            messages = self.link.receive(asleep, self._send_stats)
+            self._mark("take")
+            self._take(messages)
+            self._mark("results")
             self.pipeline.before_schedule()
+            self._mark("schedule")
             batch = self.scheduler.schedule(hold)
+            self._mark("agree")
             agreed = self._agree(batch)
             asleep, hold = agreed.asleep, self._balance.hold(agreed.by_dp)
             if self.part is not None:
@@ -202,6 +211,7 @@ class Worker:
             if self.eplb is not None:
                 self.eplb.turn(agreed.experts, self._launched)
             if any(agreed.ctx.dp_tokens):
+                self._mark("step")
                 self._step(batch, agreed.ctx)
             else:
                 self.pipeline.drain()
@@ -209,6 +219,7 @@ class Worker:
                     self.eplb.nap()
                 elif not asleep:
                     self.link.pause()
+            self._mark("reply")
             if agreed.controls:
                 self.pipeline.drain()  # they happen between two steps
             if agreed.controls and self.step_log is not None:
@@ -228,6 +239,15 @@ class Worker:
                     self.eplb.close()
                 self._reply(self._shutdown)
                 return
+
+    def _mark(self, phase: str) -> None:
+        """Where this rank is in its turn, for its pulse: plain stores, no call into the system."""
+        if (pulse := self.pulse) is None:
+            return
+        pulse.phase = phase
+        if phase == "agree":
+            pulse.turn += 1
+            pulse.step, pulse.requests = self._steps, self.scheduler.num_running + self.scheduler.num_waiting
 
     def _agree(self, batch: Batch) -> Agreement:
         scheduler = self.scheduler
@@ -341,6 +361,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # its stacks, on demand
     args = read_worker_args(options.args)
     torch.set_num_threads(args.cpu_threads)
     link = Link(args, options.rank, run_token())

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 USER_ERROR = 2
+SAVED = "config="
 
 
 def main() -> int:
@@ -34,7 +35,15 @@ def main() -> int:
 
         print(help.text(CONF))  # noqa: T201
         return 0
+    if "-m" in words:  # Hydra's parser wants its options before the overrides; people do not
+        sys.argv[1:] = ["--multirun", *(word for word in words if word != "-m")]
     set_up_logging()
+    saved = [word for word in words if word.startswith(SAVED)]
+    if saved:
+        try:
+            return launch([read_saved(saved[-1].removeprefix(SAVED), [w for w in words if w not in saved])])
+        except (ValueError, OSError) as error:
+            return _refuse(str(error).splitlines())
     mistakes = [mistake for word in words if (mistake := explain(word))]
     if mistakes:
         return _refuse(mistakes)
@@ -43,6 +52,17 @@ def main() -> int:
     except SystemExit as error:  # Hydra has printed why
         return USER_ERROR if error.code == 1 else int(error.code or 0)
     return launch(composed)
+
+
+def read_saved(path: str, overrides: list[str]) -> tuple[Any, list[str]]:
+    """The experiment of a run folder's config.yaml, every key as it was, and what ``overrides`` change of it."""
+    file = Path(path).expanduser()
+    file = file / "config.yaml" if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"config={path} is not there: give a run folder, or the config.yaml in one")
+    if mistakes := [mistake for word in overrides if (mistake := explain(word))]:
+        raise ValueError("\n".join(mistakes))
+    return config.read_saved(file, overrides), overrides
 
 
 def explain(word: str) -> str | None:
@@ -69,7 +89,7 @@ def compose() -> list[tuple[Any, list[str]]]:
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def keep(node: Any) -> None:
-        composed.append((node, list(HydraConfig.get().overrides.task)))
+        composed.extend(config.variants(node, list(HydraConfig.get().overrides.task)))
 
     keep()
     return composed

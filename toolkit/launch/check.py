@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from toolkit.config import ClusterConfig, DeployConfig, ExpConfig, ModelConfig
+from toolkit.config import ClusterConfig, DeployConfig, ExpConfig, HealthConfig, ModelConfig
 from toolkit.engine import arch as shapes
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.frontend.router import ROUTERS
@@ -47,8 +47,10 @@ def check(cfg: ExpConfig) -> list[str]:
     """All errors of ``cfg``; empty when it can run. Rules about the model wait until its folder is built."""
     errors = [
         *_cluster(cfg),
+        *_gpu_backends(cfg),
         *_model(cfg.model),
         *_deploy(cfg.deploy),
+        *_health(cfg.health),
         *(f"load.{error}" for error in check_load(cfg.load)),
     ]
     try:
@@ -153,6 +155,17 @@ def _cluster(cfg: ExpConfig) -> Iterator[str]:
         yield f"cluster.results_dir={c.results_dir} cannot be made or written to ({folder}): name another folder"
 
 
+def _gpu_backends(cfg: ExpConfig) -> Iterator[str]:
+    """Backends that run on GPUs alone, where there are none or the model's type is not theirs."""
+    for key, name, other in (("moe_a2a_backend", "deepep", "all_to_all"), ("moe_runner_backend", "deep_gemm", "auto")):
+        if getattr(cfg.engine, key) != name:
+            continue
+        if cfg.cluster.device == "cpu":
+            yield f"engine.{key}={name} runs on GPUs, but cluster.device=cpu: use engine.{key}={other}"
+        elif cfg.model.dtype == "float32":
+            yield f"engine.{key}={name} works in bfloat16, but model.dtype=float32: use bfloat16, or {key}={other}"
+
+
 def _nodes(cluster: ClusterConfig, dims: ParallelDims) -> Iterator[str]:
     per_node, ranks = cluster.gpus_per_node, dims.tp_size
     if per_node < 1:
@@ -228,8 +241,15 @@ def _deploy(deploy: DeployConfig) -> Iterator[str]:
             f"deploy.api_key_env={deploy.api_key_env}: that environment variable is not set: export it, "
             "or leave api_key_env empty"
         )
-    if deploy.ready_stall_s <= 0:
-        yield f"deploy.ready_stall_s={deploy.ready_stall_s} must be positive"
+
+
+def _health(health: HealthConfig) -> Iterator[str]:
+    for name in ("stall_s", "max_clock_offset_ms"):
+        if getattr(health, name) <= 0:
+            yield f"health.{name}={getattr(health, name):g} must be positive"
+    for name in ("sample_interval_s", "min_disk_gb"):
+        if getattr(health, name) < 0:
+            yield f"health.{name}={getattr(health, name):g} is negative; use 0 for none"
 
 
 def _memory(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:

@@ -66,7 +66,7 @@ class Follower:
         note = job_file.read(run_dir)
         assert note and note.job_id, f"{run_dir} is not of a Slurm job"
         self._run_dir, self._console, self._job_id = run_dir, console, note.job_id
-        self._shown = 0  # bytes of the launcher's log
+        self._shown = self._size() if self._pending() else 0  # bytes of the log; what an earlier job left is not news
         self._said = ""
 
     def run(self) -> int:
@@ -74,23 +74,47 @@ class Follower:
         asked = -ASK_S
         while True:
             if time.monotonic() - asked >= ASK_S:
-                job, asked = queue.job(self._job_id), time.monotonic()
-                self._say_state(job)
-                if not job.active:
+                job, asked = self._ask(), time.monotonic()
+                if job is not None and not job.active:
                     self._show_log()
+                    note = job_file.read(self._run_dir)
+                    if note and note.job_id not in ("", self._job_id):  # submitted again, without a bad node
+                        self._job_id, asked = note.job_id, -ASK_S
+                        continue
                     return settle(self._run_dir, job)
             self._show_log()
             time.sleep(LOOK_S)
 
-    def _say_state(self, job: JobState) -> None:
+    def _pending(self) -> bool:
+        return records.read_status(self._run_dir).state == "queued"
+
+    def _size(self) -> int:
+        log = self._run_dir / LOG
+        return log.stat().st_size if log.exists() else 0
+
+    def _ask(self) -> JobState | None:
+        """How the job stands; None while Slurm's controller does not answer, which ends nothing."""
+        try:
+            job = queue.job(self._job_id)
+        except queue.SlurmError as error:
+            self._say(str(error))
+            return None
+        self._say(f"Job {self._job_id}: {self._state(job)}")
+        return job
+
+    def _state(self, job: JobState) -> str:
         text = job.state or "unknown to Slurm"
         if job.state == "PENDING":
             text += f" ({job.reason})" if job.reason else ""
             text += f", expected to start {job.start}" if job.start else ""
         elif job.nodes:
             text += f" on {job.nodes}" + (f", start {job.restarts + 1}" if job.restarts else "")
+        return text
+
+    def _say(self, text: str) -> None:
+        """Unless it was the last thing said."""
         if text != self._said:
-            say(self._console, f"Job {self._job_id}: {text}")
+            say(self._console, text)
             self._said = text
 
     def _show_log(self) -> None:

@@ -1,7 +1,9 @@
 """Waits until the frontend says that every rank is ready, showing how far each has come.
 
 Patience is measured in progress, not in time: loading may take an hour, but a rank that reports nothing new for
-``deploy.ready_stall_s`` is stuck. Knows the frontend's ``GET /health`` and nothing else of the engine.
+``health.stall_s`` is stuck. Progress is what the frontend has heard from a rank, and what its pulse shows: a warm-up
+that compiles kernels layer by layer gets on without a percentage. Knows the frontend's ``GET /health`` and nothing else
+of the engine.
 """
 
 from __future__ import annotations
@@ -63,11 +65,14 @@ def wait_ready(url: str, watch: Watch, stall_s: float, bars: LoadingBars) -> Non
             time.sleep(1.0)
             watch.check()  # a rank that ends after it reported has more to say in its log
             raise RunFailed(f"the engine failed to start: {health.error}")
-        now = (watch.running(), health)
+        now = (watch.marks(), health)
         if now != seen:
             seen, since = now, time.monotonic()
         elif time.monotonic() - since > stall_s:
-            raise RunFailed(f"no progress in loading for {stall_s:g} s (deploy.ready_stall_s): {_where(health)}")
+            watch.dump_stacks()
+            raise RunFailed(
+                f"no progress in loading for {stall_s:g} s (health.stall_s): {_where(health)}; stacks are in logs/"
+            )
         time.sleep(POLL_S)
 
 

@@ -14,13 +14,16 @@ from pathlib import Path
 
 import yaml
 
-from toolkit import config, records
-from toolkit.config import ExpConfig
-from toolkit.launch import job_file, queue
-from toolkit.launch.interrupts import NEAR_LIMIT
+from toolkit import records
+from toolkit.launch import exclude, job_file, preflight, queue
+from toolkit.launch.attempts import read_config
+from toolkit.launch.interrupts import NOTICE
+from toolkit.launch.launcher import STATE_DIR
 from toolkit.launch.run import EXIT_CODES, run
+from toolkit.launch.submit import SCRIPT
 
 LOG = records.log_name("launcher", 0)
+FRUITLESS = 3  # starts without a point done that are put down to preemption
 CANCELLED = EXIT_CODES["cancelled"]
 
 
@@ -37,8 +40,14 @@ def main() -> int:
             continue  # in an earlier life of this job
         job_file.write(run_dir, job_file.of_this_process())  # somebody may have submitted the script by hand
         done_before = points_done(run_dir)
+        preflight.forget(run_dir)
         code = run_one(run_dir)
         worst = max(worst, code)
+        script = run_dirs[0] / STATE_DIR / SCRIPT
+        with output_to(run_dir / LOG):
+            again = "" if array else exclude.submit_again(read_config(run_dir), run_dir, run_dirs[index + 1 :], script)
+        if again:
+            break  # the rest is the new job's
         if code != CANCELLED:
             continue
         if goes_on(run_dir, done_before):
@@ -65,16 +74,15 @@ def run_one(run_dir: Path) -> int:
             raise
 
 
-def read_config(run_dir: Path) -> ExpConfig:
-    """The experiment of a run folder, as it was resolved."""
-    return config.from_mapping(yaml.safe_load((run_dir / records.CONFIG).read_text()), ExpConfig)
-
-
 def goes_on(run_dir: Path, done_before: int) -> bool:
-    """Whether to start again after the time limit: where it is asked for, and only if this time brought a point."""
+    """Whether to start again after Slurm's notice: where that is asked for, and as long as starts bring points.
+
+    A preemption that brings no SIGUSR2, and a lost node, are Slurm's own to requeue.
+    """
     status = records.read_status(run_dir)
-    wanted = read_config(run_dir).cluster.requeue and status.reason.startswith(NEAR_LIMIT)
-    return wanted and points_done(run_dir) > done_before
+    wanted = read_config(run_dir).cluster.requeue and status.reason.startswith(NOTICE)
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return wanted and (points_done(run_dir) > done_before or restarts < FRUITLESS)
 
 
 def points_done(run_dir: Path) -> int:

@@ -1,6 +1,6 @@
 """SIGINT, SIGTERM, SIGHUP and SIGUSR2 as an exception, at times when an exception can be dealt with.
 
-SIGUSR2 is what Slurm is asked to send before the time limit (``sbatch.py``).
+SIGUSR2 is what Slurm is asked to send before the time limit (``sbatch.py``); many sites send it at preemption too.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-LIMIT = signal.SIGUSR2
-NEAR_LIMIT = "the time limit of the Slurm job was near (cluster.time_min, cluster.signal_s)"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, LIMIT)
+ENDS_SOON = signal.SIGUSR2
+NOTICE = "Slurm gave notice: the job's time limit is near, or it is preempted"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, ENDS_SOON)
 
 
 class Cancelled(BaseException):
@@ -63,6 +63,6 @@ class Interrupts:
 
 
 def _cancelled(signum: int) -> Cancelled:
-    if signum == LIMIT:
-        return Cancelled(NEAR_LIMIT)
+    if signum == ENDS_SOON:
+        return Cancelled(NOTICE)
     return Cancelled(f"cancelled by {signal.Signals(signum).name}")

@@ -24,21 +24,21 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from toolkit import records
+from toolkit import heartbeat, records
 from toolkit.launch import child, job_file, queue
 from toolkit.launch.follow import cancel as cancel_jobs
 from toolkit.launch.follow import follow as follow_jobs
 from toolkit.launch.follow import settle
 from toolkit.launch.inside import LOG
 from toolkit.launch.job_file import JobRecord
-from toolkit.launch.launcher import STATE_DIR, ProcessState
+from toolkit.launch.launcher import STATE_DIR, ProcessState, tail
 from toolkit.launch.load import PROGRESS, read_progress
 from toolkit.launch.queue import JobState
 from toolkit.launch.run import EXIT_CODES
-from toolkit.launch.watch import tail
 
 USER_ERROR = 2
 LIVE = ("queued", "running")
+WIDE = 250  # where lines may be as long as they are: a pipe, a file
 REFRESH_S = 1.0
 ASK_S = 5.0  # between two questions to Slurm
 HELP = """\
@@ -65,7 +65,7 @@ class Seen:
 
 def main() -> int:
     args = _parse()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     folders = job_file.find(args.results.absolute())
     try:
         if args.action == "list":
@@ -128,14 +128,14 @@ def look(run_dir: Path, job: JobState | None = None) -> Seen | None:
             settle(run_dir, job)
             status = records.read_status(run_dir)
         where = job.nodes or (f"{job.state} {job.reason}".strip().lower() if job.active else "")
-    elif status.state in LIVE and gone(by):
+    elif status.state in LIVE and (gone(by) or heartbeat.run_state(run_dir, status) == "dead"):
         status.state, status.reason = "failed", "its launcher is gone without a word"
     load, rate = _load(run_dir, status)
     return Seen(run_dir, by, status.state, status.reason, where, roles(run_dir), load, rate)
 
 
 def gone(by: JobRecord) -> bool:
-    """Whether a launcher of this machine lives no more; of other machines nothing is known."""
+    """Whether a launcher of this machine lives no more; those of others are known by their heartbeat."""
     return by.host == platform.node() and child.find(by.pid, by.create_time) is None
 
 

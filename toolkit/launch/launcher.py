@@ -20,7 +20,9 @@ from toolkit.config import ExpConfig
 from toolkit.launch.plan import PoolPlan
 from toolkit.registry import Registry
 
+TAIL_LINES = 20
 STATE_DIR = "launch"  # inside the run folder: arguments and state of every process, the launcher's own files
+WORKER_GROUP = "worker-"  # a worker's ranks are the group of this and its index
 GRACE_S = 10.0  # between SIGTERM and SIGKILL of a process
 
 
@@ -44,6 +46,7 @@ class ProcessSpec:
         node: index into the launcher's nodes.
         group: what runs together as one job step on Slurm, e.g. the ranks of a worker; empty: it is on its own.
         grace_s: between SIGTERM and SIGKILL, to write down what it has.
+        critical: its end ends the run.
     """
 
     role: str
@@ -53,10 +56,16 @@ class ProcessSpec:
     node: int = 0
     group: str = ""
     grace_s: float = GRACE_S
+    critical: bool = True
 
     @property
     def name(self) -> str:
         return f"{self.role}-{self.index}"
+
+    @property
+    def kind(self) -> str:
+        """What kind of process it is: ``rank`` for the ranks of any worker, else its role."""
+        return "rank" if self.group.startswith(WORKER_GROUP) else self.role
 
     @property
     def log(self) -> str:
@@ -132,7 +141,7 @@ def with_environment(specs: Sequence[ProcessSpec], cfg: ExpConfig, nodes: Sequen
     def env(spec: ProcessSpec) -> dict[str, str]:
         found = nodes[spec.node].interface
         network = interface if c.network_interface else {"GLOO_SOCKET_IFNAME": found} if found else {}
-        return {**network, **spec.env, **c.env, **c.role_env.get(spec.role, {})}
+        return {**network, **spec.env, **c.env, **c.role_env.get(spec.kind, {})}
 
     return tuple(dataclasses.replace(spec, env=env(spec)) for spec in specs)
 
@@ -143,6 +152,16 @@ def read_state(spec: ProcessSpec, run_dir: Path) -> ProcessState:
         return msgspec.json.decode(spec.state_file(run_dir).read_bytes(), type=ProcessState)
     except FileNotFoundError:
         return ProcessState(spec.name)
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> Sequence[str]:
+    """The last lines of a log, of which only the end is read."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 400 * lines))
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except FileNotFoundError:
+        return []
 
 
 def launchers() -> Registry[Callable[[ExpConfig], Launcher]]:

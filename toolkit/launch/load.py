@@ -19,6 +19,7 @@ import msgspec
 from toolkit import records
 from toolkit.config import ExpConfig, to_mapping
 from toolkit.engine.args import TOKEN_ENV
+from toolkit.launch.attempts import deployment_key
 from toolkit.launch.interrupts import Interrupts
 from toolkit.launch.launcher import STATE_DIR, Launcher, Node, ProcessSpec, ProcessState, with_environment
 from toolkit.launch.plan import DeploymentPlan
@@ -28,14 +29,17 @@ if TYPE_CHECKING:
     from toolkit.loadgen.progress import ProgressBars
 
 POLL_S = 0.25
+SERVER_GONE, SERVER_GONE_S = 4, 10.0  # its exit code when the server is gone; somebody's death is then to be reported
 PROGRESS = "progress.json"  # inside STATE_DIR
 GRACE_S = 20.0  # to write down what was measured
 
 
-def processes(cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir: Path) -> list[ProcessSpec]:
+def processes(
+    cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir: Path, attempt: int = 1
+) -> list[ProcessSpec]:
     """The load generator: one process, or one on each of several nodes, the first of which leads."""
     meet = f"{nodes[plan.loadgen.nodes[0]].host}:{plan.loadgen.port}" if len(plan.loadgen.nodes) > 1 else ""
-    lead = command(cfg, plan, nodes, run_dir, meet)
+    lead = command(cfg, plan, nodes, run_dir, meet, attempt)
     join = (sys.executable, "-m", "toolkit.loadgen", "join", meet)
     env = {"no_proxy": "*", "NO_PROXY": "*"}  # a proxy of the site is not for what is on the cluster's own network
     return [
@@ -44,7 +48,9 @@ def processes(cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_d
     ]
 
 
-def command(cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir: Path, meet: str) -> list[str]:
+def command(
+    cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir: Path, meet: str, attempt: int = 1
+) -> list[str]:
     """The leader's command line: every ``load.*`` key as ``key=<JSON>``."""
     host = nodes[plan.frontend.node].host if meet else plan.frontend.client_host
     target = {
@@ -54,6 +60,9 @@ def command(cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir
         "out": str(run_dir),
         "num_gpus": str(plan.num_gpus),
         "progress": str(run_dir / STATE_DIR / PROGRESS),
+        "resume": "true",  # what the folder holds is of this run: attempts.py has seen to that
+        "attempt": str(attempt),
+        "deployment": deployment_key(cfg),
     }
     if meet:
         target["listen"] = meet
@@ -72,6 +81,7 @@ def run_load(
     launcher: Launcher,
     watch: Watch,
     interrupts: Interrupts,
+    attempt: int = 1,
 ) -> None:
     """Runs the sweep to its end.
 
@@ -82,21 +92,22 @@ def run_load(
     from toolkit.loadgen.progress import ProgressBars
 
     progress = run_dir / STATE_DIR / PROGRESS
-    specs = with_environment(processes(cfg, plan, nodes, run_dir), cfg, nodes)
+    specs = with_environment(processes(cfg, plan, nodes, run_dir, attempt), cfg, nodes)
     job = None
     try:
         with interrupts.held():
             job = launcher.start(specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
         with ProgressBars() as bars:
             while (state := job.poll()[0]).alive:
+                watch.check_steps()
                 if not watch.all_alive():
                     job.stop(GRACE_S)  # what it sends from now on can only fail
                     watch.check()
                 _show(progress, bars)
                 time.sleep(POLL_S)
             _show(progress, bars)
-        if state.returncode != 0:
-            time.sleep(POLL_S)  # a process whose death is the reason may not have been reported yet
+        if state.returncode != 0:  # a process whose death is the reason may not have been reported yet
+            watch.wait_for_death(SERVER_GONE_S if state.returncode == SERVER_GONE else POLL_S)
         watch.check()
         if state.returncode != 0:
             raise RunFailed(_reason(run_dir, state), run_dir / specs[0].log)

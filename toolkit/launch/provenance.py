@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ URL_LOGIN = re.compile(r"(\w+://)[^/\s@]+@")
 REMOVED = "<removed>"
 
 
-def manifest(command: list[str]) -> dict[str, Any]:
+def manifest(argv: Sequence[str]) -> dict[str, Any]:
     """Everything about this run's making; values that are not known are null."""
     return {
         "schema_version": records.SCHEMA_VERSION,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [clean(word) for word in command],
+        "command": command(argv),
         "git": git_state(Path(__file__).parent),
         "python": sys.version.split()[0],
         "packages": _versions(),
@@ -42,6 +42,11 @@ def manifest(command: list[str]) -> dict[str, Any]:
         "gpus": gpus(),
         "environment": environment(os.environ),
     }
+
+
+def command(argv: Sequence[str]) -> list[str]:
+    """A command line without secrets."""
+    return [clean(word) for word in argv]
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -62,15 +67,15 @@ def clean(word: str) -> str:
 
 def git_state(folder: Path) -> dict[str, Any]:
     """Commit and whether the working tree differs from it; nulls outside a git checkout."""
-    commit = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
-    changes = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
+    commit = output(["git", "-C", str(folder), "rev-parse", "HEAD"])
+    changes = output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
     return {"commit": commit or None, "dirty": None if not commit else bool(changes)}
 
 
 def gpus() -> list[str]:
     """Name, memory and driver of each NVIDIA GPU of this machine."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    return (_output(query) or "").splitlines()
+    return (output(query) or "").splitlines()
 
 
 def _versions() -> dict[str, str]:
@@ -101,12 +106,12 @@ def _cpu_model() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _output(command: list[str]) -> str | None:
+def output(command: list[str]) -> str | None:
     """What a command prints, or None where it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, errors="replace")
     except subprocess.TimeoutExpired:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

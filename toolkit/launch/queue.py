@@ -10,9 +10,12 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 TIMEOUT_S = 60.0
 ACTIVE = frozenset({
@@ -119,8 +122,10 @@ def why_ending() -> str:
         text = Path(out[1]).read_text(errors="replace") if out else ""
     except (SlurmError, OSError):
         return ""
-    said = re.findall(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+))?", text)
-    return (said[-1].strip() or "CANCELLED") if said else ""
+    begin = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(psutil.Process().create_time()))
+    said = re.findall(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT (\S+)(?: DUE TO ([A-Z ]+))?", text)
+    causes = [cause.strip() or "CANCELLED" for when, cause in said if when >= begin]  # not of an earlier start
+    return causes[-1] if causes else ""
 
 
 def signal_batch(job_id: str, name: str) -> None:

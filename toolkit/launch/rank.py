@@ -31,6 +31,7 @@ import psutil
 from toolkit import records
 from toolkit.launch import child
 from toolkit.launch.launcher import ProcessSpec, ProcessState
+from toolkit.launch.stacks import Dumper
 
 POLL_S = 0.2
 NOT_STARTED = 127  # a shell's exit code for a command that is not there
@@ -115,10 +116,12 @@ def supervise(
     created = psutil.Process(process.pid).create_time()  # our child exists, at least as a zombie
     state = dataclasses.replace(state, state="running", pid=process.pid, create_time=created)
     report(state)
+    dumper = Dumper(task.run_dir, spec.name, task.run_dir / spec.log)
     while not stop and not called_off() and os.getppid() == parent and (launcher is None or child.is_alive(launcher)):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(POLL_S)
             break
+        dumper.look(process.pid)
     code = child.end(process, spec.grace_s)
     report(dataclasses.replace(state, state="exited", returncode=code, ended=time.time()))
     return code

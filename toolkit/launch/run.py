@@ -18,10 +18,11 @@ import msgspec
 import yaml
 from rich.console import Console
 
-from toolkit import records
+from toolkit import point_files, records
 from toolkit.config import ExpConfig, to_mapping
 from toolkit.engine.args import TOKEN_ENV
-from toolkit.launch import child, job_file, provenance, queue
+from toolkit.heartbeat import beating
+from toolkit.launch import attempts, child, job_file, provenance, provenance_files, queue, sampler
 from toolkit.launch.adapters import adapters
 from toolkit.launch.check import check_model, will_build
 from toolkit.launch.health import LoadingBars, http, wait_ready
@@ -29,6 +30,8 @@ from toolkit.launch.interrupts import Cancelled, Interrupts
 from toolkit.launch.launcher import STATE_DIR, launchers, with_environment
 from toolkit.launch.load import run_load
 from toolkit.launch.plan import num_ports, plan, pools
+from toolkit.launch.preflight import preflight
+from toolkit.launch.stall import StallWatch
 from toolkit.launch.watch import RunFailed, Watch, exit_text
 
 log = logging.getLogger(__name__)
@@ -54,7 +57,9 @@ def run(cfg: ExpConfig, overrides: Sequence[str], console: Console, run_dir: Pat
                 with interrupts.held():
                     run_dir = create_folder(cfg, overrides)
                     job_file.write(run_dir, job_file.of_this_process())
-            deploy_and_load(cfg, run_dir, interrupts, console)
+            with beating(run_dir):
+                if anything_to_do(cfg, run_dir, console):
+                    deploy_and_load(cfg, run_dir, interrupts, console)
         except (Exception, Cancelled) as error:
             if run_dir is None and isinstance(error, ValueError):
                 raise
@@ -64,6 +69,7 @@ def run(cfg: ExpConfig, overrides: Sequence[str], console: Console, run_dir: Pat
                 ended_by = Cancelled(f"{ended_by} (Slurm: {word})")
             if run_dir is not None:
                 close_status(run_dir, ended_by)
+                attempts.note_end(run_dir, state_after(ended_by), reason(ended_by))
             if ended_by is not None:
                 tell(console, ended_by)
         try:
@@ -91,40 +97,72 @@ def build_model(cfg: ExpConfig, console: Console) -> None:
 
 
 def create_folder(cfg: ExpConfig, overrides: Sequence[str], state: records.RunState = "running") -> Path:
-    """The run folder with everything that is known before the start."""
-    run_dir = records.new_run_folder(Path(cfg.cluster.results_dir).absolute(), cfg.exp)
-    (run_dir / STATE_DIR).mkdir()
+    """The run folder with everything that is known before the start: a new one, or the one to go on with."""
+    run_dir = attempts.find(cfg)
+    again = run_dir is not None
+    if run_dir is None:
+        results, named = Path(cfg.cluster.results_dir).absolute(), Path(cfg.run_dir).expanduser().absolute()
+        run_dir = records.new_run_folder(results, cfg.exp, named if cfg.run_dir else None)
+    (run_dir / STATE_DIR).mkdir(exist_ok=True)
+    if again:
+        attempts.keep_words(run_dir)
     with records.replacing(run_dir / records.CONFIG, "w") as out:
         yaml.safe_dump(to_mapping(cfg), out, sort_keys=False)
     with records.replacing(run_dir / records.OVERRIDES, "w") as out:
         yaml.safe_dump(list(overrides), out)
-    records.write_json(run_dir / records.MANIFEST, provenance.manifest(sys.orig_argv))
-    points = [records.PointStatus(concurrency) for concurrency in cfg.load.concurrency]
-    records.write_status(run_dir, records.RunStatus(state, points=points))
+    records.write_json(run_dir / STATE_DIR / attempts.COMMAND, provenance.command(sys.orig_argv))
+    if again:
+        attempts.reopen_status(run_dir, state)
+    else:
+        from toolkit.loadgen.points import points_of
+
+        points = [records.PointStatus(point.concurrency, repeat=point.repeat) for point in points_of(cfg.load)]
+        records.write_status(run_dir, records.RunStatus(state, points=points))
     return run_dir
+
+
+def anything_to_do(cfg: ExpConfig, run_dir: Path, console: Console) -> bool:
+    """Whether a load point is not done yet; says what there is of a run that is taken up again."""
+    if not point_files.read_points(run_dir):
+        return True
+    left, lines = attempts.left_to_do(cfg, run_dir)
+    say(console, f"Resuming {run_dir}: {lines[0]}")
+    for line in lines[1:]:
+        say(console, line)
+    if not left:
+        say(console, "Every load point is done: nothing is started")
+    return left > 0
 
 
 def deploy_and_load(cfg: ExpConfig, run_dir: Path, interrupts: Interrupts, console: Console) -> None:
     """Starts the deployment, runs the sweep against it, and ends every process, however it goes."""
+    made_of = provenance.manifest(sys.orig_argv) | {"container": provenance_files.container(cfg.cluster)}
+    attempt = attempts.begin(run_dir, made_of)
+    provenance_files.write(run_dir, Path(__file__).parent)
     launcher, job = launchers()[cfg.cluster.launcher](cfg), None
     say(console, f"Run folder: {run_dir}")
     try:
         nodes = launcher.nodes(pools(cfg), num_ports(cfg), run_dir)
+        attempts.note(run_dir, hosts=[node.host for node in nodes])
         deployment = plan(cfg, [node.port for node in nodes])
         records.write_json(run_dir / records.PLAN, deployment.to_json())
         processes = adapters()[cfg.engine.backend](deployment, cfg, [node.host for node in nodes], run_dir)
         for name, content in processes.files.items():
             (run_dir / name).write_bytes(content)
+        if cfg.health.preflight:
+            for text in preflight(cfg, deployment, nodes, run_dir, launcher):
+                log.warning("preflight: %s", text)
         specs = with_environment(processes.specs, cfg, nodes)
         url = f"http://{deployment.frontend.client_host}:{deployment.frontend.http_port}"
         say(console, f"Starting {len(specs)} processes: {deployment.mapping}, frontend at {url}")
         with interrupts.held():
+            specs = (*specs, *with_environment(sampler.specs(cfg, deployment.num_nodes, run_dir), cfg, nodes))
             job = launcher.start(specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
-        watch = Watch(job, run_dir)
+        watch = Watch(job, run_dir, StallWatch(job.specs, run_dir, cfg.health.stall_s))
         with LoadingBars(console, deployment.num_gpus) as bars:
-            wait_ready(url, watch, cfg.deploy.ready_stall_s, bars)
+            wait_ready(url, watch, cfg.health.stall_s, bars)
         try:
-            run_load(cfg, deployment, nodes, run_dir, launcher, watch, interrupts)
+            run_load(cfg, deployment, nodes, run_dir, launcher, watch, interrupts, attempt)
         finally:
             collect_experts(cfg, url, watch, run_dir)
     finally:
@@ -132,6 +170,7 @@ def deploy_and_load(cfg: ExpConfig, run_dir: Path, interrupts: Interrupts, conso
             if job is not None:
                 job.stop(STOP_GRACE_S)
             launcher.close()
+            collect_nodes(run_dir)
 
 
 def collect_experts(cfg: ExpConfig, url: str, watch: Watch, run_dir: Path) -> None:
@@ -147,6 +186,14 @@ def collect_experts(cfg: ExpConfig, url: str, watch: Watch, run_dir: Path) -> No
         return
     if status != 200 or not (run_dir / records.EXPERTS).exists():
         log.warning("no %s: HTTP %d %s", records.EXPERTS, status, body[:500].decode(errors="replace"))
+
+
+def collect_nodes(run_dir: Path) -> None:
+    """Makes nodes.parquet of what the samplers left. Its lack is a gap in the report."""
+    try:
+        sampler.collect(run_dir)
+    except (OSError, ValueError) as error:
+        log.warning("no %s: %s", records.NODES, error)
 
 
 def close_status(run_dir: Path, error: BaseException | None) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config import ClusterConfig, ExpConfig, from_mapping, to_mapping
-from toolkit.launch.interrupts import LIMIT
+from toolkit.launch.interrupts import ENDS_SOON
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.launch.plan import FRONTEND, PoolPlan, pools
 from toolkit.launch.srun import ROOT
@@ -86,7 +86,7 @@ def _additional(
 ) -> dict[str, Any]:
     """What it has none for."""
     options: dict[str, Any] = {"output": str(run_dirs[0] / (ARRAY_LOG if array else LOG))}
-    options["signal"] = f"B:{LIMIT.name.removeprefix('SIG')}@{cluster.signal_s}"
+    options["signal"] = f"B:{ENDS_SOON.name.removeprefix('SIG')}@{cluster.signal_s}"
     options["requeue" if cluster.requeue else "no-requeue"] = True
     if array:
         options["array"] = f"0-{len(run_dirs) - 1}"

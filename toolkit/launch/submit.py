@@ -17,7 +17,7 @@ import msgspec
 from rich.console import Console
 
 from toolkit.config import ExpConfig, to_mapping
-from toolkit.launch import job_file, queue, sbatch
+from toolkit.launch import attempts, job_file, queue, sbatch
 from toolkit.launch.launcher import STATE_DIR
 
 SCRIPT = "run.sbatch"  # inside STATE_DIR of a job's first run folder
@@ -45,6 +45,8 @@ def prepare(experiments: Sequence[Experiment]) -> list[Prepared]:
     from toolkit.launch.run import create_folder
 
     prepared = []
+    for experiment in experiments:
+        _refuse_twice(experiment.cfg)
     for group, array in groups(experiments):
         run_dirs = [create_folder(e.cfg, e.overrides, "queued") for e in group]
         file = run_dirs[0] / STATE_DIR / SCRIPT
@@ -90,6 +92,17 @@ def groups(experiments: Sequence[Experiment]) -> list[tuple[list[Experiment], bo
         array = len(members) > 1 and (pack == "array" or (pack == "auto" and not same))
         jobs.append((members, array))
     return jobs
+
+
+def _refuse_twice(cfg: ExpConfig) -> None:
+    """A folder to go on with (``resume``, ``run_dir``) must not be a job's that waits or runs."""
+    folder = attempts.find(cfg)
+    by = job_file.read(folder) if folder else None
+    if by and by.job_id and queue.here() and (state := queue.job(by.job_id)).active:
+        raise ValueError(
+            f"run_dir={folder} is job {by.job_id}'s, which is {state.state}: wait for its end, or end it: "
+            f"python -m toolkit.launch.jobs cancel {by.job_id}"
+        )
 
 
 def _sbatch(script: Path) -> str:

@@ -70,7 +70,11 @@ def main(words: Sequence[str]) -> int:
         return BAD_OPTIONS
     import uvloop
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    from toolkit.heartbeat import beating
+
+    alone = options.out and not options.deployment  # else the launcher gives the signs of life
+    signs = beating(Path(options.out)) if alone else contextlib.nullcontext()
+    with signs, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(options, dataset, ledger))
 
 

@@ -3,12 +3,13 @@
 A state is a plain dict, the content of the file that ``progress=`` names::
 
     {"points": 4, "point": 1, "concurrency": 2, "request_rate": 0.0, "phase": "measure", "done": 3, "total": 6,
-     "failed": 0, "output_tok_s": 13.2, "elapsed_s": 4.1}
+     "failed": 0, "output_tok_s": 13.2, "latencies": {}, "elapsed_s": 4.1}
 
 ``point`` counts from 0; ``phase`` is warm-up, measure, read (all answers are there and are being parsed) or done;
 ``done`` of ``total`` are requests of this point, the warm-up's included; ``output_tok_s`` is a guess, one token a read,
-until the phase is done; ``elapsed_s`` is since this point's first request; with ``request_rate`` above 0 the point
-holds a rate, below 0 it replays a trace. The launcher reads that file and shows it with the same ``ProgressBars``.
+until the phase is done; ``latencies`` has the medians of TTFT and TPOT in ms then; ``elapsed_s`` is since this point's
+first request; with ``request_rate`` above 0 the point holds a rate, below 0 it replays a trace. The launcher reads that
+file and shows it with the same ``ProgressBars``.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class ProgressFile:
 
 
 class ProgressBars:
-    """A bar for each load point on a terminal, a log line every few seconds elsewhere.
+    """A table on a terminal, a line and a bar for each load point; a log line every few seconds elsewhere.
 
     States may be skipped or repeated: a point that is passed over is shown as complete.
     """
@@ -93,12 +94,13 @@ class ProgressBars:
             for task in bars.tasks:
                 bars.update(task.id, completed=task.total)
             name = f"[{point + 1}/{state['points']}] {_load(state)}"
-            self._tasks[point] = bars.add_task(name, total=state["total"], rate="", failed="", phase="")
+            self._tasks[point] = bars.add_task(name, total=state["total"], rate="", latencies="", failed="", phase="")
         bars.update(
             self._tasks[point],
             completed=state["done"],
             total=state["total"],
             rate=f"{state['output_tok_s']:.1f} tok/s",
+            latencies=_latencies(state),
             failed=f"{state['failed']} failed" if state["failed"] else "",
             phase=state["phase"],
         )
@@ -111,11 +113,16 @@ class ProgressBars:
             return
         self._line = (time.monotonic(), state["point"], state["phase"])
         log.info(
-            "point %d/%d, %s, %s: %d/%d requests, %d failed, %.1f tok/s, %.0f s",
+            "point %d/%d, %s, %s: %d/%d requests, %d failed, %.1f tok/s, %.0f s%s",
             *(state["point"] + 1, state["points"], _load(state)),
             *(state[key] for key in ("phase", "done", "total", "failed")),
             *(state[key] for key in ("output_tok_s", "elapsed_s")),
+            f", {_latencies(state)}" if state["latencies"] else "",
         )
+
+
+def _latencies(state: dict[str, Any]) -> str:
+    return ", ".join(f"{name.upper()} {value:.0f} ms" for name, value in state["latencies"].items())
 
 
 def _load(state: dict[str, Any]) -> str:
@@ -135,6 +142,7 @@ def _bars(stream: TextIO) -> Progress:
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[latencies]}"),
         TimeElapsedColumn(),
         TextColumn("{task.fields[phase]}", style="dim"),
         TextColumn("{task.fields[failed]}", style="red"),

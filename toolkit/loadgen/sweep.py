@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -207,6 +208,7 @@ class Sweep:
 
     def _state(self, point: LoadPoint, live: _Live, ended: bool = False) -> dict[str, Any]:
         elapsed, done = time.perf_counter() - live.began, live.last
+        row = self.ledger.row(point) if ended else {}
         phase = "warm-up" if done.done < point.warmup else "read" if done.parsing else "measure"
         return {
             "points": len(self.status.points),
@@ -217,9 +219,16 @@ class Sweep:
             "done": live.total if ended else done.done,
             "total": live.total,
             "failed": done.failed,
-            "output_tok_s": self.ledger.row(point)["output_tok_s"] if ended else done.reads / max(elapsed, 1e-9),
+            "output_tok_s": row.get("output_tok_s", done.reads / max(elapsed, 1e-9)),
+            "latencies": _medians(row),
             "elapsed_s": elapsed,
         }
+
+
+def _medians(row: dict[str, Any]) -> dict[str, float]:
+    """TTFT and TPOT of a point that has ended, ms, as far as they exist."""
+    found = {name: row.get(f"{name}_p50_ms", math.nan) for name in ("ttft", "tpot")}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _bad_points(points: list[PointStatus]) -> str:

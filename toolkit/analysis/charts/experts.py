@@ -56,10 +56,11 @@ def rank_imbalance(run: Run) -> Figure:
         height=_height(len(layers)),
     )
     *maps, right = fig.subplots(1, len(epochs) + 1, sharey=True, width_ratios=(*[3] * len(epochs), 2))
+    top = max(float(np.nanmax(_over_mean(part.gpu_loads_LG), initial=1.25)) for _, part in epochs)
     for ax, (title, part) in zip(maps, epochs, strict=True):
         style.axes(ax, "EP rank", "layer of the model" if ax is maps[0] else "", title)
         what = "tokens / mean of the layer" if ax is maps[-1] else ""
-        style.ratio_heatmap(fig, ax, _over_mean(part.gpu_loads_LG), layers, what)
+        style.ratio_heatmap(fig, ax, _over_mean(part.gpu_loads_LG), layers, what, top)
     style.axes(right, "busiest rank / mean", "")
     right.grid(False, axis="y")
     if len(epochs) == 1:

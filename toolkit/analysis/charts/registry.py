@@ -22,6 +22,10 @@ from toolkit.registry import Registry
 Draw = Callable[[Run], Figure]
 
 
+class NotAsked(ValueError):
+    """A chart is of something that the run did not do: it is left out without a word."""
+
+
 @dataclass(frozen=True)
 class Chart:
     """How a chart is drawn, and what its reader should look for. ``draw`` raises ``ValueError`` if there is no data."""
@@ -63,12 +67,18 @@ def draw_charts(run: Run) -> list[Drawn]:
         try:
             path = save(made.draw(run), folder / name, made.caption)
             drawn.append(Drawn(name, made.caption, path))
+        except NotAsked:
+            _remove(folder, name)
         except Exception as error:  # one chart must not cost the others
-            for kind in ("png", "svg"):
-                (folder / f"{name}.{kind}").unlink(missing_ok=True)
+            _remove(folder, name)
             why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             drawn.append(Drawn(name, made.caption, None, why))
     return drawn
+
+
+def _remove(folder: Path, name: str) -> None:
+    for kind in ("png", "svg"):
+        (folder / f"{name}.{kind}").unlink(missing_ok=True)
 
 
 def save(fig: Figure, stem: Path, caption: str) -> Path:

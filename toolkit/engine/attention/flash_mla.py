@@ -50,11 +50,11 @@ class FlashMlaAttention(PagedAttention):
         self._mla: Any = flash_mla.flash_mla_interface
         self._fa3: Any = flash_attn
 
-    def _schedule(self, kind: KindPlan, segment: PagedSegment) -> object:
+    def _schedule(self, kind: KindPlan, segment: PagedSegment, heads: int) -> object:
         if segment.first not in kind.scratch:
             meta, _ = self._mla.get_mla_metadata()
             meta.tile_scheduler_metadata, meta.num_splits = self._mla.get_mla_decoding_metadata(
-                segment.lens_n, HEADS, 1, HEADS, use_legacy=True
+                segment.lens_n, heads, 1, heads, use_legacy=True
             )
             kind.scratch[segment.first] = meta
         return kind.scratch[segment.first]
@@ -71,7 +71,7 @@ class FlashMlaAttention(PagedAttention):
             q = torch.cat([q, q.new_zeros(len(q), padded - heads, q.shape[2])], dim=1)
         pages, _ = self.cache.pages(layer)
         out, _ = self._mla.flash_mla_with_kvcache(
-            q[:, None], pages, segment.tables_nP, segment.lens_n, v_dim, self._schedule(kind, segment),
+            q[:, None], pages, segment.tables_nP, segment.lens_n, v_dim, self._schedule(kind, segment, padded),
             softmax_scale=scale, causal=True, use_legacy=True,
         )  # fmt: skip
         result: Tensor = out[:, 0, :heads]

@@ -1,9 +1,12 @@
 """torch's own paged FlashAttention (``torch.nn.attention.varlen``): nothing to install, pages of 256 tokens.
 
-FlashAttention 2, so that prefill reaches about half of what Hopper can do. MLA is not its business.
+FlashAttention 2, so that prefill reaches about half of what Hopper can do. Not for MLA, nor for sliding windows: with a
+window and one query a request torch 2.14.1 gives NaN (seen on an H200).
 """
 
 from __future__ import annotations
+
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -16,7 +19,8 @@ PAGE = 256  # a page must be a multiple
 
 
 def fits(cache: KVCache) -> bool:
-    return cache.page_size % PAGE == 0 and cache.spec.v_dim == cache.spec.k_dim <= 256
+    sliding = any(kind.window for kind in cache.kinds)
+    return cache.page_size % PAGE == 0 and cache.spec.v_dim == cache.spec.k_dim <= 256 and not sliding
 
 
 @BACKENDS.register("varlen")
@@ -25,18 +29,23 @@ class VarlenAttention(PagedAttention):
         if not fits(cache):
             raise ValueError(
                 f"engine.attention_backend=varlen needs a page_size that is a multiple of {PAGE} and grouped-query "
-                f"attention of at most 256 values a head, not page_size={cache.page_size} with {cache.spec}: use "
-                f"page_size={PAGE}, or attention_backend=auto"
+                f"attention of at most 256 values a head without windows, not page_size={cache.page_size} with "
+                f"{cache.spec} and windows {[kind.window for kind in cache.kinds]}: use page_size={PAGE}, or "
+                "attention_backend=auto"
             )
         super().__init__(cache, device)
+        with suppress(RuntimeError):  # torch asks for cuDNN's version; an older one than its own says so once
+            torch.backends.cudnn.version()
 
     def _paged(self, q: Tensor, layer: int, kind: KindPlan, segment: PagedSegment, scale: float) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         k, v = self.cache.pages(layer)
+        # with one query a request it packs the heads that share a key, if there is nothing to mask
+        window = (-1, -1) if segment.max_q == 1 else window_of(0)
         out = varlen_attn(
-            q, k, v, segment.cu_q, segment.cu_kv, segment.max_q, segment.max_kv, scale=scale,
-            window_size=window_of(kind.window), enable_gqa=q.shape[1] != k.shape[2],
+            q, k, v, segment.cu_q, segment.cu_kv, segment.max_q, segment.max_kv,
+            scale=scale, window_size=window, enable_gqa=q.shape[1] != k.shape[2],
             seqused_k=segment.lens_n, block_table=segment.tables_nP,
         )  # fmt: skip
         assert isinstance(out, torch.Tensor)

@@ -105,9 +105,21 @@ def _yaml(group: str, name: str) -> dict[str, Any]:
     if not file.is_file():
         known = ", ".join(sorted(f.stem for f in (CONF / group).glob("*.yaml")))
         raise ValueError(f"--{group} {name}: {file} does not exist; use a yaml file, or one of: {known}")
-    values: dict[str, Any] = yaml.safe_load(file.read_text())
-    values.pop("defaults", None)
-    return values
+    own: dict[str, Any] = yaml.safe_load(file.read_text())
+    values: dict[str, Any] = {}
+    for base in own.pop("defaults", []):  # as Hydra composes them; `defaults` itself is the dataclass
+        if base not in ("defaults", "_self_"):
+            values = _merge(values, _yaml(group, base))
+    return _merge(values, own)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``base``, dict by dict."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
 
 
 def _scalar(value: str) -> Any:
@@ -165,7 +177,8 @@ def _report(job: Job, folder: Path) -> None:
         msgspec.json.decode((folder / f"rank-{rank}.json").read_bytes(), type=RankResult)
         for rank in range(job.parallel.tp_size)
     ]
-    roofline = Roofline(read_arch(job.model), ParallelDims.of(job.parallel), job.engine, job.model.dtype)
+    arch, dims = read_arch(job.model), ParallelDims.of(job.parallel)
+    roofline = Roofline(arch, dims, job.engine, job.model.dtype, job.device)
     rows = figures(job, results, roofline)
     (folder / "bench.json").write_bytes(msgspec.json.format(msgspec.json.encode(rows)))
     (folder / "kernels.csv").write_text(kernels_csv(job, results))

@@ -72,11 +72,14 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="", help="JSON file with every row")
+    parser.add_argument("--backends", nargs="*", default=[], help="only these: fa3, varlen, flash_mla; default: all")
     args = parser.parse_args()
     device = devices.use("cuda", 0)
     rows: list[Row] = []
     for shape, backends in BACKENDS.items():
         for backend, page in backends:
+            if args.backends and backend not in args.backends:
+                continue
             for requests, length in DECODES:
                 rows.append(_row(backend, page, shape, "decode", requests, length, device))
             for requests, length in [] if shape.latent else PREFILLS:

@@ -21,7 +21,7 @@ import torch
 from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
 from toolkit.engine import device as devices
 from toolkit.engine.agree import Proposal, agree
-from toolkit.engine.arch import read_arch
+from toolkit.engine.arch import read_arch, wants_fp8
 from toolkit.engine.bench.roofline import measure
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.dims import ParallelDims
@@ -130,7 +130,7 @@ class _Loop:
             scheduled = scheduler.schedule()
             half = split(scheduled)[0].num_tokens if engine.enable_two_batch_overlap else -1
             tokens, rows = scheduled.num_tokens, scheduled.num_logit_rows
-            mine = Proposal(tokens, rows, bool(scheduled.prefill), half, *[0] * 7)
+            mine = Proposal(tokens, rows, bool(scheduled.prefill), half)
             ctx = agree(self.groups.tp_cpu, dims, self.step, mine).ctx
             if not any(ctx.dp_tokens):
                 pipeline.drain()
@@ -162,8 +162,9 @@ def run(job: Job, rank: int) -> None:
     device = devices.use(job.device, rank)
     dims = ParallelDims.of(job.parallel)
     groups = Groups.connect(dims, rank, job.host, job.port, device)
-    rates = measure(device)
-    runner = ModelRunner(job.model, read_arch(job.model), job.engine, groups, device)
+    arch = read_arch(job.model)
+    rates = measure(device, wants_fp8(arch, job.engine, device))
+    runner = ModelRunner(job.model, arch, job.engine, groups, device)
     memory = prepare(runner, lambda stage, done, total: None)
     load_s = time.perf_counter() - begin
     log.info("rank %d is ready after %.1f s", rank, load_s)

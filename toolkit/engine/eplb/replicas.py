@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from toolkit.engine import fused
 from toolkit.registry import Registry
 
 Ints = NDArray[np.int64]
@@ -65,6 +66,8 @@ class StaticChoice:
         self.table_LE[layer, :-1].copy_(prepared)
 
     def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
+        if fused.supported(ids_SK):
+            return fused.lookup(self.table_LE[layer], ids_SK)
         return self.table_LE[layer][ids_SK]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import logging
 import signal
 import sys
@@ -34,6 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m toolkit.engine.frontend", description=__doc__)
     parser.add_argument("--args", required=True, metavar="FILE", help="FrontendArgs as JSON")
     options = parser.parse_args()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # its stacks, on demand
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
         uvloop.run(serve(read_frontend_args(options.args)))

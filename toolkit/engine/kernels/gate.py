@@ -1,4 +1,4 @@
-"""Softmax over experts and the best K of them, one program a row. Ties go to the lower expert."""
+"""Softmax over experts and the best K of them, one program a row (ties go to the lower expert); ids through a table."""
 
 from __future__ import annotations
 
@@ -45,3 +45,19 @@ def softmax_topk(logits_SE: Tensor, top_k: int, renormalize: bool) -> tuple[Tens
             RENORMALIZE=renormalize, num_warps=1,
         )  # fmt: skip
     return ids, weights
+
+
+@triton.jit
+def _lookup_kernel(table_ptr, ids_ptr, out_ptr, size, entries, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(ids_ptr + i, mask=i < size, other=0)
+    found = tl.load(table_ptr + tl.where(ids < 0, ids + entries, ids), mask=i < size)
+    tl.store(out_ptr + i, found, mask=i < size)
+
+
+def lookup(table_E: Tensor, ids_SK: Tensor) -> Tensor:
+    ids = ids_SK.contiguous()
+    out = torch.empty_like(ids)
+    if ids.numel():
+        _lookup_kernel[(triton.cdiv(ids.numel(), 256),)](table_E, ids, out, ids.numel(), len(table_E), BLOCK=256)
+    return out

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from toolkit.engine.gpu_libraries import scales_are_powers_of_two
+
 FP8_MAX = 448.0  # largest float8_e4m3
 SMALLEST = 1e-4  # least maximum of a group, as in DeepSeek's release: keeps scales of empty groups finite
 GROUP = 128  # columns that share a scale
@@ -77,7 +79,7 @@ def _gather_kernel(y_ptr, rows_ptr, weights_ptr, out_ptr, D, K: tl.constexpr, BL
 def _quantize_kernel(
     x_ptr, weights_ptr, counts_ptr, ends_ptr, q_ptr, s_ptr, M, C, s_slot, s_row, s_group,
     GLU: tl.constexpr, FP8: tl.constexpr, GROUPS: tl.constexpr, COUNTED: tl.constexpr, ENDED: tl.constexpr,
-    WEIGHTED: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr, SMALL: tl.constexpr,
+    WEIGHTED: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr, SMALL: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """Rows [e, M, C] (or [e, M, 2C] where GLU) -> [e, M, C], in FP8 with a scale a group of SIZE columns, or not.
 
@@ -102,6 +104,8 @@ def _quantize_kernel(
         if FP8:
             largest = tl.maximum(tl.max(tl.abs(value), 1), SMALL)
             scale = largest / FULL
+            if POWER:
+                scale = tl.exp2(tl.ceil(tl.log2(scale)))
             where = row * s_row if ENDED else slot * s_slot + m * s_row
             tl.store(s_ptr + where + g * s_group, scale, mask=g * SIZE < C)
             value = value * (1.0 / scale)[:, None]
@@ -219,6 +223,6 @@ def _run(x: Tensor, weights: Tensor | None, real: Real | None, out: Tensor, scal
         x, weights, counts, ends, out, scales, rows, columns, *strides,
         GLU=glu, FP8=scales is not None, GROUPS=triton.next_power_of_2(-(-columns // GROUP)),
         COUNTED=counts is not None, ENDED=ends is not None, WEIGHTED=weights is not None,
-        SIZE=GROUP, FULL=FP8_MAX, SMALL=SMALLEST,
+        SIZE=GROUP, FULL=FP8_MAX, SMALL=SMALLEST, POWER=scales_are_powers_of_two(),
         num_warps=8 if columns > 1024 else 4,
     )  # fmt: skip

@@ -35,8 +35,8 @@ class KVSpec:
 class KVCache:
     """Paged keys and values: ``k[layer]`` is [rows, heads, k_dim]; block b owns page_size rows from b * page_size.
 
-    Layers of one kind have equally many blocks, in one allocation. After the last there is one more, which belongs to
-    nobody: the padding of a step with a fixed shape is written there.
+    Layers of one kind have equally many blocks, in one allocation. On a GPU there is one more after the last, which
+    belongs to nobody: the padding of a step with a fixed shape (a CUDA graph) is written there.
 
     Args:
         memory: gives that many zeroed bytes of the device; None: torch does.
@@ -55,11 +55,12 @@ class KVCache:
         memory: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.spec, self.kinds, self.page_size = spec, tuple(kinds), page_size
+        spare = 0 if torch.device(device).type in ("cpu", "meta") else 1
 
         def allocate(dim: int) -> list[Tensor]:
             by_layer: dict[int, Tensor] = {}
             for kind in kinds:
-                rows = (kind.num_blocks + 1) * page_size
+                rows = (kind.num_blocks + spare) * page_size
                 shape = (len(kind.layers), rows, spec.heads, dim)
                 if memory is None:
                     whole = torch.zeros(shape, dtype=dtype, device=device)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from toolkit.engine import fused
 from toolkit.engine.arch import Arch
 from toolkit.engine.kv.pool import KVSpec
 from toolkit.engine.layers import DenseFFN, Embedding, LMHead, RMSNorm, Rotary, linear, rope_settings, yarn_mscale
@@ -52,18 +53,22 @@ class LatentAttention:
         o_shape = d, arch.num_heads * self.v_dim
         self.o = weights.get_matrix(f"{name}.o_proj.weight", o_shape, Shard(1, comm.rank, comm.size))
 
-    def prepare(self, x_SD: Tensor, step: Forward) -> tuple[Tensor, Tensor]:
-        """Queries [T, H, N + R] and what is cached of each token, [T, 1, C + R]."""
+    def prepare(self, x_SD: Tensor, step: Forward) -> Tensor:
+        """Queries [T, H, N + R]; each token's latent and rotated key go into the cache."""
         x = step.layout.gather(x_SD)
         q = self._queries(x, step.positions_T)
-        c, k_rope = linear(x, self.kv_down).split([self.latent, self.rope], dim=-1)
+        kv = linear(x, self.kv_down)
+        if fused.supported(kv):
+            cache, rows_T = step.attention.cache.k[self.layer], step.plan.layers[self.layer].rows_T
+            fused.write_latent(kv, self.kv_norm, self.rotary, step.positions_T, cache, rows_T)
+            return q
+        c, k_rope = kv.split([self.latent, self.rope], dim=-1)
         k_rope = self.rotary(k_rope[:, None], step.positions_T)
-        return q, torch.cat([self.kv_norm(c)[:, None], k_rope], dim=-1)
+        step.attention.write(torch.cat([self.kv_norm(c)[:, None], k_rope], dim=-1), None, self.layer, step.plan)
+        return q
 
-    def attend(self, prepared: tuple[Tensor, Tensor], step: Forward) -> Tensor:
+    def attend(self, q: Tensor, step: Forward) -> Tensor:
         """Attention over the cache and the output projection, [S, D]."""
-        q, cached = prepared
-        step.attention.write(cached, None, self.layer, step.plan)
         plan = step.plan.layers[self.layer]
         parts = [self._decode(q[plan.decode.tokens], step)] if plan.decode.q_lens or not plan.prefill.q_lens else []
         parts += [self._prefill(q, step)] if plan.prefill.q_lens else []
@@ -75,6 +80,9 @@ class LatentAttention:
         if self.q_down is not None and self.q_norm is not None:
             x = self.q_norm(linear(x, self.q_down))
         q = linear(x, self.q_up).view(len(x), self.heads, self.nope + self.rope)
+        if fused.supported(q):
+            fused.rotate_pairs(q[..., self.nope :], self.rotary, positions_T)
+            return q
         nope, rope = q.split([self.nope, self.rope], dim=-1)
         return torch.cat([nope, self.rotary(rope, positions_T)], dim=-1)
 

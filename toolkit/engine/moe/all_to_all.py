@@ -40,6 +40,8 @@ class _Handle:
 
 @DISPATCHERS.register("all_to_all")
 class AllToAllDispatcher:
+    masked = False
+
     def __init__(self, comm: Comm, shape: ExpertShape, engine: EngineConfig) -> None:
         assert comm.size == shape.ep_size, f"all_to_all needs whole experts: {comm.size} ranks, {shape}"
         self.comm, self.shape = comm, shape

@@ -20,7 +20,8 @@ from toolkit.engine.parallel import Comm, gather_rows, reduce_rows
 @dataclass
 class _Handle:
     step: StepRows
-    gathered: Tensor  # packed rows of all ranks
+    gathered: Tensor | None  # packed rows of all ranks; with one rank:
+    own: tuple[Tensor, Tensor, Tensor] | None  # its rows, slots and weights as they are
     dtype: torch.dtype
     hidden: int
     top_k: int
@@ -29,6 +30,8 @@ class _Handle:
 
 @DISPATCHERS.register("allgather")
 class AllGatherDispatcher:
+    masked = False
+
     def __init__(self, comm: Comm, shape: ExpertShape, engine: EngineConfig) -> None:
         self.comm, self.shape = comm, shape
         self.num_local = shape.num_local
@@ -38,14 +41,21 @@ class AllGatherDispatcher:
         return True
 
     def dispatch_start(self, x_SD: Tensor, slot_ids_SK: Tensor, weights_SK: Tensor, step: StepRows) -> _Handle:
+        sizes = x_SD.dtype, x_SD.shape[1], slot_ids_SK.shape[1]
+        if self.comm.size == 1:
+            return _Handle(step, None, (x_SD, slot_ids_SK, weights_SK), *sizes)
         packed = pack_rows(x_SD, slot_ids_SK, weights_SK)
         gathered = gather_rows(self.comm, packed, step.rows, step.padding, fill=0xFF)  # slot ids of padding are -1
-        return _Handle(step, gathered, x_SD.dtype, x_SD.shape[1], slot_ids_SK.shape[1])
+        return _Handle(step, gathered, None, *sizes)
 
     def dispatch_finish(self, handle: _Handle) -> tuple[Dispatched, _Handle]:
         h = handle
-        x, slots, weights = unpack_rows(h.gathered, h.dtype, h.hidden, h.top_k)
-        local = slots - self.first_slot
+        if h.own is not None:
+            x, local, weights = h.own
+        else:
+            assert h.gathered is not None
+            x, slots, weights = unpack_rows(h.gathered, h.dtype, h.hidden, h.top_k)
+            local = slots - self.first_slot
         rows, h.placed = place(x, local, weights, self.num_local, self.shape.align(h.step))
         return rows, h
 

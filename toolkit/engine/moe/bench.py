@@ -3,8 +3,8 @@
     python -m toolkit.engine.moe.bench --ranks 2 --shape qwen3-30b-a3b --out bench.json
 
 Starts its ranks itself. Steps without prefill are timed as replays of a CUDA graph where they can be captured; prefill
-steps as they are launched. ``library`` is the same DeepEP call without the toolkit around it; ``ratio`` is ours over
-it, both from the same process. Times are medians, with the fastest and slowest in brackets.
+steps as they are launched, the host 200 us ahead. ``library`` is DeepEP's own calls with the same rows; ``ratio`` is
+ours over it, both from the same process. Times are medians, with the fastest and slowest in brackets.
 """
 
 from __future__ import annotations

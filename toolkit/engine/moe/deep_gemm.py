@@ -2,7 +2,8 @@
 
 R: rows, M: rows a slot at most, e: slots of this rank, F: expert FFN columns, D: hidden. DeepGEMM compiles a kernel
 for each shape when it is first used; ``toolkit/engine/gpu_libraries.py`` says where the results are kept. On Hopper
-scales are float32; on Blackwell the library packs them itself, which was not run. Knows nothing of routing.
+scales are float32; on Blackwell they are powers of two, which the library packs itself: written to its documented
+interface, not run. Knows nothing of routing.
 Read next: ``toolkit/engine/kernels/rows.py``.
 """
 
@@ -14,21 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.engine.gpu_libraries import import_gpu_library
+from toolkit.engine.gpu_libraries import import_gpu_library, scales_are_powers_of_two
 from toolkit.engine.moe.dispatch import Dispatched
 from toolkit.engine.moe.gemm import GEMMS, ExpertWeights
+
+# DeepGEMM chooses tiles by the rows expected of a slot. Fewer than a tile's height are one tile, and beyond it the
+# choice hardly changes: sizes between are rounded up, so that few kernels are compiled.
+STEP = 4
 
 
 @GEMMS.register("deep_gemm")
 class DeepGemm:
-    alignment = 128
-    decode_alignment = 64  # the smallest tile in rows: decode has few rows a slot
-
     def __init__(self) -> None:
+        self.alignment, self.decode_alignment = 128, 64  # heights of tiles: decode has few rows a slot
         self._library: Any = import_gpu_library("deep_gemm", "engine.moe_runner_backend=deep_gemm")
         from toolkit.engine.kernels import rows as kernels
 
         self._kernels = kernels
+        if scales_are_powers_of_two():  # Blackwell has one height of tiles
+            self.alignment = self.decode_alignment = self._library.get_theoretical_mk_alignment_for_contiguous_layout()
 
     def pack(self, weights: ExpertWeights) -> None:
         self.weights = weights
@@ -59,17 +64,17 @@ class DeepGemm:
             return self._kernels.Real(rows.counts, rows.ends)
         return self._kernels.Real(rows.ends[-1:])
 
-    def shapes(self, most: int) -> Iterator[int]:
-        """Tiles are chosen by ``expected``, rounded up to a power of two."""
-        size = 1
-        while size < 2 * most:
+    def shapes(self, most: int, alignment: int) -> Iterator[int]:
+        size = alignment
+        yield size
+        while size < most:
+            size *= STEP
             yield size
-            size *= 2
 
     def _multiply(self, a: Any, weight: Tensor, scales: Tensor | None, out: Tensor, rows: Dispatched) -> None:
         b = weight if scales is None else (weight, scales)
         kind = "bf16" if scales is None else "fp8"
-        expected = 1 << (rows.expected - 1).bit_length()
+        expected = next(size for size in self.shapes(rows.expected, rows.alignment) if size >= rows.expected)
         if rows.layout == "masked":
             masked = getattr(self._library, f"m_grouped_{kind}_gemm_nt_masked")
             masked(a, b, out, rows.counts, min(expected, out.shape[1]))

@@ -52,9 +52,11 @@ class Transport(Protocol):
 
     Attributes:
         num_bytes: of the buffers on this GPU.
+        masked: the low-latency way brings rows in the masked layout.
     """
 
     num_bytes: int
+    masked: bool
 
     def dispatch_start(self, way: Way, x: Tensor, slots: Tensor, weights: Tensor, step: StepRows) -> Any: ...
     def dispatch_finish(self, handle: Any) -> tuple[Dispatched, Any]: ...
@@ -113,6 +115,7 @@ class DeepEPDispatcher:
 
     def __init__(self, transports: dict[Way, Transport], most: dict[Way, int]) -> None:
         self.transports, self.most = transports, most
+        self.masked = "low_latency" in transports and transports["low_latency"].masked
 
     def way(self, step: StepRows) -> Way:
         """Low latency when no rank prefills and every rank's rows fit."""

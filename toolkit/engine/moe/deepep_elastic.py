@@ -19,6 +19,8 @@ from toolkit.engine.moe.deepep import Settings, Way, expected_rows
 from toolkit.engine.moe.dispatch import Dispatched, StepRows
 from toolkit.engine.parallel import Comm
 
+TIMEOUT_S = 600  # a rank may wait for a peer that compiles; a stall in serving is the watchdog's to find
+
 
 @dataclass
 class _Handle:
@@ -32,6 +34,8 @@ class _Handle:
 
 
 class ElasticTransport:
+    masked = False
+
     def __init__(self, library: Any, comm: Comm, settings: Settings, ways: tuple[Way, ...]) -> None:
         self.settings, shape = settings, settings.shape
         self.buffer = library.ElasticBuffer(
@@ -42,6 +46,7 @@ class ElasticTransport:
             use_fp8_dispatch=False,  # room for bf16, which the way back needs in any case
             allow_hybrid_mode=settings.rdma,
             prefer_overlap_with_compute=settings.overlap,
+            num_gpu_timeout_secs=TIMEOUT_S,
         )
         self.num_bytes: int = self.buffer.num_bytes
         self.id_type = library.topk_idx_t

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.engine.gpu_libraries import scales_are_powers_of_two
 from toolkit.engine.moe.deepep import Settings, Way, expected_rows
 from toolkit.engine.moe.dispatch import Dispatched, StepRows
 from toolkit.engine.moe.place import Placed, place
@@ -37,6 +38,8 @@ class _Handle:
 
 
 class LegacyTransport:
+    masked = True
+
     def __init__(self, library: Any, comm: Comm, settings: Settings, ways: tuple[Way, ...]) -> None:
         self.settings, shape = settings, settings.shape
         buffer, size = library.Buffer, comm.size
@@ -120,8 +123,9 @@ class LegacyTransport:
         shape, overlap = self.settings.shape, self.settings.overlap
         most = self.settings.most["low_latency"]
         received, counts, handle, event, hook = self.buffer.low_latency_dispatch(
-            x, ids, most, shape.num_slots, use_fp8=self.settings.fp8, return_recv_hook=overlap
-        )
+            x, ids, most, shape.num_slots, use_fp8=self.settings.fp8, round_scale=scales_are_powers_of_two(),
+            return_recv_hook=overlap,
+        )  # fmt: skip
         hook = hook if overlap else None
         return _Handle("low_latency", (x,), received, handle, event, hook, counts, ids, weights, alignment, expected)
 

@@ -64,7 +64,13 @@ class Dispatched:
 
 
 class TokenDispatcher(Protocol):
-    """One instance carries one batch at a time through its four calls; the handles are its own."""
+    """One instance carries one batch at a time through its four calls; the handles are its own.
+
+    Attributes:
+        masked: some steps bring their rows in the masked layout.
+    """
+
+    masked: bool
 
     def capturable(self, step: StepRows) -> bool:
         """True when neither half of this step's dispatch waits on the host: a CUDA graph can hold it."""

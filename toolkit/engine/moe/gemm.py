@@ -61,8 +61,12 @@ class ExpertGemm(Protocol):
         """
         ...
 
-    def shapes(self, most: int) -> Iterator[int]:
-        """Values of ``Dispatched.expected`` up to ``most`` that need code of their own; each is run once at start."""
+    def shapes(self, most: int, alignment: int) -> Iterator[int]:
+        """Values of ``Dispatched.expected`` that need code of their own; each is run once at start.
+
+        Args:
+            most: the largest value. alignment: of slots, where they are told apart by it.
+        """
         ...
 
 
@@ -92,23 +96,32 @@ class AutoGemm:
     Slots are aligned for the strictest of them, before the weights are known.
     """
 
-    alignment, decode_alignment = 128, 64
+    def __init__(self) -> None:
+        self.gemm: ExpertGemm | None = None
+        strictest = GEMMS["deep_gemm" if has_deep_gemm() else "grouped_mm"]()
+        self.alignment, self.decode_alignment = strictest.alignment, strictest.decode_alignment
 
     def pack(self, weights: ExpertWeights) -> None:
+        if self.gemm is None:
+            self.gemm = self._choose(weights)
+        self.gemm.pack(weights)
+
+    def _choose(self, weights: ExpertWeights) -> ExpertGemm:
         # DeepGEMM's tiles are 64 columns wide in bf16; torch wants rows of 16 bytes
         sizes = weights.down.shape[1:]
         if weights.gate_up.dtype == torch.float32 or any(size % 8 for size in sizes):
             name = "torch"
         else:
             name = "deep_gemm" if has_deep_gemm() and not any(size % 64 for size in sizes) else "grouped_mm"
-        self.gemm = GEMMS[name]()
-        self.gemm.pack(weights)
+        return GEMMS[name]()
 
     def __call__(self, rows: Dispatched) -> Tensor:
+        assert self.gemm is not None, "rows before weights"
         return self.gemm(rows)
 
-    def shapes(self, most: int) -> Iterator[int]:
-        return self.gemm.shapes(most)
+    def shapes(self, most: int, alignment: int) -> Iterator[int]:
+        assert self.gemm is not None, "shapes before weights"
+        return self.gemm.shapes(most, alignment)
 
 
 @GEMMS.register("torch")
@@ -135,7 +148,7 @@ class TorchGemm:
             (out[slot] if rows.layout == "masked" else out)[start:end] = done
         return out
 
-    def shapes(self, most: int) -> Iterator[int]:
+    def shapes(self, most: int, alignment: int) -> Iterator[int]:
         return iter(())
 
     def _without_waiting(self, rows: Dispatched, x: Tensor) -> Tensor:

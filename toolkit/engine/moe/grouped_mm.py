@@ -40,5 +40,5 @@ class GroupedMm:
             a = a * rows.weights[:, None].to(a.dtype)
         return F.grouped_mm(a, down_t, offs=ends)
 
-    def shapes(self, most: int) -> Iterator[int]:
+    def shapes(self, most: int, alignment: int) -> Iterator[int]:
         return iter(())

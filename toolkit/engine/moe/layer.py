@@ -43,7 +43,6 @@ class MoEContext:
     device: str
     recorder: Recorder | None = None
     layers: list[MoELayer] = field(default_factory=list)
-    first: tuple[ExpertGemm, ExpertWeights] | None = None  # of the first MoE layer; all have the same shapes
 
     @classmethod
     def create(cls, arch: Arch, engine: EngineConfig, groups: Groups, device: str, nodes: int = 1) -> MoEContext:
@@ -62,7 +61,7 @@ class MoEContext:
         placement = Placement(phy2log_LP, experts, rank, ep_size, device, nodes, algorithm)
         gemm = make_gemm(engine.moe_runner_backend, device)
         shape = ExpertShape(
-            slots, rank, dims.ep_size, arch.hidden_size, arch.top_k, gemm.alignment, gemm.decode_alignment,
+            slots, rank, ep_size, arch.hidden_size, arch.top_k, gemm.alignment, gemm.decode_alignment,
             max_rows=-(-engine.chunked_prefill_size // dims.attn_tp),
             max_decode_rows=-(-engine.max_running_requests // dims.attn_tp),
             fp8=keeps_fp8(arch, engine, device) and _whole_blocks(arch, dims),
@@ -71,22 +70,16 @@ class MoEContext:
         dispatcher = make_dispatcher(name, groups.moe, shape, engine)
         return cls(engine, groups, placement, dispatcher, shape, device)
 
-    def make_gemm(self, experts: ExpertWeights) -> ExpertGemm:
-        """The GEMM of one layer."""
-        gemm = make_gemm(self.engine.moe_runner_backend, self.device)
-        gemm.pack(experts)
-        self.first = self.first or (gemm, experts)
-        return gemm
-
     def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compiles the experts' GEMMs for every shape that a step may have, before the first request.
 
         Args:
             progress: called with how many shapes are done, of how many.
         """
-        if self.first is not None:
-            ranks = self.groups.moe.size
-            warm_up(*self.first, self.shape, ranks, self.groups.rank / max(1, self.groups.dims.tp_size), progress)
+        if self.layers:  # all have the same shapes
+            first, where = self.layers[0], self.groups.rank / self.groups.dims.tp_size
+            ranks, masked = self.groups.moe.size, self.dispatcher.masked
+            warm_up(first.gemm, first.experts, self.shape, ranks, where, masked, progress)
 
     def step_rows(self, layout: TokenLayout) -> StepRows:
         """Rows of each rank of the expert group in this step."""
@@ -112,7 +105,8 @@ class MoELayer:
     ) -> None:
         self.context, self.index, self.gate, self.shared = context, index, gate, shared
         self.experts = experts
-        self.gemm: ExpertGemm = context.make_gemm(experts)
+        self.gemm: ExpertGemm = make_gemm(context.engine.moe_runner_backend, context.device)
+        self.gemm.pack(experts)
         assert len(context.layers) == index, f"MoE layer {index} is made after {len(context.layers)} others"
         context.layers.append(self)
 

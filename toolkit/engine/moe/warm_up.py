@@ -2,6 +2,7 @@
 
 DeepGEMM and Triton compile a kernel when a shape of it is first seen, which takes seconds. Every shape is called here
 once, with no rows. Ranks of a node begin at different shapes and find the rest in the cache that they share.
+Projections have ``linear_warm_up.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def warm_up(
     shape: ExpertShape,
     ranks: int,
     where: float,
+    masked: bool,
     progress: Callable[[int, int], None],
 ) -> None:
     """Calls ``gemm`` with every shape.
@@ -28,17 +30,19 @@ def warm_up(
     Args:
         ranks: that send rows to these experts.
         where: 0 to 1, the share of the list at which this rank begins.
+        masked: some steps bring their rows in the masked layout.
         progress: called with how many shapes are done, of how many.
     """
     cases: list[tuple[int, int, bool]] = []  # rows a slot, alignment, masked layout
     for most, alignment in ((shape.max_rows, shape.alignment), (shape.max_decode_rows, shape.decode_alignment)):
         rows_a_slot = -(-most * ranks * shape.top_k // shape.num_slots)
-        cases += [(expected, alignment, False) for expected in gemm.shapes(rows_a_slot)]
-    cases += [(expected, alignment, True) for expected in gemm.shapes(rows_a_slot)]
+        cases += [(expected, alignment, False) for expected in gemm.shapes(rows_a_slot, alignment)]
+    if masked:
+        cases += [(expected, alignment, True) for expected in gemm.shapes(rows_a_slot, alignment)]
     first = int(where * len(cases))
-    for done, (expected, alignment, masked) in enumerate(cases[first:] + cases[:first], 1):
-        with compiling(f"experts-{expected}-{alignment}-{masked}"):
-            gemm(no_rows(experts, shape, expected, alignment, masked))
+    for done, (expected, alignment, is_masked) in enumerate(cases[first:] + cases[:first], 1):
+        with compiling(f"experts-{expected}-{alignment}-{is_masked}"):
+            gemm(no_rows(experts, shape, expected, alignment, is_masked))
         progress(done, len(cases))
 
 

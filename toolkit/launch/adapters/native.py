@@ -13,9 +13,10 @@ import msgspec
 
 from toolkit import records
 from toolkit.config import DeployConfig, ExpConfig
+from toolkit.engine import pulse
 from toolkit.engine.args import Disaggregation, FrontendArgs, WorkerAddress, WorkerArgs
 from toolkit.launch.adapters import Processes
-from toolkit.launch.launcher import STATE_DIR, ProcessSpec
+from toolkit.launch.launcher import STATE_DIR, WORKER_GROUP, ProcessSpec
 from toolkit.launch.plan import DeploymentPlan, WorkerPlan
 from toolkit.launch.pools import AGG, Pool, worker_pools
 from toolkit.launch.srun import engine_python
@@ -33,7 +34,7 @@ def processes(plan: DeploymentPlan, cfg: ExpConfig, hosts: Sequence[str], run_di
             argv=(*_python(cfg, "toolkit.engine.worker"), str(run_dir / worker_args(worker)), "--rank", str(rank.rank)),
             env=env,
             node=rank.node,
-            group=f"worker-{worker.index}",
+            group=f"{WORKER_GROUP}{worker.index}",
         )
         for worker in plan.workers
         for rank in worker.ranks
@@ -80,6 +81,7 @@ def _worker_args(
         experts_path=str(folder / records.EXPERTS),
         steps_dir=str(folder),
         profile_dir=str(folder / records.PROFILES),
+        pulse_dir=str(folder / STATE_DIR / pulse.FOLDER),
         name=worker.name,
         disaggregation=_disaggregation(worker.pool, cfg.deploy, run_dir),
     )

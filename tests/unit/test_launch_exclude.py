@@ -1,0 +1,82 @@
+"""A job that met a bad node is submitted again without it, the right number of times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.unit.launch_experiment import experiment
+from toolkit import config, records
+from toolkit.config import ExpConfig
+from toolkit.launch import exclude, job_file, preflight
+from toolkit.launch.launcher import STATE_DIR
+from toolkit.launch.preflight import BadNode
+from toolkit.records import PointStatus, RunStatus
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder whose preflight found node3 bad, and an sbatch that writes down how it is called."""
+    folder = tmp_path / "run"
+    (folder / STATE_DIR / preflight.FOLDER).mkdir(parents=True)
+    found(folder, "node3")
+    points = [PointStatus(1, "done"), PointStatus(2, "cancelled", "preflight")]
+    records.write_status(folder, RunStatus("failed", "preflight: 1 bad node", points))
+    (folder / STATE_DIR / "run.sbatch").write_text("#!/bin/sh\n")
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\necho "43;cluster"\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
+    return folder
+
+
+def found(folder: Path, *hosts: str) -> None:
+    bad = [BadNode(i, host, ["port 1 is in use"]) for i, host in enumerate(hosts)]
+    records.write_json(folder / STATE_DIR / preflight.FOLDER / preflight.BAD, msgspec.to_builtins(bad))
+
+
+def again(run_dir: Path, **cluster: Any) -> str:
+    values = config.to_mapping(experiment())
+    values["cluster"] |= {"exclude_bad_nodes": True, **cluster}
+    cfg = config.from_mapping(values, ExpConfig)
+    return exclude.submit_again(cfg, run_dir, [], run_dir / STATE_DIR / "run.sbatch")
+
+
+def calls(run_dir: Path) -> list[str]:
+    file = run_dir.parent / "called"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_the_bad_node_is_left_out_beside_those_of_the_user(run_dir: Path) -> None:
+    assert again(run_dir, exclude="node9") == "43"
+    assert calls(run_dir) == [f"--parsable --exclude=node9,node3 {run_dir}/launch/run.sbatch"]
+    status, note = records.read_status(run_dir), job_file.read(run_dir)
+    assert (status.state, [p.state for p in status.points]) == ("queued", ["done", "pending"])
+    assert note is not None and note.job_id == "43"
+
+
+def test_nodes_found_before_stay_out_and_it_ends_some_time(run_dir: Path) -> None:
+    assert again(run_dir) == "43"
+    found(run_dir, "node5")
+    assert again(run_dir) == "43"
+    assert "--exclude=node3,node5 " in calls(run_dir)[1]
+    assert again(run_dir) == "43"
+    assert again(run_dir) == "", "a fault of all nodes is none of any node"
+    assert len(calls(run_dir)) == exclude.MOST
+
+
+def test_it_is_done_only_where_it_is_wanted_and_a_node_is_bad(run_dir: Path) -> None:
+    assert again(run_dir, exclude_bad_nodes=False) == ""
+    preflight.forget(run_dir)
+    assert again(run_dir) == ""
+    assert calls(run_dir) == [] and records.read_status(run_dir).state == "failed"
+
+
+def test_a_refusal_leaves_the_run_as_it_was(run_dir: Path) -> None:
+    (run_dir.parent / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: too few nodes' >&2; exit 1\n")
+    assert again(run_dir) == ""
+    assert records.read_status(run_dir).state == "failed"
