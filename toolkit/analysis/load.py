@@ -158,6 +158,14 @@ class Run:
         return self._read(name, lambda: attempts.nodes(self.path), none)
 
     @cached_property
+    def transfers(self) -> pd.DataFrame:
+        """Requests handed from prefill to decode (``records.TransferRecord``); no rows where serving is aggregated."""
+        columns = list(records.TransferRecord._fields)
+        if not (self.path / records.TRANSFERS).exists():
+            return _no_rows(columns)
+        return self._read(records.TRANSFERS, lambda: records.read_transfers(self.path), _no_rows(columns))
+
+    @cached_property
     def slo(self) -> Slo:
         """The config's ``load.slo_*_ms``; all 0 where none is set."""
         load = self.config.get("load")

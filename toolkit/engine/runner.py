@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from toolkit.engine.inputs import LastTokens, resolve_tokens, token_arrays
 from toolkit.engine.kv.kinds import layer_kinds
 from toolkit.engine.kv.pool import KVCache
 from toolkit.engine.kv.tables import BlockTables
+from toolkit.engine.kv.transfer import KVTransfer
 from toolkit.engine.models.base import Forward, make_model
 from toolkit.engine.moe.dispatch import StepRows
 from toolkit.engine.moe.layer import MoEContext, keeps_fp8
@@ -63,6 +65,7 @@ class ModelRunner:
     Args:
         progress: called with the bytes of weights loaded so far.
         nodes: that the ranks of one set of experts are on.
+        transfer: gives the KV cache its memory, so that peers can read it; None: nobody does.
 
     Raises:
         ValueError: the checkpoint is incomplete or does not match its config.
@@ -77,7 +80,9 @@ class ModelRunner:
         device: str,
         progress: Callable[[int], None] = lambda done: None,
         nodes: int = 1,
+        transfer: KVTransfer | None = None,
     ) -> None:
+        self.transfer = transfer
         self.arch, self.groups, self.device = arch, groups, device
         self.padding = engine.dp_padding_mode
         self._dtype = DTYPES[model.dtype]
@@ -96,7 +101,8 @@ class ModelRunner:
         self.__dict__.pop("attention", None)
         self.engine = engine
         kinds = layer_kinds(self.arch.windows, engine)
-        self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, self._dtype, self.device)
+        memory = None if self.transfer is None else partial(self.transfer.allocate, device=self.device)
+        self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, self._dtype, self.device, memory)
         self.attention = make_attention(engine.attention_backend, self.cache, self.device)
 
     def new_scheduler(self) -> Scheduler:
@@ -150,6 +156,11 @@ class ModelRunner:
             self.last.values[: len(requests)] = chosen.tokens_N.int()
         self.last.sampled(requests)
         return Launched(chosen)
+
+    def settle(self) -> None:
+        """Waits until the device has done all that was launched."""
+        if self.device != "cpu":
+            torch.cuda.current_stream().synchronize()
 
     def step(self, batch: Batch, ctx: StepContext) -> Sampled:
         """``launch`` and wait."""

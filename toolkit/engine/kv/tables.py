@@ -76,6 +76,24 @@ class BlockTables:
         request.num_computed = request.num_published * self.page_size
         return True
 
+    def place(self, request: Request, reserve: int) -> bool:
+        """Gives the request blocks for KV of all its tokens that is written from outside, and takes it as computed.
+
+        Returns:
+            False, with nothing taken, when fewer than ``reserve`` blocks of a kind would stay free.
+        """
+        count = len(request.tokens)
+        total = self._blocks(count)
+        firsts = [self._first_block(kind, count) for kind in self.kinds]
+        if any(total - first + reserve > pool.num_free for first, pool in zip(firsts, self.pools)):
+            return False
+        request.blocks = [
+            [NO_BLOCK] * first + [pool.allocate() for _ in range(total - first)]
+            for first, pool in zip(firsts, self.pools)
+        ]
+        request.num_computed, request.num_published = count, count // self.page_size
+        return True
+
     def room(self, request: Request) -> int:
         """Tokens after the computed ones that its blocks and the free ones can hold."""
         free = min(pool.num_free for pool in self.pools)
