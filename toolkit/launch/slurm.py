@@ -203,6 +203,12 @@ class SlurmLauncher:
             steps[name] = (self._start_step(name, members, run_dir, secrets), members)
         return job
 
+    def silent(self) -> list[str]:
+        try:
+            return queue.silent([name for name, _ in self._taken]) if len(self._taken) > 1 else []
+        except queue.SlurmError:
+            return []
+
     def close(self) -> None:
         for agent in self._agents:
             agent.call_off()
