@@ -55,10 +55,11 @@ def test_fp8_halves_what_is_kept_in_it() -> None:
     arch, engine = arch_of("deepseek_v3_fp8"), EngineConfig(page_size=16, max_total_tokens=16)
     one = ParallelDims(1, 1, 1, 1, None)
     cpu, gpu = (memory_by_kind(arch, one, engine, "bfloat16", device) for device in ("cpu", "cuda"))
-    assert cpu == memory_by_kind(arch_of("deepseek_v3"), one, engine, "bfloat16", "cuda")
+    unquantised = memory_by_kind(arch_of("deepseek_v3"), one, engine, "bfloat16", "cuda")
+    assert cpu | {"kv_cache": 2 * cpu["kv_cache"]} == unquantised, "on a GPU there is a block more, here one of two"
     for kind in ("experts", "shared_experts", "dense_ffn"):
         assert gpu[kind] == pytest.approx(cpu[kind] / 2, rel=3e-4)
-    assert gpu["embedding"] == cpu["embedding"] and gpu["kv_cache"] == cpu["kv_cache"]
+    assert gpu["embedding"] == cpu["embedding"] and gpu["kv_cache"] == unquantised["kv_cache"]
     assert cpu["attention"] / 2 < gpu["attention"] < 0.6 * cpu["attention"]
 
 
