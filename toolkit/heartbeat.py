@@ -1,14 +1,13 @@
 """A sign of life of a run: ``heartbeat.json`` in its folder, so that a dead run is not taken for a long one.
 
 status.json says ``running`` for ever when its launcher is killed. While it lives, a thread renews the heartbeat; who
-reads the folder asks ``run_state``. Whether two hosts are one is told by the kernel's boot id; clocks of different
-hosts are trusted to a minute, no more. Imports nothing of the toolkit but records.py.
+reads the folder asks ``run_state``. On the same machine the process itself is looked for; from elsewhere its silence
+tells, and clocks of different hosts are trusted to a minute, no more. Imports nothing of the toolkit but records.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import threading
 import time
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from toolkit.records import RunStatus, write_json
 
@@ -28,13 +28,35 @@ SILENCE_ELSEWHERE_S = 120.0  # on another: its clock may differ, and a shared fi
 
 @dataclass(frozen=True)
 class Heartbeat:
+    """The last sign of a launcher.
+
+    Attributes:
+        boot, pids: which kernel and which namespace of pids it lives in: where they are ours, its pid is enough.
+        started: when the process was created, Unix seconds; a later one with its pid is another.
+        time: of this beat, Unix seconds.
+    """
+
     host: str
     boot: str
+    pids: str
     pid: int
-    time: float  # Unix seconds
+    started: float
+    time: float
+
+    @classmethod
+    def now(cls) -> Heartbeat:
+        me = psutil.Process()
+        return cls(platform.node(), _boot(), _pids(), me.pid, me.create_time(), time.time())
 
     @property
     def alive(self) -> bool:
+        if self.pids and (self.boot, self.pids) == (_boot(), _pids()):
+            try:
+                process = psutil.Process(self.pid)
+                ours = abs(process.create_time() - self.started) < 1.0
+                return ours and process.status() != psutil.STATUS_ZOMBIE
+            except psutil.NoSuchProcess:
+                return False
         limit = SILENCE_HERE_S if self.boot == _boot() else SILENCE_ELSEWHERE_S
         return time.time() - self.time < limit
 
@@ -47,7 +69,7 @@ def beating(folder: Path) -> Iterator[None]:
     def beat() -> None:
         while not over.is_set():
             with contextlib.suppress(OSError):  # a full disk is no reason to end a run
-                write_json(folder / FILE, asdict(Heartbeat(platform.node(), _boot(), os.getpid(), time.time())))
+                write_json(folder / FILE, asdict(Heartbeat.now()))
             over.wait(EVERY_S)
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
@@ -74,6 +96,12 @@ def run_state(folder: Path, status: RunStatus) -> str:
         return status.state
     beat = read(folder)
     return "running" if beat is not None and beat.alive else "dead"
+
+
+def _pids() -> str:
+    with contextlib.suppress(OSError):
+        return str(Path("/proc/self/ns/pid").readlink())
+    return ""
 
 
 def _boot() -> str:

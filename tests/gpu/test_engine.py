@@ -41,32 +41,42 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_case(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def check(logits: dict[int, dict[int, np.ndarray]], case: Case, most: float) -> None:
-    """Relative error of all logits together; and what is most likely, where that is not nearly a tie."""
+def errors(logits: dict[int, dict[int, np.ndarray]], case: Case) -> list[float]:
+    """Of each sequence, the relative error of all its logits together."""
     assert logits
-    for i, found in logits.items():
-        rows = sorted(found)
+    found = []
+    for i, by_position in sorted(logits.items()):
+        rows = sorted(by_position)
         assert len(rows) >= 80 - PROMPT
-        got, wanted = np.stack([found[r] for r in rows]), case.expected[i][rows]
-        error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
-        assert error < most, f"sequence {i}: relative error {error:.2e}"
+        got, wanted = np.stack([by_position[r] for r in rows]), case.expected[i][rows]
+        found.append(float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)))
+    return found
 
 
-def served(case: Case, dtype: str, **changes: object) -> dict[int, dict[int, np.ndarray]]:
+@pytest.fixture(scope="module")
+def bf16_error(case: Case) -> float:
+    """What rounding to bf16 costs the CPU reference itself; a choice of experts that nearly ties may tip over."""
+    return max(errors(served(case, "bfloat16", "cpu"), case))
+
+
+def served(
+    case: Case, dtype: str, device: str = DEVICE, runner: str = "auto", attention: str = "auto"
+) -> dict[int, dict[int, np.ndarray]]:
     model = replace(case.model, dtype=dtype)
+    options = engine(moe_runner_backend=runner, attention_backend=attention)
     with torch.inference_mode():
-        return forced_logits(Groups.single(), model, engine(**changes), case.sequences, PROMPT, DEVICE)
+        return forced_logits(Groups.single(), model, options, case.sequences, PROMPT, device)
 
 
 def test_logits_in_float32(case: Case) -> None:
     """No kernel but the fused ones: attention by sdpa, experts by torch."""
-    check(served(case, "float32", attention_backend="sdpa", moe_runner_backend="torch"), case, 1e-4)
+    assert max(errors(served(case, "float32", runner="torch", attention="sdpa"), case)) < 1e-4
 
 
 @pytest.mark.parametrize("runner", ["auto", "grouped_mm"])
-def test_logits_in_bfloat16(case: Case, runner: str) -> None:
-    """Whatever ``auto`` chooses."""
-    check(served(case, "bfloat16", moe_runner_backend=runner), case, 6e-2)
+def test_logits_in_bfloat16(case: Case, bf16_error: float, runner: str) -> None:
+    """Whatever attention ``auto`` chooses."""
+    assert max(errors(served(case, "bfloat16", runner=runner), case)) < 2 * bf16_error + 0.01
 
 
 def tokens(runner: ModelRunner, ahead: bool, temperature: float) -> list[list[int]]:
@@ -123,9 +133,11 @@ def test_the_kv_cache_takes_what_is_left(case: Case) -> None:
     runner = ModelRunner(model, read_arch(model), options, Groups.single(), DEVICE)
     used = prepare(runner, lambda stage, done, total: None)
     total = torch.cuda.get_device_properties(0).total_memory
-    assert runner.engine.max_total_tokens > 10_000
-    assert 0.15 * total < sum(used.values()) < 0.21 * total, used
-    assert used["graphs"] > 0
+    assert used["graphs"] > 0 and sum(used.values()) < 0.21 * total, used
+    if all(runner.arch.windows):
+        assert runner.engine.max_total_tokens == 8 * 256  # what all running requests could use
+    else:
+        assert sum(used.values()) > 0.15 * total, used
 
 
 DEP2 = ParallelDims.of(ParallelConfig(2, 2, 2, enable_dp_attention=True))
@@ -133,7 +145,7 @@ DEP2 = ParallelDims.of(ParallelConfig(2, 2, 2, enable_dp_attention=True))
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("dispatcher", ["allgather", "all_to_all"])
-def test_two_gpus(case: Case, dispatcher: str) -> None:
+def test_two_gpus(case: Case, bf16_error: float, dispatcher: str) -> None:
     if not read_arch(case.model).moe_layers:
         dims = ParallelDims.of(ParallelConfig(2, 2, 1, enable_dp_attention=True))
     else:
@@ -142,4 +154,4 @@ def test_two_gpus(case: Case, dispatcher: str) -> None:
     for logits in run_ranks(
         dims, forced_logits, model, engine(moe_a2a_backend=dispatcher), case.sequences, PROMPT, None, device="cuda"
     ):
-        check(logits, case, 6e-2)
+        assert max(errors(logits, case)) < 2 * bf16_error + 0.01

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from tests.contract.gemm_cases import COUNTS, Case, equals_a_float32_loop
 from tests.gpu.needs import needs_gpus, needs_library
 from toolkit.config import ModelConfig
-from toolkit.engine.fp8 import BlockFp8, quantize_blocks, quantize_groups
-from toolkit.engine.layers import linear
+from toolkit.engine.fp8 import BlockFp8, Matrix, quantize_blocks, quantize_groups
+from toolkit.engine.layers import linear, swiglu
 from toolkit.engine.weights import DummyWeights, Shard, open_weights
 
 pytestmark = needs_gpus(1)
@@ -86,6 +86,20 @@ def test_linear_in_fp8(rows: int) -> None:
     out = linear(x, weight).float()
     wanted = x.float() @ weight.dequantize(torch.float32).T
     assert float((out - wanted).norm() / wanted.norm()) < 5e-2
+
+
+@needs_library("deep_gemm")
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("rows", [1, 77])
+def test_gated_ffn_in_fused_kernels(fp8: bool, rows: int) -> None:
+    x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+    gate_up, down = torch.randn(768, 512, device="cuda") / 512**0.5, torch.randn(512, 384, device="cuda") / 384**0.5
+    given: list[Matrix] = [quantize_blocks(w) if fp8 else w.to(torch.bfloat16) for w in (gate_up, down)]
+    exact = [w.dequantize(torch.float32) if isinstance(w, BlockFp8) else w.float() for w in given]
+    out = swiglu(x, *given).float()
+    gate, up = (x.float() @ exact[0].T).chunk(2, dim=-1)
+    wanted = (F.silu(gate) * up) @ exact[1].T
+    assert float((out - wanted).norm() / wanted.norm()) < (6e-2 if fp8 else 1e-2)
 
 
 def test_dummy_weights_are_made_on_the_gpu_and_in_fp8() -> None:

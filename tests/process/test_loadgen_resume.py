@@ -174,3 +174,23 @@ def test_no_tokens_is_no_success(server: ScriptedServer, tmp_path: Path) -> None
     assert main(words(server, tmp_path, "concurrency=1", "ignore_eos=false")) == 1
     (point,) = records.read_status(tmp_path).points
     assert point.state == "invalid" and "no token was generated" in point.reason
+
+
+def test_invalid_points_are_shown_where_runs_are_compared(
+    server: ScriptedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from toolkit.analysis.__main__ import main as analysis
+
+    good, boom = tokens(gap_s=0.001), reply(500, "boom", "text/plain")
+    server.behaviours = [*[good] * 9, boom, good]
+    assert main(words(server, tmp_path / "a", "concurrency=[1,2]")) == 1
+    assert main(words(server, tmp_path / "b", "concurrency=[1,2]")) == 0
+    capsys.readouterr()
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    for command in ("pareto", "compare"):
+        assert analysis([command, *folders, "--out", str(tmp_path / "out")]) == 0
+        assert "at concurrency 2 is invalid: 1 of 4 requests failed" in capsys.readouterr().out
+    assert set(pd.read_csv(tmp_path / "out" / "pareto.csv")["concurrency"]) == {1, 2}
+    assert len(pd.read_csv(tmp_path / "out" / "pareto.csv")) == 3
+    (table,) = (path for path in (tmp_path / "out").glob("*__*.csv"))
+    assert set(pd.read_csv(table)["concurrency"]) == {1}

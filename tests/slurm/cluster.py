@@ -17,23 +17,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 
-from tests.slurm import settings
+from tests.slurm import services, settings
+from tests.slurm.services import ClusterError, silent, wait
 from tests.slurm.settings import Layout
 
 DAEMONS = "daemons.json"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sinfo", "srun", "unshare")
-START_S = 60.0
 STOP_S = 20.0
-
-
-class ClusterError(Exception):
-    """The cluster cannot be brought up here; ``str()`` says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +72,11 @@ class Cluster:
         settings.write(self.layout)
         self._save([])
         try:
-            self._start_munge()
+            services.start_munge(self.layout, self.start)
             if self.layout.mode == "netns":
-                self._make_networks()
+                services.make_networks(self.layout)
             if self.layout.accounting:
-                self._start_accounting()
+                services.start_accounting(self.layout, self.start, self.env)
             self.start("slurmctld", self.inside("slurmctld", "-D", "-i"))
             for index in range(1, self.layout.nodes + 1):
                 self.start_node(index)
@@ -96,7 +92,7 @@ class Cluster:
         nodes_first = sorted(daemons, key=lambda d: ("node" not in d.name, d.name == "munged", d.name == "mariadbd"))
         _end([p for d in nodes_first if (p := find(d))] + steps)
         if self.layout.mode == "netns":
-            self._remove_networks()
+            services.remove_networks(self.layout)
         if not keep_folder:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -163,68 +159,6 @@ class Cluster:
 
         wait(idle, f"all nodes idle; logs in {self.folder / 'logs'}")
 
-    def _start_munge(self) -> None:
-        """A munged of this cluster's own; one that already serves the default socket is used."""
-        socket, home = self.layout.munge, self.folder / "munge"
-        asked = ("munge", "-n", "-S", str(socket))
-        if not _silent(*asked):
-            return
-        for folder in {home, socket.parent}:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.chown(folder, "munge", "munge")
-            folder.chmod(0o755)
-        key = home / "key"
-        key.write_bytes(os.urandom(128))
-        key.chmod(0o400)
-        shutil.chown(key, "munge", "munge")
-        files = [f"--{name}-file={home / name}" for name in ("key", "log", "pid", "seed")]
-        command = ["munged", "--foreground", "--force", f"--socket={socket}", *files]
-        self.start("munged", ["runuser", "-u", "munge", "--", *command])
-        wait(lambda: not _silent(*asked), "munged answers")
-
-    def _start_accounting(self) -> None:
-        data = self.folder / "mysql"
-        data.mkdir()
-        shutil.chown(data, "mysql", "mysql")
-        login = "--auth-root-authentication-method=normal"
-        _must("mariadb-install-db", "--user=mysql", f"--datadir={data}", "--skip-test-db", login)
-        socket = data / "socket"
-        where = [f"--datadir={data}", f"--socket={socket}", f"--pid-file={data}/pid"]
-        network = ["--bind-address=127.0.0.1", f"--port={self.layout.mariadb_port}"]
-        self.start("mariadbd", ["mariadbd", "--no-defaults", "--user=mysql", *where, *network])
-        sql = "CREATE USER slurm@localhost IDENTIFIED BY 'slurm'; CREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'slurm'; "
-        sql += "GRANT ALL ON slurm_acct_db.* TO slurm@localhost; GRANT ALL ON slurm_acct_db.* TO slurm@'127.0.0.1';"
-        wait(lambda: not _silent("mariadb", f"--socket={socket}", "-uroot", "-e", sql), "MariaDB answers")
-        self.start("slurmdbd", ["slurmdbd", "-D"])
-        user = settings.user()
-        for words in (
-            ["cluster", settings.CLUSTER],
-            ["account", "research", "Description=tests", "Organization=tests"],
-            ["user", user, "Account=research"],
-        ):
-            command = ["sacctmgr", "-i", "add", *words]
-            wait(lambda argv=command: not _silent(*argv, env=self.env), " ".join(command))  # type: ignore[misc]
-
-    def _make_networks(self) -> None:
-        bridge = self.layout.bridge
-        _must("ip", "link", "add", bridge, "type", "bridge")
-        _must("ip", "address", "add", f"{self.layout.host_address}/24", "dev", bridge)
-        _must("ip", "link", "set", bridge, "up")
-        for index in range(1, self.layout.nodes + 1):
-            name, veth = self.layout.netns(index), f"{bridge}-{index}"
-            _must("ip", "netns", "add", name)
-            _must("ip", "link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", name)
-            _must("ip", "link", "set", veth, "master", bridge, "up")
-            _must("ip", "-n", name, "address", "add", f"{self.layout.address(index)}/24", "dev", "eth0")
-            _must("ip", "-n", name, "link", "set", "eth0", "up")
-            _must("ip", "-n", name, "link", "set", "lo", "up")
-            _must("ip", "-n", name, "route", "add", "default", "via", self.layout.host_address)
-
-    def _remove_networks(self) -> None:
-        for index in range(1, self.layout.nodes + 1):
-            _silent("ip", "netns", "delete", self.layout.netns(index))
-        _silent("ip", "link", "delete", self.layout.bridge)
-
     def _save(self, daemons: Sequence[Daemon]) -> None:
         part = self.folder / f".{DAEMONS}"
         part.write_text(json.dumps([asdict(d) for d in daemons], indent=2))
@@ -239,17 +173,8 @@ def check_machine(layout: Layout) -> None:
     programs += ["mariadbd", "slurmdbd"] if layout.accounting else []
     if missing := [name for name in programs if shutil.which(name) is None]:
         raise ClusterError(f"not installed: {', '.join(missing)}; on Debian: make slurm-install")
-    if _silent("unshare", "--uts", "--net" if layout.mode == "netns" else "--uts", "true"):
+    if silent("unshare", "--uts", "--net" if layout.mode == "netns" else "--uts", "true"):
         raise ClusterError("this machine allows no namespaces (unshare --uts fails): a container needs --privileged")
-
-
-def wait(condition: Callable[[], bool], what: str, timeout_s: float = START_S) -> None:
-    """Returns when ``condition`` holds; ``ClusterError`` when it does not within ``timeout_s``."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise ClusterError(f"not within {timeout_s:g} s: {what}")
-        time.sleep(0.1)
 
 
 def find(daemon: Daemon) -> psutil.Process | None:
@@ -289,17 +214,6 @@ def _end(processes: Sequence[psutil.Process]) -> None:
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, STOP_S)
-
-
-def _silent(*argv: str, env: dict[str, str] | None = None) -> int:
-    full = {**os.environ, **(env or {})}
-    return subprocess.run(argv, capture_output=True, check=False, env=full, stdin=subprocess.DEVNULL).returncode
-
-
-def _must(*argv: str) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise ClusterError(f"{' '.join(argv)} failed: {done.stderr.strip()}")
 
 
 def main() -> int:

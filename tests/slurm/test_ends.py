@@ -63,10 +63,12 @@ def test_a_closed_terminal_does_not_end_the_job(cluster: Cluster, tmp_path: Path
     assert [p.state for p in run.status().points] == ["done", "done"]
 
 
+@pytest.mark.slow
 def test_the_time_limit_ends_a_run_before_slurm_does(cluster: Cluster, tmp_path: Path) -> None:
-    run = Run(tmp_path, *TWO, *LONG, "cluster.time_min=1", "cluster.signal_s=30")
+    load = ["load.concurrency=[1]", "load.num_requests=130", "load.osl=40", "load.warmup_requests=0"]
+    run = Run(tmp_path, *TWO, *load, "cluster.time_min=2", "cluster.signal_s=60")
     run.wait_for_load()
-    code, _ = run.end(120)
+    code, _ = run.end(240)
     assert code == 130
     status = run.status()
     assert (status.state, "time limit is near" in status.reason) == ("cancelled", True)

@@ -26,8 +26,9 @@ def test_a_rack_of_18_nodes_is_planned_and_launched(cluster: Cluster, tmp_path: 
     run_dir = create_folder(experiment(parallel=dims, cluster=keys), [], "queued")
     out = tmp_path / "job.log"
     command = f"exec {sys.executable} -m tests.slurm.trivial {run_dir}"
-    words = ["--wait", "--nodes=18", "--exclusive", f"--output={out}", f"--chdir={ROOT}", "--wrap", command]
-    cluster.run("sbatch", *words, timeout_s=200)
+    shape = ["--nodes=18", "--gpus-per-node=4", "--exclusive"]
+    words = ["--wait", f"--output={out}", f"--chdir={ROOT}", "--wrap", command]
+    cluster.run("sbatch", *shape, *words, timeout_s=200)
     result = json.loads((run_dir / "where.json").read_text())
     assert result["where"] == {
         **{f"rank-{r}": f"node{1 + r // 4}" for r in range(72)},
@@ -36,6 +37,8 @@ def test_a_rack_of_18_nodes_is_planned_and_launched(cluster: Cluster, tmp_path: 
     assert {int(rank): node for rank, node in result["planned"].items()} == {r: r // 4 for r in range(72)}
     assert len(set(result["ports"])) == 72 + 3, "no two processes share a port, though all nodes are one machine"
     assert set(result["ends"].values()) == {-15}
+    seen = {(run_dir / f"logs/rank-{rank}.log").read_text() for rank in range(72)}
+    assert seen == {"0,1,2,3\n"}, "every rank sees all of the job's GPUs on its node, and takes its own by local rank"
 
 
 @pytest.mark.slow

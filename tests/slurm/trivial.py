@@ -16,7 +16,7 @@ from toolkit.launch.launcher import ProcessSpec
 from toolkit.launch.plan import num_ports, plan, pools
 from toolkit.launch.slurm import SlurmLauncher
 
-SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+SLEEP = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(600)"
 
 
 def main() -> None:

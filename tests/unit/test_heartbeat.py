@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+
+import psutil
 
 from toolkit import heartbeat, records
 from toolkit.heartbeat import Heartbeat, run_state
@@ -22,7 +27,8 @@ def test_a_run_is_running_while_it_gives_signs_of_life(tmp_path: Path) -> None:
 
 
 def beat(folder: Path, boot: str, age_s: float) -> str:
-    records.write_json(folder / heartbeat.FILE, asdict(Heartbeat("node1", boot, 1, time.time() - age_s)))
+    told = Heartbeat("node1", boot, "another container", 1, 0.0, time.time() - age_s)
+    records.write_json(folder / heartbeat.FILE, asdict(told))
     return run_state(folder, RunStatus("running"))
 
 
@@ -37,3 +43,14 @@ def test_another_hosts_clock_is_trusted_to_a_minute(tmp_path: Path) -> None:
 def test_half_a_heartbeat_is_none(tmp_path: Path) -> None:
     (tmp_path / heartbeat.FILE).write_text('{"host": "nod')
     assert heartbeat.read(tmp_path) is None
+
+
+def test_on_the_same_machine_the_process_tells(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        started = psutil.Process(other.pid).create_time()
+        told = dataclasses.replace(Heartbeat.now(), pid=other.pid, started=started, time=time.time() - 3600)
+        assert told.alive, "it may be suspended, or its disk may hang"
+        assert not dataclasses.replace(told, started=started - 100).alive, "another process with its pid"
+        other.kill()
+        other.wait()
+        assert not dataclasses.replace(told, time=time.time()).alive

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def compare(options: argparse.Namespace) -> int:
             ["conc.", "figure", "A", "B", "B - A", "95 % interval", "change", "verdict"],
             (_compared(row) for row in table[table["figure"].isin(SHOWN)].to_dict("records")),
         )
-        sys.stdout.write(f"files: {stem}.csv .png .svg\n")
+        sys.stdout.write(f"{_invalid([first, run])}files: {stem}.csv .png .svg\n")
     return 0
 
 
@@ -80,7 +80,8 @@ def pareto(options: argparse.Namespace) -> int:
     from toolkit.analysis.charts.several import PARETO_CAPTION, pareto_figure
     from toolkit.analysis.runs import Runs
 
-    points = Runs(options.run).pareto
+    runs = Runs(options.run)
+    points = runs.pareto
     figure = pareto_figure(points)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / "pareto"
@@ -95,8 +96,19 @@ def pareto(options: argparse.Namespace) -> int:
             for row in front.to_dict("records")
         ),
     )  # fmt: skip
-    sys.stdout.write(f"{len(front)} of {len(points)} points are on the front\nfiles: {stem}.csv .png .svg\n")
+    sys.stdout.write(f"{len(front)} of {len(points)} points are on the front\n{_invalid(runs)}")
+    sys.stdout.write(f"files: {stem}.csv .png .svg\n")
     return 0
+
+
+def _invalid(runs: Iterable[Run]) -> str:
+    """A line for each invalid load point, which no comparison shows."""
+    return "".join(
+        f"! left out: {run.name} at concurrency {point.concurrency} is invalid: {point.row['reason']}\n"
+        for run in runs
+        for point in run.points
+        if not point.valid
+    )
 
 
 def export(options: argparse.Namespace) -> int:

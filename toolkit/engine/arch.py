@@ -207,6 +207,13 @@ def _check_engine(arch: Arch, engine: EngineConfig) -> list[str]:
             f"engine.max_total_tokens={engine.max_total_tokens} holds fewer than two blocks of "
             f"engine.page_size={engine.page_size}: use at least {2 * engine.page_size}"
         )
+    if not 0 <= engine.mem_fraction_static < 1:
+        errors.append(
+            f"engine.mem_fraction_static={engine.mem_fraction_static} must be at least 0 and below 1: use 0.85 to give "
+            "weights, buffers, graphs and KV cache 85 % of a GPU, or 0 to have max_total_tokens as given"
+        )
+    if engine.cuda_graph_max_bs < 0:
+        errors.append(f"engine.cuda_graph_max_bs={engine.cuda_graph_max_bs} must not be negative: use 0 for all")
     errors += _check_windows(arch, engine)
     if engine.context_length < 0 or engine.context_length > arch.max_len:
         errors.append(

@@ -73,8 +73,9 @@ def prepare(environment: MutableMapping[str, str] | None = None, rdma: bool | No
     return changed
 
 
+@cache
 def import_gpu_library(module: str, setting: str) -> ModuleType:
-    """``module``, of the extra ``gpu``, with its environment prepared.
+    """``module``, of the extra ``gpu``, with its environment prepared; at no cost but the first time.
 
     Raises:
         ValueError: it is not installed, or its own needs are not met; ``setting`` asked for it.

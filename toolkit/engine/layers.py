@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.engine import fused
-from toolkit.engine.fp8 import Matrix, stack_rows
+from toolkit.engine.fp8 import BlockFp8, Matrix, stack_rows
+from toolkit.engine.gpu_libraries import import_gpu_library
 from toolkit.engine.parallel import Comm, Groups, TokenLayout, gather_rows, reduce_rows
 from toolkit.engine.weights import Shard, Weights
 
@@ -159,22 +160,33 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
     """x [n, K] times weight [N, K] transposed; x is quantised in groups of 128 where the weight is in FP8."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
-    from toolkit.engine.gpu_libraries import import_gpu_library
     from toolkit.engine.kernels import rows
 
+    return _multiply_fp8(rows.quantize(x), weight)
+
+
+def _multiply_fp8(x: tuple[Tensor, Tensor], weight: BlockFp8) -> Tensor:
+    """Quantised rows and their scales times weight [N, K] transposed -> bfloat16."""
     library = import_gpu_library("deep_gemm", "FP8 weights on a GPU")
-    out = torch.empty(len(x), len(weight.weight_NK), dtype=x.dtype, device=x.device)
-    library.fp8_gemm_nt(rows.quantize(x), (weight.weight_NK, weight.scales), out)
+    out = torch.empty(len(x[0]), len(weight.weight_NK), dtype=torch.bfloat16, device=x[0].device)
+    library.fp8_gemm_nt(x, (weight.weight_NK, weight.scales), out)
     return out
 
 
 def glu(x: Tensor, gate_up: Matrix, down: Matrix, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """[n, D] through one gated FFN: gate_up [2F, D], down [D, F]."""
-    gate, up = linear(x, gate_up).chunk(2, dim=-1)
+    hidden = linear(x, gate_up)
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16 and activation is F.silu:
+        from toolkit.engine.kernels import rows
+
+        if isinstance(down, BlockFp8):
+            return _multiply_fp8(rows.swiglu_quantize(hidden, None, None), down)
+        return F.linear(rows.swiglu(hidden, None, None), down)
+    gate, up = hidden.chunk(2, dim=-1)
     return linear(activation(gate) * up, down)
 
 
-def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def swiglu(x: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     """[n, D] through one SwiGLU FFN: gate_up [2F, D], down [D, F]."""
     return glu(x, gate_up, down, F.silu)
 

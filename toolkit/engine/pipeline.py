@@ -23,9 +23,9 @@ class Step:
     """A step that is over.
 
     Attributes:
-        began: Unix seconds of its launch. begin: the same on the monotonic clock.
-        duration_s: what it added to the time of the steps before it: until its tokens were there, from its launch or
-            from the end of the step before, whichever came later.
+        began: Unix seconds: of its launch, or of the end of the step before, whichever came later.
+        duration_s: from then until its tokens were there, so that durations add up.
+        begin: of its launch, on the monotonic clock.
     """
 
     number: int
@@ -41,7 +41,6 @@ class _Pending:
     ctx: StepContext
     in_flight: InFlight
     launched: Launched
-    began: float
     begin: float
 
 
@@ -65,11 +64,11 @@ class Pipeline:
 
     def launch(self, batch: Batch, ctx: StepContext) -> None:
         """Starts a step, then takes the result of the one before it."""
-        began, begin = time.time(), time.perf_counter()
+        begin = time.perf_counter()
         launched = self._runner.launch(batch, ctx)
         in_flight = self._scheduler.advance(batch)
         self.drain()
-        self._pending = _Pending(ctx, in_flight, launched, began, begin)
+        self._pending = _Pending(ctx, in_flight, launched, begin)
         if not self._ahead:
             self.drain()
 
@@ -83,4 +82,5 @@ class Pipeline:
         now = time.perf_counter()
         duration = now - max(pending.begin, self._ended)
         self._ended = now
-        self._over(Step(pending.ctx.step, pending.in_flight.batch, pending.began, duration, outputs, pending.begin))
+        began = time.time() - duration
+        self._over(Step(pending.ctx.step, pending.in_flight.batch, began, duration, outputs, pending.begin))

@@ -16,8 +16,9 @@ import torch
 
 from toolkit.config import EngineConfig
 from toolkit.engine import device as devices
-from toolkit.engine.arch import context_length
+from toolkit.engine.arch import Arch, context_length
 from toolkit.engine.core import SamplingParams, StepContext
+from toolkit.engine.kv.kinds import layer_kinds
 from toolkit.engine.linear_warm_up import warm_up_linears
 from toolkit.engine.runner import ModelRunner
 
@@ -40,6 +41,8 @@ def prepare(runner: ModelRunner, progress: Callable[[str, int, int], None]) -> d
     used: dict[str, int] = {}
     progress("warm-up", 0, 1)
     _compile(runner, lambda done, total: progress("compile", done, total))
+    if engine.mem_fraction_static and not gpu:
+        log.warning("engine.mem_fraction_static=%s has no effect on a CPU", engine.mem_fraction_static)
     if gpu and engine.mem_fraction_static:
         runner.allocate(_with_tokens(runner, PROBE * (engine.chunked_prefill_size + engine.page_size)))
     _warm_up(runner)
@@ -115,17 +118,40 @@ def _tokens_left(runner: ModelRunner, fraction: float, taken: int) -> int:
         ValueError: not even one block a kind fits.
     """
     total = devices.total_bytes(runner.device)
-    per_token = runner.cache.num_bytes / runner.engine.max_total_tokens
-    mine = int((total * fraction - taken) / per_token)
-    least = int(-_most(runner, -mine))
+    room = int(total * fraction) - taken
     page = runner.engine.page_size
+    mine = most_tokens(room, runner.arch, runner.engine, runner.cache.token_bytes)
+    least = -_most(runner, -mine)
     if least < PROBE * page:
         raise ValueError(
             f"engine.mem_fraction_static={fraction} of {total / GB:.0f} GB leaves no KV cache beside "
             f"{taken / GB:.1f} GB of weights, buffers, activations and graphs: raise it, lower "
             "engine.chunked_prefill_size or engine.cuda_graph_max_bs, or use more GPUs"
         )
-    return least // page * page
+    return least
+
+
+def most_tokens(room: int, arch: Arch, engine: EngineConfig, token_bytes: int) -> int:
+    """The largest ``max_total_tokens`` whose KV cache fits into ``room`` bytes, in whole blocks.
+
+    At most what every running request could use, where all layers slide and the cache stops growing.
+
+    Args:
+        token_bytes: of one token in one layer.
+    """
+    page = engine.page_size
+
+    def size(blocks: int) -> int:
+        kinds = layer_kinds(arch.windows, replace(engine, max_total_tokens=blocks * page))
+        return sum(len(kind.layers) * (kind.num_blocks + 1) * page * token_bytes for kind in kinds)
+
+    low, high = 0, max(room // (page * token_bytes), 1)
+    if all(arch.windows):
+        high = min(high, engine.max_running_requests * -(-(engine.context_length or arch.max_len) // page))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(middle) <= room else (low, middle - 1)
+    return low * page
 
 
 def _most(runner: ModelRunner, value: int) -> int:

@@ -315,7 +315,9 @@ def _context(cfg: ExpConfig, arch: shapes.Arch, prompt_only: bool) -> Iterator[s
     """``prompt_only``: the worker needs to hold a prompt and one token, not the answer."""
     prompt = cfg.load.isl if cfg.load.dataset == "random" else 1
     output = 1 if prompt_only else cfg.load.osl
-    limit = shapes.context_length(arch, cfg.engine)
+    sized_later = cfg.cluster.device == "cuda" and cfg.engine.mem_fraction_static  # by what the GPU has left
+    own = cfg.engine.context_length or arch.max_len
+    limit = own if sized_later else shapes.context_length(arch, cfg.engine)
     if prompt + output > limit:
         rest = "one token" if prompt_only else f"load.osl={cfg.load.osl}"
         isl = f"load.isl={prompt} + " if cfg.load.dataset == "random" else "a prompt + "

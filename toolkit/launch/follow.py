@@ -22,6 +22,7 @@ from toolkit.launch.run import EXIT_CODES, say
 
 ASK_S = 2.0  # between two questions to Slurm, which a whole site shares
 LOOK_S = 0.25
+SETTLE_S = 10.0
 ORDERLY = "TERM"
 
 
@@ -134,7 +135,10 @@ class Follower:
 
 def settle(run_dir: Path, job: JobState) -> int:
     """The exit code of a run; one that Slurm ended before it could say so gets Slurm's word in its status.json."""
-    status = records.read_status(run_dir)
+    status, deadline = records.read_status(run_dir), time.monotonic() + SETTLE_S
+    while status.state in ("queued", "running") and not job.active and time.monotonic() < deadline:
+        time.sleep(LOOK_S)  # its last word may be on its way through a network file system
+        status = records.read_status(run_dir)
     if status.state in ("queued", "running") and not job.active:
         reason = f"Slurm ended the job: {job.state or 'it is not known any more'}" + (
             f" ({job.reason})" if job.reason else ""

@@ -122,16 +122,28 @@ def look(run_dir: Path, job: JobState | None = None) -> Seen | None:
     if by is None:
         return None
     status, where = records.read_status(run_dir), by.host
-    if by.job_id:
-        job = job or (queue.job(by.job_id) if status.state in LIVE else JobState(""))
-        if status.state in LIVE and not job.active:
+    if by.job_id and status.state in LIVE:
+        job = job or _ask(by.job_id)
+        if job is None:
+            where = "Slurm does not answer here"
+        elif job.active:
+            where = job.nodes or f"{job.state} {job.reason}".strip().lower()
+        else:
             settle(run_dir, job)
-            status = records.read_status(run_dir)
-        where = job.nodes or (f"{job.state} {job.reason}".strip().lower() if job.active else "")
+            status, where = records.read_status(run_dir), job.nodes
+    elif by.job_id:
+        where = ""
     elif status.state in LIVE and (gone(by) or heartbeat.run_state(run_dir, status) == "dead"):
         status.state, status.reason = "failed", "its launcher is gone without a word"
     load, rate = _load(run_dir, status)
     return Seen(run_dir, by, status.state, status.reason, where, roles(run_dir), load, rate)
+
+
+def _ask(job_id: str) -> JobState | None:
+    try:
+        return queue.job(job_id)
+    except queue.SlurmError:
+        return None
 
 
 def gone(by: JobRecord) -> bool:
@@ -144,7 +156,8 @@ def roles(run_dir: Path) -> str:
     states = []
     for file in sorted((run_dir / STATE_DIR).glob("*-*.json")):
         try:
-            states.append(msgspec.json.decode(file.read_bytes(), type=ProcessState))
+            if not file.name.startswith("preflight-"):  # over when the others begin
+                states.append(msgspec.json.decode(file.read_bytes(), type=ProcessState))
         except msgspec.DecodeError:
             continue  # arguments of a role, not a state
     started = Counter(s.name.rpartition("-")[0] for s in states)
@@ -159,7 +172,7 @@ def follow(run_dir: Path, console: Console) -> int:
     by = job_file.read(run_dir)
     if by is None:
         raise ValueError(f"{run_dir} does not say who runs it")
-    job, asked = queue.job(by.job_id) if by.job_id else None, time.monotonic()
+    job, asked = _ask(by.job_id) if by.job_id else None, time.monotonic()
     try:
         with Live(console=console, auto_refresh=False) as live:
             while seen := look(run_dir, job):
@@ -168,7 +181,7 @@ def follow(run_dir: Path, console: Console) -> int:
                     break
                 time.sleep(REFRESH_S)
                 if by.job_id and time.monotonic() - asked >= ASK_S:
-                    job, asked = queue.job(by.job_id), time.monotonic()
+                    job, asked = _ask(by.job_id), time.monotonic()
     except KeyboardInterrupt:
         return 0
     return EXIT_CODES.get(records.read_status(run_dir).state, 0)

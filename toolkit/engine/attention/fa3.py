@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.engine.attention.backend import BACKENDS, AttentionPlan, KindPlan, Segment
-from toolkit.engine.attention.paged import PagedAttention, PagedSegment, window_of
+from toolkit.engine.attention.paged import PagedAttention, PagedSegment, ragged_by_fa3, window_of
 from toolkit.engine.kv.pool import KVCache
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -75,18 +75,7 @@ class Fa3Attention(PagedAttention):
         return out
 
     def ragged(self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, scale: float) -> Tensor:
-        assert isinstance(segment, PagedSegment)
-        return ragged(self._fa3, q, k, v, segment, scale)
-
-
-def ragged(fa3: Any, q: Tensor, k: Tensor, v: Tensor, segment: PagedSegment, scale: float) -> Tensor:
-    """Causal attention over given keys and values, each request's queries being its last tokens."""
-    if not segment.q_lens:
-        return q.new_empty(0, q.shape[1], v.shape[-1])
-    out: Tensor = fa3.flash_attn_varlen_func(
-        q, k, v, segment.cu_q, segment.cu_kv, segment.max_q, segment.max_kv, softmax_scale=scale, causal=True
-    )
-    return out
+        return ragged_by_fa3(self._fa3, q, k, v, segment, scale)
 
 
 def _window(window: int) -> tuple[int, int]:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.engine.attention import fa3
 from toolkit.engine.attention.backend import BACKENDS, AttentionPlan, KindPlan, Segment
-from toolkit.engine.attention.paged import PagedAttention, PagedSegment
+from toolkit.engine.attention.paged import PagedAttention, PagedSegment, ragged_by_fa3
 from toolkit.engine.kv.pool import KVCache
 
 PAGE, LATENT, HEADS = 64, 512, 64
@@ -78,5 +77,4 @@ class FlashMlaAttention(PagedAttention):
         return result
 
     def ragged(self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, scale: float) -> Tensor:
-        assert isinstance(segment, PagedSegment)
-        return fa3.ragged(self._fa3, q, k, v, segment, scale)
+        return ragged_by_fa3(self._fa3, q, k, v, segment, scale)

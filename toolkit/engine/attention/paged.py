@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,3 +163,18 @@ def _paged(segment: Segment) -> PagedSegment:
 def window_of(window: int) -> tuple[int, int]:
     """FlashAttention's (left, right), own token not counted: everything before, or a sliding window."""
     return (window - 1, 0) if window else (-1, 0)
+
+
+def ragged_by_fa3(flash_attn: Any, q: Tensor, k: Tensor, v: Tensor, segment: Segment, scale: float) -> Tensor:
+    """Causal attention over given keys and values, each request's queries being its last tokens.
+
+    Args:
+        flash_attn: the module of that name in sglang-kernel.
+    """
+    s = _paged(segment)
+    if not s.q_lens:
+        return q.new_empty(0, q.shape[1], v.shape[-1])
+    out: Tensor = flash_attn.flash_attn_varlen_func(
+        q, k, v, s.cu_q, s.cu_kv, s.max_q, s.max_kv, softmax_scale=scale, causal=True
+    )
+    return out

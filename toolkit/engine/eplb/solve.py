@@ -16,30 +16,63 @@ from toolkit.engine.eplb.kernels import expand, level, next_random, pack, replic
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+STARTS = 8
+LOOKS = 10
+"""Changes of counts that are looked at for each that may be packed: a look costs a tenth."""
+
 
 @jit
 def solve(load_E: Floats, gpus: int, slots: int, floor: float, tolerance: float, tries: int) -> Ints:
     """Replicates and packs one layer's experts onto ``gpus`` GPUs of ``slots`` slots, [G, S].
 
-    Aims at max(``floor``, lower bound) * (1 + ``tolerance``). Packing nearly always gets there where GPUs
-    have many slots. Where it does not, up to ``tries`` times, a replica goes from an expert that can spare it to one
-    of the larger ones, all is packed anew, and what is no worse is kept. The same load gives the same placement.
+    Aims at max(``floor``, lower bound) * (1 + ``tolerance``). Packing nearly always gets there where GPUs have many
+    slots. Where it does not, the largest experts get fewer, larger replicas, in ``STARTS`` steps: the smallest
+    possible ones may be too many for GPUs to hold one each, and two are too much. Then ``_search`` changes counts one
+    by one, packing at most ``tries`` times. The same load gives the same placement.
     """
     experts, replicas = len(load_E), gpus * slots
     cap = max(gpus, -(-replicas // experts))
     count_E = replica_counts(load_E, replicas, cap)
     expert_R, load_R = np.empty(replicas, np.int64), np.empty(replicas)
     expert_GS, load_GS, load_G = np.empty((gpus, slots), np.int64), np.empty((gpus, slots)), np.empty(gpus)
-    target = max(floor, load_E.sum() / gpus, (load_E / count_E).max()) * (1.0 + tolerance)
+    smallest = (load_E / count_E).max()
+    target = max(floor, load_E.sum() / gpus, smallest) * (1.0 + tolerance)
     expand(load_E, count_E, expert_R, load_R)
-    pack(expert_R, load_R, slots, expert_GS, load_GS, load_G)
-    level(expert_GS, load_GS, load_G, target, 8 * gpus)
-    best, best_GS, best_E = load_G.max(), expert_GS.copy(), count_E.copy()
-    if best > target:
-        target = max(target, lower_bound(load_E, gpus, slots) * (1.0 + tolerance))
-    state = 1
-    for _ in range(tries if replicas > experts else 0):
+    _arrange(expert_R, load_R, expert_GS, load_GS, load_G, target)
+    best = load_G.max()
+    if best <= target or replicas == experts:
+        return expert_GS
+    target = max(target, lower_bound(load_E, gpus, slots) * (1.0 + tolerance))
+    best_GS, best_E = expert_GS.copy(), count_E.copy()
+    for start in range(1, STARTS + 1):
         if best <= target:
+            return best_GS
+        if lazy_counts(load_E, replicas, cap, smallest + (target - smallest) * start / STARTS, count_E):
+            expand(load_E, count_E, expert_R, load_R)
+            _arrange(expert_R, load_R, expert_GS, load_GS, load_G, target)
+            if load_G.max() < best:
+                best = load_G.max()
+                best_GS[:], best_E[:] = expert_GS, count_E
+    _search(load_E, best_E, best_GS, best, target, tries)
+    return best_GS
+
+
+@jit
+def _search(load_E: Floats, best_E: Ints, best_GS: Ints, best: float, target: float, tries: int) -> None:
+    """Moves replicas, one at a time, from experts that can spare them to larger ones, and keeps what is no worse.
+
+    A look at the largest replicas alone (``crowding``) comes first, and only what may be better than the best so far
+    is packed, up to ``tries`` times. Changes ``best_E`` and ``best_GS``, whose busiest GPU has ``best``.
+    """
+    gpus, slots = best_GS.shape
+    replicas = gpus * slots
+    cap = max(gpus, -(-replicas // len(load_E)))
+    count_E, expert_R, load_R = best_E.copy(), np.empty(replicas, np.int64), np.empty(replicas)
+    expert_GS, load_GS, load_G = best_GS.copy(), np.empty((gpus, slots)), np.empty(gpus)
+    expand(load_E, best_E, expert_R, load_R)
+    crowd, state, packed = crowding(load_R, gpus, slots, best), 1, 0
+    for _ in range(LOOKS * tries):
+        if best <= target or packed == tries:
             break
         count_E[:] = best_E
         state = next_random(state)
@@ -53,12 +86,66 @@ def solve(load_E: Floats, gpus: int, slots: int, floor: float, tolerance: float,
         count_E[giver] -= 1
         count_E[taker] += 1
         expand(load_E, count_E, expert_R, load_R)
-        pack(expert_R, load_R, slots, expert_GS, load_GS, load_G)
-        level(expert_GS, load_GS, load_G, target, 8 * gpus)
+        now = crowding(load_R, gpus, slots, best)
+        if now > max(crowd, target):
+            continue
+        if now >= best:  # a step on the way: as crowded as before, and no packing can be better
+            crowd, best_E[:] = now, count_E
+            continue
+        packed += 1
+        _arrange(expert_R, load_R, expert_GS, load_GS, load_G, target)
         if load_G.max() <= best:
-            best = load_G.max()
+            best, crowd = load_G.max(), now
             best_GS[:], best_E[:] = expert_GS, count_E
-    return best_GS
+
+
+@jit
+def _arrange(expert_R: Ints, load_R: Floats, expert_GS: Ints, load_GS: Floats, load_G: Floats, target: float) -> None:
+    """Packs the replicas, and swaps until no GPU is above ``target`` or nothing helps."""
+    pack(expert_R, load_R, expert_GS.shape[1], expert_GS, load_GS, load_G)
+    level(expert_GS, load_GS, load_G, target, 8 * len(load_G))
+
+
+@jit
+def lazy_counts(load_E: Floats, replicas: int, cap: int, limit: float, count_E: Ints) -> bool:
+    """Just enough replicas that none is above ``limit``; what is left splits experts below half of it.
+
+    False when there are not enough. Fills ``count_E``.
+    """
+    left = replicas
+    for expert in range(len(load_E)):
+        count_E[expert] = min(cap, max(1, int(np.ceil(load_E[expert] / limit * (1.0 - 1e-12)))))
+        left -= count_E[expert]
+    if left < 0:
+        return False
+    for _ in range(left):
+        taker, most = -1, -1.0
+        for expert in range(len(load_E)):
+            share = load_E[expert] / count_E[expert]
+            if share > most and count_E[expert] < cap and load_E[expert] <= 0.5 * limit:
+                taker, most = expert, share
+        if taker < 0:
+            return False
+        count_E[taker] += 1
+    return True
+
+
+@jit
+def crowding(load_R: Floats, gpus: int, slots: int, limit: float) -> float:
+    """The least that the GPUs of the largest replicas can come to, for given counts; loads in descending order.
+
+    The j largest replicas, each above half of ``limit``, are on j GPUs, whose other slots hold the smallest ones.
+    """
+    total, fill, at, worst = 0.0, 0.0, len(load_R), 0.0
+    for j in range(min(gpus, len(load_R) // slots)):
+        if load_R[j] <= 0.5 * limit:
+            break
+        total += load_R[j]
+        for _ in range(slots - 1):
+            at -= 1
+            fill += load_R[at]
+        worst = max(worst, (total + fill) / (j + 1))
+    return worst
 
 
 @jit

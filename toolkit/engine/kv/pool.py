@@ -89,6 +89,12 @@ class KVCache:
             self.v[layer].index_copy_(0, rows, v)
 
     @property
+    def token_bytes(self) -> int:
+        """Of one token in one layer."""
+        spec = self.spec
+        return spec.heads * (spec.k_dim + spec.v_dim) * self.k[0].element_size()
+
+    @property
     def num_bytes(self) -> int:
         return sum(layer.nbytes for layer in (*self.k, *self.v))
 
