@@ -19,7 +19,7 @@ PARALLEL := tests/unit tests/process tests/eplb
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit check fmt hooks test-gpu
 .PHONY: slurm-install slurm-up slurm-down test-slurm test-slurm-all test-slurm-segment
-.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-recorder bench-kv
+.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-engine bench-recorder bench-kv
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -90,6 +90,9 @@ test-slurm-segment: $(STAMP) slurm-install  ## NVLink domains on Slurm 24.11, in
 	@command -v debootstrap >/dev/null || apt-get install -qy --no-install-recommends debootstrap </dev/null
 	-$(BIN)/python -m tests.slurm.debian13 make
 	$(BIN)/python -m pytest tests/slurm/test_segment.py $(ARGS)
+
+bench-engine: $(STAMP)  ## prefill and decode of one rank group beside the floor; ARGS='--model qwen3_30b_a3b --parallel dep4'
+	$(BIN)/python -m toolkit.engine.bench $(ARGS)
 
 hooks: $(STAMP)  ## run ruff and mypy at every git commit
 	$(BIN)/pre-commit install

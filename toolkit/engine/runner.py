@@ -9,6 +9,7 @@ Read next: ``pipeline.py``, ``worker.py``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,8 @@ from toolkit.engine.sampler import Chosen, Sampled, Sampler, token_logprobs
 from toolkit.engine.scheduler import Scheduler
 from toolkit.engine.staging import ints, to_device
 from toolkit.engine.weights import DTYPES, open_weights
+
+log = logging.getLogger(__name__)
 
 LOGIT_ROWS = 256  # rows of the vocabulary's size that are held at a time; only logprobs of prompts need more
 
@@ -110,18 +113,25 @@ class ModelRunner:
         return Scheduler(tables, engine.chunked_prefill_size, engine.max_running_requests, max_len)
 
     def graphs_needed(self) -> tuple[int, ...]:
-        """Batch sizes whose decode steps are to be captured; none where it is off or a backend cannot."""
-        if self.device == "cpu" or self.engine.disable_cuda_graph or not self.attention.capturable:
+        """Batch sizes whose decode steps are to be captured; none where it is off or something cannot be."""
+        if self.device == "cpu" or self.engine.disable_cuda_graph:
             return ()
         sizes = bucket_sizes(self.engine.cuda_graph_max_bs or self.engine.max_running_requests)
-        if not self.arch.moe_layers:
-            return sizes
         ranks, tp = self.groups.moe.size, self.groups.dims.attn_tp
-        return tuple(
-            size
-            for size in sizes
-            if self.moe.dispatcher.capturable(StepRows((-(-size // tp),) * ranks, is_extend=False))
-        )
+        moe, fitting = self.moe, sizes
+        if self.arch.moe_layers:
+            rows = {size: StepRows((-(-size // tp),) * ranks, is_extend=False) for size in sizes}
+            fitting = tuple(size for size in sizes if moe.dispatcher.capturable(rows[size]))
+        obstacles = {
+            "the attention backend loops on the host": not self.attention.capturable,
+            "the dispatcher waits on the host": not fitting,
+            "ep_dispatch_algorithm looks at ids on the host": not moe.placement.capturable,
+            "the recorder looks at each pass": moe.recorder is not None and moe.recorder.passes is not None,
+        }
+        found = [what for what, is_so in obstacles.items() if is_so]
+        if found:
+            log.info("decode steps are not captured: %s", "; ".join(found))
+        return () if found else fitting
 
     @torch.inference_mode()
     def capture(self, sizes: tuple[int, ...], done: Callable[[int], None] = lambda count: None) -> None:

@@ -159,14 +159,14 @@ class Worker:
         self.runner.moe.recorder = self.recorder  # before graphs are captured, which then count as well
         if self.recorder is not None:
             self.recorder.recording = False
+        folder = Path(args.experts_path).parent if args.experts_path else None
+        self.eplb = make_manager(arch, self.runner.moe, self.recorder, folder)  # its buffers come before the KV cache
         used = prepare(self.runner, self._progress)
         if self.recorder is not None:
             self.recorder.start()
         self.max_len = context_length(arch, self.runner.engine)
         self.scheduler = self.runner.new_scheduler()
         self.part = make_part(args, self.rank, self.groups, self.runner, self.scheduler)
-        folder = Path(args.experts_path).parent if args.experts_path else None
-        self.eplb = make_manager(arch, self.runner.moe, self.recorder, folder)
         self.step_log: StepLog | None = None
         if self.leads and args.steps_dir:
             self.step_log = StepLog(steps_path(Path(args.steps_dir), self.rank), self.dp_rank, engine.page_size)

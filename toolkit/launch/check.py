@@ -301,6 +301,12 @@ def _experts(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[
             "engine.ep_dispatch_algorithm=weighted splits each batch on the host, which on GPUs would stop every "
             "layer: use dynamic, or static"
         )
+    mode = engine.expert_distribution_recorder_mode
+    if mode == "per_token" and cfg.cluster.device == "cuda" and not engine.disable_cuda_graph:
+        yield (
+            "engine.expert_distribution_recorder_mode=per_token sees no token inside a CUDA graph: use "
+            "engine.disable_cuda_graph=true with it, or per_pass"
+        )
     if engine.init_expert_location != "trivial" and arch.moe_layers:
         from toolkit.engine.eplb.formats import read_placement  # numpy, and torch for a .pt file
 

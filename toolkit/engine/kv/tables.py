@@ -102,6 +102,8 @@ class BlockTables:
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Allocates blocks until ``num_tokens`` tokens fit; False, with nothing taken, when they run out."""
         missing = self._blocks(num_tokens) - len(request.blocks[0])
+        if missing <= 0:
+            return True
         if missing > min(pool.num_free for pool in self.pools):
             return False
         for pool, table in zip(self.pools, request.blocks):
@@ -124,6 +126,8 @@ class BlockTables:
                     pool.publish(table[i], request.block_hashes[i])
             request.num_published = full
         for kind, pool, table in zip(self.kinds, self.pools, request.blocks):
+            if not kind.window:
+                continue  # later tokens see all of it
             end = self._first_block(kind, request.num_computed)
             begin = end
             while begin > 0 and table[begin - 1] != NO_BLOCK:
