@@ -19,7 +19,7 @@ PARALLEL := tests/unit tests/process tests/eplb
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit check fmt hooks test-gpu
 .PHONY: slurm-install slurm-up slurm-down test-slurm test-slurm-all test-slurm-segment
-.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-recorder
+.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-engine bench-recorder bench-kv
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,9 @@ check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the 
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL) $(ARGS)
 	$(BIN)/python -m pytest tests/contract tests/dist $(ARGS)
+
+bench-kv: $(STAMP)  ## KV transfer beside the bare NIXL library, 4 KiB to 256 MiB and whole requests
+	$(BIN)/python -m tests.bench.kv $(ARGS)
 
 test-gpu: $(STAMP)  ## backends, layers and the engine on this machine's GPUs against the CPU (pip install -e '.[gpu]' first)
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
@@ -87,6 +90,9 @@ test-slurm-segment: $(STAMP) slurm-install  ## NVLink domains on Slurm 24.11, in
 	@command -v debootstrap >/dev/null || apt-get install -qy --no-install-recommends debootstrap </dev/null
 	-$(BIN)/python -m tests.slurm.debian13 make
 	$(BIN)/python -m pytest tests/slurm/test_segment.py $(ARGS)
+
+bench-engine: $(STAMP)  ## prefill and decode of one rank group beside the floor; ARGS='--model qwen3_30b_a3b --parallel dep4'
+	$(BIN)/python -m toolkit.engine.bench $(ARGS)
 
 hooks: $(STAMP)  ## run ruff and mypy at every git commit
 	$(BIN)/pre-commit install

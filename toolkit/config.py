@@ -15,7 +15,7 @@ import logging
 import re
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -139,10 +139,32 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class PoolConfig:
+    """The workers of one phase of disaggregated serving."""
+
+    workers: int = opt(1, "how many; each has its own ranks and weights")
+    parallel: ParallelConfig = opt(ParallelConfig(), "degrees of each, as parallel.*")
+    engine: dict[str, Any] = opt({}, "engine.* keys that differ in this pool")
+
+
+@dataclass(frozen=True)
 class DeployConfig:
     """How many workers, and how they are reached."""
 
-    mode: Literal["agg"] = opt("agg", "agg: each worker prefills and decodes")
+    mode: Literal["agg", "disagg"] = opt("agg", "agg: one worker prefills and decodes; disagg: a pool for each phase")
+    prefill: PoolConfig = opt(PoolConfig(), "disagg: workers that compute prompts")
+    decode: PoolConfig = opt(PoolConfig(), "disagg: workers that generate")
+    disaggregation_transfer_backend: str = opt(
+        "auto",
+        "KV from prefill to decode: local (memory of one host), nixl; auto: local for CPU ranks of one host",
+    )
+    disaggregation_handoff: Literal["bootstrap", "synchronous"] = opt(
+        "bootstrap", "bootstrap: decode reserves at once and reads beside prefill; synchronous: after it"
+    )
+    enforce_disagg: bool = opt(False, "refuse requests while no prefill worker lives; false: decode workers prefill")
+    migration_limit: int = opt(3, "how often a request moves on when a worker or a transfer fails")
+    transfer_timeout_s: float = opt(30.0, "a transfer without an end for so long has failed")
+    worker_timeout_s: float = opt(60.0, "disagg: a worker that says nothing for so long is given up until it speaks")
     host: str = opt("127.0.0.1", "address the frontend binds; loopback unless told otherwise")
     router: str = opt("round_robin", "which DP rank takes a request: round_robin")
     api_key_env: str = opt("", "environment variable that holds the API key clients must send; empty: none")
@@ -249,6 +271,10 @@ class LoadConfig:
     warmup_requests: int = opt(
         -1, "requests before the measured ones, in no figure; -1: concurrency, or a tenth of an open loop's"
     )
+    phase: Literal["all", "prefill", "decode"] = opt(
+        "all", "prefill: one token an answer, so that prefill alone is loaded; decode: slowed down until all requests "
+        "of a point generate, so that its batch is full"
+    )  # fmt: skip
     repeat: int = opt(1, "passes over all load points, one after the other; their spread is drawn")
     cancel_fraction: float = opt(0.0, "share of the requests that the client gives up; 0 to 1")
     cancel_after_s: float = opt(1.0, "when it gives them up, seconds after sending")
@@ -324,6 +350,8 @@ class ExpConfig:
     )
 
 
+POOLS = ("prefill", "decode")
+
 GROUPS: dict[str, type] = {
     f.name: typing.get_type_hints(ExpConfig)[f.name]
     for f in dataclasses.fields(ExpConfig)
@@ -334,10 +362,15 @@ GROUPS: dict[str, type] = {
 def register_hydra_defaults() -> None:
     """Offers each group's defaults to Hydra as ``<group>/defaults``, so that a yaml holds only its choices."""
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
     store = ConfigStore.instance()
     for group, cls in GROUPS.items():
-        store.store(group=group, name="defaults", node=dataclasses.asdict(cls()))
+        node = OmegaConf.create(dataclasses.asdict(cls()))
+        if group == "deploy":  # any engine key may be added there; `resolve` says which ones there are
+            for pool in POOLS:
+                node[pool].engine = OmegaConf.create({}, flags={"struct": False})
+        store.store(group=group, name="defaults", node=node)
 
 
 def from_omegaconf(node: Any) -> ExpConfig:
@@ -407,6 +440,8 @@ def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
       (what the user named on the command line: ``model``, ``load.osl``).
     - ``engine.moe_a2a_backend=none`` (SGLang's word) becomes ``allgather``.
     - ``model.dtype=auto`` becomes float32 on CPU and bfloat16 on GPUs.
+    - ``deploy.mode=disagg``: ``deploy.decode.engine`` gets ``disable_radix_cache=true``, and the transfer backend is
+      chosen where it is auto.
     - ``model.path`` and ``cluster.results_dir`` lose ``~``; an empty ``model.tokenizer`` becomes ``model.path``.
     """
     values = to_mapping(config)
@@ -434,9 +469,34 @@ def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     for group, key in (("model", "path"), ("cluster", "results_dir")):
         if values[group][key]:
             put(group, key, str(Path(values[group][key]).expanduser()))
+    if config.deploy.mode == "disagg":
+        _resolve_disagg(values, explicit, put)
     if not values["model"]["tokenizer"]:
         put("model", "tokenizer", values["model"]["path"] or "bytes")
     return from_mapping(values, ExpConfig)
+
+
+def _resolve_disagg(
+    values: dict[str, Any], explicit: Collection[str], put: typing.Callable[[str, str, Any], None]
+) -> None:
+    ignored = sorted(name for name in explicit if name == "parallel" or name.startswith("parallel."))
+    if ignored:
+        raise ValueError(
+            f"{ignored[0]} is of aggregated serving, deploy.mode=disagg has degrees for each pool: use "
+            "parallel@deploy.prefill.parallel=CHOICE and parallel@deploy.decode.parallel=CHOICE, or "
+            "deploy.prefill.parallel.KEY=VALUE"
+        )
+    deploy, cluster = values["deploy"], values["cluster"]
+    for pool in POOLS:
+        _refuse_unknown(deploy[pool]["engine"], EngineConfig, f"deploy.{pool}.engine.")
+    # What a rank has read of another's cache is only ever seen by its own request (engine/disagg/README.md says why).
+    engine = {"disable_radix_cache": True}
+    if deploy["decode"]["engine"].get("disable_radix_cache") is not True:
+        log.info("resolved deploy.decode.engine.disable_radix_cache: -> True")
+    deploy["decode"]["engine"] |= engine
+    if deploy["disaggregation_transfer_backend"] == "auto":
+        one_host = (cluster["launcher"], cluster["device"]) == ("local", "cpu")
+        put("deploy", "disaggregation_transfer_backend", "local" if one_host else "nixl")
 
 
 def help_text() -> str:
@@ -444,11 +504,19 @@ def help_text() -> str:
     lines: list[str] = []
     for group, cls in GROUPS.items():
         lines.append(f"\n{group}: {(cls.__doc__ or '').splitlines()[0]}")
-        for f in dataclasses.fields(cls):
-            default = getattr(cls(), f.name)
-            shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-            lines.append(f"  {group}.{f.name}={shown if shown != '' else chr(39) * 2}  {f.metadata['help']}")
+        lines += _help_lines(cls, group)
     return "\n".join(lines)
+
+
+def _help_lines(cls: type, prefix: str) -> Iterator[str]:
+    for f in dataclasses.fields(cls):
+        default = getattr(cls(), f.name)
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        if dataclasses.is_dataclass(default):
+            shown = "..."
+        yield f"  {prefix}.{f.name}={shown if shown != '' else chr(39) * 2}  {f.metadata['help']}"
+        if isinstance(default, (PoolConfig, AttentionDpConfig)):
+            yield from _help_lines(type(default), f"{prefix}.{f.name}")
 
 
 def explain_override(text: str) -> str | None:

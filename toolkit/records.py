@@ -43,6 +43,8 @@ REPORT = "report.html"
 LOGS = "logs"
 CHARTS = "charts"
 STEPS = "steps"
+WORKERS = "workers"  # a folder for each worker but the main one, with the same files
+TRANSFERS = "transfers"
 NODES = "nodes.parquet"
 NODE_SAMPLES = "nodes"
 ATTEMPTS = "attempts"
@@ -212,6 +214,28 @@ class StepRecord(typing.NamedTuple):
     preemptions: int  # requests pushed out of the running batch since the row before
 
 
+class TransferRecord(typing.NamedTuple):
+    """One request whose prompt another worker computed; a row of ``transfers/<worker>-<R>.arrows``.
+
+    Durations are seconds. TTFT is about prefill_queue + prefill + wait + (transfer - hidden) + join.
+    """
+
+    request_id: str  # as the server calls it (x-request-id)
+    t_join: float  # Unix seconds: it has its KV and runs from now on
+    worker: str  # the decode worker
+    dp_rank: int  # of that worker
+    tokens: int  # of the prompt
+    bytes: int  # read by the leader of the DP rank: one rank's share
+    prefill_queue_s: float  # before its first step on the prefill rank
+    prefill_s: float  # from its first step to its first token
+    place_s: float  # before it had a place and blocks on the decode rank; beside prefill, under bootstrap
+    wait_s: float  # from the last ticket to the begin of the read
+    transfer_s: float  # in which reads went on
+    hidden_s: float  # of that, before the last ticket: beside the prompt's computation
+    join_s: float  # from the end of the last read to its place in the batch: the rest of a step
+    first_decode_s: float  # from there to the first token decoded here; NaN: there was none
+
+
 @dataclass
 class MetricSample:
     """One sample of a server's ``/metrics``; a row of ``server_metrics.parquet``."""
@@ -250,6 +274,10 @@ def steps_path(folder: Path, rank: int) -> Path:
     return folder / STEPS / f"rank-{rank}.arrows"
 
 
+def transfers_path(folder: Path, worker: str, rank: int) -> Path:
+    return folder / TRANSFERS / f"{worker}-{rank}.arrows"
+
+
 def open_steps(path: Path) -> contextlib.AbstractContextManager[Callable[[Sequence[StepRecord]], None]]:
     return open_rows(path, StepRecord)
 
@@ -271,16 +299,26 @@ def open_rows(path: Path, record: type[Row]) -> Iterator[Callable[[Sequence[Row]
 
 
 def read_steps(folder: Path) -> pd.DataFrame:
-    """All ranks' rows, in the order of time. A file that is still written, or cut off, gives its whole batches.
+    """All ranks' ``StepRecord``s in the order of time; see ``read_rows``."""
+    return read_rows(folder / STEPS, StepRecord).sort_values(["t_begin", "dp_rank"], ignore_index=True)
+
+
+def read_transfers(folder: Path) -> pd.DataFrame:
+    """All ranks' ``TransferRecord``s in the order of time; see ``read_rows``."""
+    return read_rows(folder / TRANSFERS, TransferRecord).sort_values(["t_join", "dp_rank"], ignore_index=True)
+
+
+def read_rows(folder: Path, record: type) -> pd.DataFrame:
+    """The rows of every Arrow stream of ``record`` in a folder; see ``read_streams``.
 
     Raises:
         FileNotFoundError: no rank left a file.
-        ValueError: a file is not a stream of ``StepRecord``.
+        ValueError: a file is not a stream of ``record``.
     """
-    table = read_streams(folder / STEPS, StepRecord)
+    table = read_streams(folder, record)
     if table is None:
-        raise FileNotFoundError(f"{folder / STEPS} holds no rank's file")
-    return typing.cast("pd.DataFrame", table.to_pandas().sort_values(["t_begin", "dp_rank"], ignore_index=True))
+        raise FileNotFoundError(f"{folder} holds no rank's file")
+    return typing.cast("pd.DataFrame", table.to_pandas())
 
 
 def read_streams(folder: Path, record: type) -> pa.Table | None:

@@ -145,7 +145,7 @@ def make_run(results: Path, points: tuple[int, ...] = (1, 2, 4, 8), requests_per
     experts = skewed_experts(rng, EPOCH, begin)
     records.write_experts(folder / records.EXPERTS, experts)
     (folder / records.STEPS).mkdir()
-    with records.open_steps(records.steps_path(folder, 0)) as write:
+    with records.open_rows(records.steps_path(folder, 0), records.StepRecord) as write:
         write(skewed_steps(rng, EPOCH, begin, experts))
     records.write_table(folder / records.NODES, records.to_table(NodeSample, node_samples(EPOCH, begin)))
     records.write_status(folder, RunStatus("done", "", [PointStatus(c, "done") for c in points]))

@@ -14,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
-from toolkit.engine.args import FrontendArgs
+from toolkit.engine.args import FrontendArgs, WorkerAddress
 from toolkit.engine.frontend.server import Server
 from toolkit.engine.messages import (
     Abort,
@@ -68,6 +68,11 @@ class Ranks:
         self._out = self._context.socket(zmq.PUSH)
         self._out.connect(f"tcp://127.0.0.1:{self.inbox_port}")
         self._tasks = [asyncio.create_task(self._run(rank)) for rank in range(tp_size)]
+
+    def address(self, tp_size: int, dp_size: int) -> WorkerAddress:
+        parallel = ParallelConfig(tp_size=tp_size, dp_size=dp_size, ep_size=tp_size, enable_dp_attention=dp_size > 1)
+        inboxes = [("127.0.0.1", port) for port in self.ports]
+        return WorkerAddress("rank", "agg", parallel, ("127.0.0.1", self.inbox_port), inboxes)
 
     async def _run(self, rank: int) -> None:
         while True:
@@ -148,11 +153,9 @@ class Bench:
 def args_for(ranks: Ranks, tp_size: int, dp_size: int, model: ModelConfig | None = None, **engine: Any) -> FrontendArgs:
     return FrontendArgs(
         model=model or ModelConfig(name="tiny", hf_config=TINY_MIXTRAL, tokenizer="bytes", load_format="dummy"),
-        parallel=ParallelConfig(tp_size=tp_size, dp_size=dp_size, ep_size=tp_size, enable_dp_attention=dp_size > 1),
         engine=EngineConfig(**engine),
         http=("127.0.0.1", free_port()),
-        inbox=("127.0.0.1", ranks.inbox_port),
-        rank_inboxes=[("127.0.0.1", port) for port in ranks.ports],
+        workers=[ranks.address(tp_size, dp_size)],
     )
 
 

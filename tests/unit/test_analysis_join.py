@@ -21,7 +21,7 @@ HELD_MS = 0.02  # a pass, for each assignment above the mean
 
 
 def write_steps(folder: Path, rows: list[records.StepRecord]) -> None:
-    with records.open_steps(records.steps_path(folder, 0)) as write:
+    with records.open_rows(records.steps_path(folder, 0), records.StepRecord) as write:
         write(rows)
 
 

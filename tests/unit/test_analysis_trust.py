@@ -83,7 +83,7 @@ def test_a_rank_whose_clock_was_set_back(tmp_path: Path) -> None:
     steps = [records.StepRecord(i, EPOCH + i, 0.5, 2, 1, 1, 0, 1, 0, 0, 64, 0) for i in range(6)]
     steps[4] = steps[4]._replace(t_begin=EPOCH + 1)
     (tmp_path / records.STEPS).mkdir()
-    with records.open_steps(records.steps_path(tmp_path, 0)) as write:
+    with records.open_rows(records.steps_path(tmp_path, 0), records.StepRecord) as write:
         write(steps)
     assert "the clock of DP rank 2 was set back 1 times" in found(tmp_path, good_point())
 

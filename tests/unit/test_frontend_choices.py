@@ -105,7 +105,7 @@ def test_all_choices_end_with_their_request(how: str) -> None:
                 status, body, _ = await answer
                 assert status == 500 and body["error"]["message"] == "no blocks"
             await until(lambda: {abort.rid for abort in bench.ranks.of(0, Abort)} == rids)
-            assert bench.server._ranks.num_open == 0
+            assert bench.server._fleet.num_open == 0
 
     asyncio.run(run())
 

@@ -189,10 +189,10 @@ def test_health_follows_the_ranks_from_loading_to_ready_to_failed() -> None:
             assert (status, body["state"]) == (503, "loading")
             assert body["ranks"][1] == {"rank": 1, "stage": "start", "done": 0, "total": 0}
             await bench.ranks.send(Progress(1, "load", 3, 8))
-            await until(lambda: bench.server._ranks.ranks[1].done == 3)
+            await until(lambda: bench.server._fleet.ranks[1].done == 3)
             assert (await bench.get("/health"))[1]["ranks"][1] == {"rank": 1, "stage": "load", "done": 3, "total": 8}
             await bench.ranks.send(Ready(0, {"max_model_len": 128, "max_total_tokens": 1000}))
-            await until(lambda: bench.server._ranks.ranks[0].ready)
+            await until(lambda: bench.server._fleet.ranks[0].ready)
             assert (await bench.get("/health"))[0] == 503  # rank 1 is not ready
             status, body, _ = await bench.post(TEXT, text())
             assert status == 503 and "still loading" in body["error"]["message"]
@@ -332,7 +332,7 @@ def test_metrics_show_the_ranks_and_the_requests() -> None:
                 await bench.ranks.send(
                     Stats(dp_rank, 3 + dp_rank, 2, 250, 1000, 40, 1.5, 90, 30, 70, 1, float("nan") if dp_rank else 0.8)
                 )
-            await until(lambda: len(bench.server._ranks.stats) == 2)
+            await until(lambda: len(bench.server._fleet.stats) == 2)
             async with bench.http.get("/metrics") as response:
                 lines = (await response.text()).splitlines()
             for line in [
@@ -375,7 +375,8 @@ def test_a_port_in_use_is_named() -> None:
                 with pytest.raises(ValueError, match=f"http=127.0.0.1:{port} cannot be bound.*cluster.port"):
                     await Server(msgspec.structs.replace(args, http=("127.0.0.1", port)), TOKEN).start()
                 with pytest.raises(ValueError, match=f"inbox=127.0.0.1:{port} cannot be bound.*cluster.port"):
-                    Server(msgspec.structs.replace(args, inbox=("127.0.0.1", port)), TOKEN)
+                    worker = msgspec.structs.replace(args.workers[0], inbox=("127.0.0.1", port))
+                    Server(msgspec.structs.replace(args, workers=[worker]), TOKEN)
         finally:
             await ranks.close()
 

@@ -184,12 +184,89 @@ def test_native_arguments_on_two_nodes(tmp_path: Path) -> None:
     assert worker.rank_hosts == ["n7", "n7", "n9", "n9"]
     assert worker.local_ranks == [0, 1, 0, 1]
     assert worker.inbox_ports == [25_004, 25_005, 25_006, 25_007]
-    assert (worker.dist_port, worker.frontend) == (25_002, ("n7", 25_001))
+    assert (worker.dist_port, worker.frontend) == (25_003, ("n7", 25_002))
     assert (worker.model, worker.parallel, worker.engine) == (cfg.model, cfg.parallel, cfg.engine)
     assert worker.experts_path == str(tmp_path / "experts.npz")
     frontend = read_frontend_args(tmp_path / "launch/frontend-args.json")
     assert frontend.http == ("127.0.0.1", 25_000)
-    assert frontend.rank_inboxes == list(zip(worker.rank_hosts, worker.inbox_ports, strict=True))
+    (address,) = frontend.workers
+    assert (address.pool, address.inbox) == ("agg", worker.frontend)
+    assert address.rank_inboxes == list(zip(worker.rank_hosts, worker.inbox_ports, strict=True))
     assert [spec.node for spec in processes.specs] == [0, 0, 1, 1, 0]
     assert "GLOO_SOCKET_IFNAME" not in processes.specs[0].env
     assert TOKEN_ENV not in str(processes)
+
+
+# --- disaggregated ----------------------------------------------------------------------------------
+
+TWO = {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True}
+
+
+def disagg(**more: Any) -> dict[str, Any]:
+    return {"mode": "disagg", "prefill": {"parallel": TWO}, "decode": {"parallel": TWO, "workers": 2}} | more
+
+
+def test_pools_have_their_own_workers_ports_and_gpus() -> None:
+    deployment = plan(experiment(deploy=disagg()), 25_000)
+    assert [worker.name for worker in deployment.workers] == ["prefill0", "decode0", "decode1"]
+    assert deployment.mapping == "1 prefill DEP=2 + 2 decode DEP=2"
+    assert [(r.node, r.local_rank) for r in deployment.ranks()] == [(0, i) for i in range(6)]
+    assert len(deployment.ports()) == num_ports(experiment(deploy=disagg())) == 14
+    assert deployment.main_worker.name == "decode0"
+
+
+def test_a_pool_begins_on_its_own_node_and_its_workers_share_nodes() -> None:
+    cluster = {"launcher": "slurm", "device": "cuda", "gpus_per_node": 4}
+    deploy = disagg(decode={"parallel": TWO | {"tp_size": 2}, "workers": 3})
+    deployment = plan(experiment(deploy=deploy, cluster=cluster), 25_000)
+    assert [[(r.node, r.local_rank) for r in worker.ranks] for worker in deployment.workers] == [
+        [(0, 0), (0, 1)], [(1, 0), (1, 1)], [(1, 2), (1, 3)], [(2, 0), (2, 1)],
+    ]  # fmt: skip
+    assert [(pool.name, pool.first_node, pool.num_nodes) for pool in deployment.pools] == [
+        ("prefill", 0, 1), ("decode", 1, 2),
+    ]  # fmt: skip
+
+
+def test_each_rank_is_told_its_part(tmp_path: Path) -> None:
+    cfg = experiment(deploy=disagg(prefill={"parallel": TWO, "engine": {"max_running_requests": 3}}))
+    files = adapters()["native"](plan(cfg, 25_000), cfg, ["127.0.0.1"], tmp_path).files
+    for name, content in files.items():
+        (tmp_path / Path(name).name).write_bytes(content)
+    prefill, decode = (read_worker_args(tmp_path / f"{name}-args.json") for name in ("prefill0", "decode1"))
+    assert (prefill.engine.max_running_requests, decode.engine.max_running_requests) == (3, 64)
+    assert (prefill.engine.disable_radix_cache, decode.engine.disable_radix_cache) == (False, True)
+    assert prefill.disaggregation is not None and prefill.disaggregation.mode == "prefill"
+    assert decode.disaggregation is not None and decode.disaggregation.backend == "local"
+    assert decode.steps_dir == str(tmp_path / "workers" / "decode1")
+    frontend = read_frontend_args(tmp_path / "frontend-args.json")
+    assert [(worker.name, worker.pool) for worker in frontend.workers] == [
+        ("prefill0", "prefill"), ("decode0", "decode"), ("decode1", "decode"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("deploy", "message"),
+    [
+        ({"decode": {"engine": {"page_size": 32}}}, r"prefill\.engine\.page_size=16 and .*page_size=32 differ"),
+        ({"prefill": {"workers": 0}}, r"deploy\.prefill\.workers=0 must be at least 1"),
+        ({"transfer_timeout_s": 0}, r"deploy\.transfer_timeout_s=0.* must be positive"),
+        ({"disaggregation_transfer_backend": "rdma"}, r"disaggregation_transfer_backend=rdma is not known"),
+        ({"decode": {"parallel": TWO | {"ep_size": 3}}}, r"deploy\.decode\.parallel\.ep_size=3 does not divide"),
+        ({"prefill": {"engine": {"chunked_prefill_size": 0}}}, r"deploy\.prefill\.engine\.chunked_prefill_size=0"),
+    ],
+)
+def test_a_mistake_in_a_pool_is_told(deploy: dict[str, Any], message: str) -> None:
+    errors = check.check(experiment(deploy=disagg(**deploy)))
+    assert any(re.search(message, error) for error in errors), errors
+
+
+def test_an_unknown_key_of_a_pool_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"deploy\.decode\.engine\.page_sise.*did you mean page_size"):
+        experiment(deploy=disagg(decode={"engine": {"page_sise": 8}}))
+
+
+def test_transfers_that_are_checked_are_those_the_engine_offers() -> None:
+    from toolkit.engine.kv.transfer import TRANSFERS
+    from toolkit.launch.check_disagg import TRANSFERS as CHECKED
+
+    assert set(CHECKED) == set(TRANSFERS)

@@ -15,7 +15,7 @@ from toolkit import config
 from toolkit.config import ClusterConfig, ExpConfig
 from toolkit.launch import check_slurm, estimate, node, ports, queue, sbatch, srun
 from toolkit.launch.launcher import Node, ProcessSpec, with_environment
-from toolkit.launch.plan import AGG, FIXED_PORTS, FRONTEND, plan, pools
+from toolkit.launch.plan import AGG, FRONTEND, plan, pools
 from toolkit.launch.slurm import Allocation
 from toolkit.launch.submit import Experiment, groups
 from toolkit.launch.watch import RunFailed
@@ -179,9 +179,9 @@ def test_pools_lie_one_after_the_other() -> None:
     assert [(p.name, p.first_node, p.num_nodes) for p in pools(cfg)] == [(FRONTEND, 0, 1), (AGG, 1, 4)]
     deployment = plan(cfg, [20_000, 21_000, 22_000, 23_000, 24_000])
     worker = deployment.workers[0]
-    assert (worker.pool, worker.dist_port, deployment.frontend.node) == (AGG, 21_002, 0)
+    assert (worker.pool, worker.dist_port, deployment.frontend.node) == (AGG, 21_003, 0)
     assert [r.node for r in worker.ranks] == [1 + i // 8 for i in range(32)]
-    assert worker.ranks[8].inbox_port == 22_000 + FIXED_PORTS + 8
+    assert worker.ranks[8].inbox_port == 22_000 + 4 + 8
 
 
 def test_an_allocation_of_several_components_gives_each_pool_its_own() -> None:

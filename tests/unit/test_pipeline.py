@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.unit.frontend_peer import TINY_MIXTRAL
 from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine.arch import read_arch
-from toolkit.engine.core import UNKNOWN, SamplingParams, StepContext
-from toolkit.engine.inputs import LastTokens
+from toolkit.engine.core import UNKNOWN, Batch, Request, SamplingParams, ScheduledRequest, StepContext
+from toolkit.engine.graphs import bucket_sizes
+from toolkit.engine.inputs import LastTokens, resolve_tokens, token_arrays
 from toolkit.engine.parallel import Groups
 from toolkit.engine.pipeline import Pipeline, Step
 from toolkit.engine.runner import ModelRunner
+from toolkit.engine.staging import StaticInts, ints, to_device
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +81,38 @@ def test_last_tokens_forget_requests_that_a_step_did_not_sample(runner: ModelRun
     last.sampled([])
     with pytest.raises(KeyError):
         last.row(request)
+
+
+def test_batch_buckets_end_with_the_largest_batch_and_waste_little() -> None:
+    for most in (1, 3, 8, 100, 256, 700):
+        sizes = bucket_sizes(most)
+        assert sizes[-1] == most and list(sizes) == sorted(set(sizes))
+        for batch in range(16, most + 1):
+            bucket = next(size for size in sizes if size >= batch)
+            assert bucket <= 1.5 * batch
+
+
+def test_token_arrays_name_the_rows_of_unknown_tokens_and_pad() -> None:
+    last = LastTokens(8, "cpu")
+    last.values[:2] = torch.tensor([11, 12], dtype=torch.int32)
+    requests = [Request(str(i), [1, 2, 3], 2, SamplingParams(), i, num_computed=2) for i in range(2)]
+    requests[1].tokens[2] = UNKNOWN
+    chunk = Request("p", [5, 6, 7, 8], 4, SamplingParams(), 2, num_computed=1)
+    last.sampled([requests[0], requests[1]])
+    batch = Batch(tuple(ScheduledRequest(r, 1) for r in requests), (ScheduledRequest(chunk, 2),))
+    ids, positions, rows = token_arrays(batch, last, size=6)
+    assert ids.tolist() == [3, 0, 6, 7, 0, 0]
+    assert positions.tolist() == [2, 2, 1, 2, 0, 0]
+    assert rows.tolist() == [-1, 1, -1, -1, -1, -1]
+    ids_T, rows_T = to_device([ids, rows], "cpu")
+    assert resolve_tokens(ids_T, rows_T, last).tolist() == [3, 12, 6, 7, 0, 0]
+
+
+def test_static_ints_keep_their_place_and_their_shapes() -> None:
+    static = StaticInts([(2,), (2, 3), (0,)], "cpu")
+    before = [view.data_ptr() for view in static.views]
+    static.fill([ints([4, 5]), ints([[1, 2, 3], [6, 7, 8]]), ints([])])
+    assert [v.tolist() for v in static.views] == [[4, 5], [[1, 2, 3], [6, 7, 8]], []]
+    assert [view.data_ptr() for view in static.views] == before
+    with pytest.raises(AssertionError, match="given for"):
+        static.fill([ints([4]), ints([[1, 2, 3], [6, 7, 8]]), ints([])])

@@ -54,13 +54,14 @@ def test_fp8_halves_what_is_kept_in_it() -> None:
     """DeepSeek's release: matrices in FP8; embedding, head, norms, gates and the latent's expansion are not."""
     arch, engine = arch_of("deepseek_v3_fp8"), EngineConfig(page_size=16, max_total_tokens=16)
     one = ParallelDims(1, 1, 1, 1, None)
-    cpu, gpu = (memory_by_kind(arch, one, engine, "bfloat16", device) for device in ("cpu", "cuda"))
-    unquantised = memory_by_kind(arch_of("deepseek_v3"), one, engine, "bfloat16", "cuda")
-    assert cpu | {"kv_cache": 2 * cpu["kv_cache"]} == unquantised, "on a GPU there is a block more, here one of two"
+    kept = memory_by_kind(arch, one, engine, "bfloat16", "cuda")
+    plain = memory_by_kind(arch_of("deepseek_v3"), one, engine, "bfloat16", "cuda")
     for kind in ("experts", "shared_experts", "dense_ffn"):
-        assert gpu[kind] == pytest.approx(cpu[kind] / 2, rel=3e-4)
-    assert gpu["embedding"] == cpu["embedding"] and gpu["kv_cache"] == unquantised["kv_cache"]
-    assert cpu["attention"] / 2 < gpu["attention"] < 0.6 * cpu["attention"]
+        assert kept[kind] == pytest.approx(plain[kind] / 2, rel=3e-4)
+    assert kept["embedding"] == plain["embedding"] and kept["kv_cache"] == plain["kv_cache"]
+    assert plain["attention"] / 2 < kept["attention"] < 0.6 * plain["attention"]
+    cpu = memory_by_kind(arch, one, engine, "bfloat16", "cpu")
+    assert {kind: cpu[kind] for kind in cpu if kind != "kv_cache"} == {k: plain[k] for k in plain if k != "kv_cache"}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -128,7 +129,7 @@ def test_a_multimodal_gemma_config_is_read_for_its_text() -> None:
         (
             "gemma3_27b",
             0.001,
-            r"swa_full_tokens_ratio=0\.001 leaves sliding layers 8 .* needs 65: use at least 0\.0079",
+            r"swa_full_tokens_ratio=0\.001 leaves sliding layers 2 .* needs 17: use at least 0\.0083",
         ),
         ("qwen3_30b_a3b", 0.5, r"swa_full_tokens_ratio=0\.5 needs sliding layers, but qwen3_moe has none: use 0"),
     ],

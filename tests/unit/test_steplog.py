@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from toolkit import records
-from toolkit.engine import steplog
+from toolkit.engine import rowlog
 from toolkit.engine.core import Batch, SamplingParams
 from toolkit.engine.kv.kinds import LayerKind
 from toolkit.engine.kv.tables import BlockTables
@@ -65,13 +65,13 @@ def test_a_hanging_disk_costs_the_oldest_rows_not_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate, work = threading.Event(), scheduler()
-    real = records.open_steps
+    real = records.open_rows
 
-    def slow(path: Path):
+    def slow(path: Path, record: type):
         gate.wait()
-        return real(path)
+        return real(path, record)
 
-    monkeypatch.setattr(steplog, "open_steps", slow)
+    monkeypatch.setattr(rowlog, "open_rows", slow)
     log = StepLog(records.steps_path(tmp_path, 0), 0, page_size=4, max_queued=10)
     for step in range(100):
         log.add(step, float(step), 0.1, Batch(), work)

@@ -151,11 +151,19 @@ class Run:
     @cached_property
     def nodes(self) -> pd.DataFrame:
         """Samples of nodes and GPUs (``records.NodeSample``); no rows when none were taken."""
-        parts = (records.NODES, records.NODE_SAMPLES)
-        if not any(attempts.present(self.path, part) for part in parts):
-            return _no_rows(list(records.NodeSample._fields))
         none = _no_rows(list(records.NodeSample._fields))
-        return self._read(parts[not attempts.present(self.path, parts[0])], lambda: attempts.nodes(self.path), none)
+        name = records.NODES if attempts.present(self.path, records.NODES) else records.NODE_SAMPLES
+        if not attempts.present(self.path, name):
+            return none  # as for most runs of other tools: no warning
+        return self._read(name, lambda: attempts.nodes(self.path), none)
+
+    @cached_property
+    def transfers(self) -> pd.DataFrame:
+        """Requests handed from prefill to decode (``records.TransferRecord``); no rows where serving is aggregated."""
+        columns = list(records.TransferRecord._fields)
+        if not (self.path / records.TRANSFERS).exists():
+            return _no_rows(columns)
+        return self._read(records.TRANSFERS, lambda: records.read_transfers(self.path), _no_rows(columns))
 
     @cached_property
     def slo(self) -> Slo:

@@ -20,8 +20,8 @@ from toolkit.analysis.levels import combine
 from toolkit.analysis.load import Run
 
 # What differs between any two runs and says nothing of what was measured.
-INCIDENTAL = ("run", "exp", "dry_run", "cluster.port", "cluster.results_dir")
-INCIDENTAL_GROUPS = ("rehearsal.", "model.")  # ``model`` itself says which model
+INCIDENTAL = ("run", "exp", "dry_run", "resume", "run_dir", "emit", "cluster.port", "cluster.results_dir")
+INCIDENTAL_GROUPS = ("rehearsal.", "model.", "health.")  # ``model`` itself says which model
 
 
 class Runs:

@@ -8,6 +8,8 @@ alike on every rank, when new prompts are held back.
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from functools import reduce
+from operator import and_, or_
 
 import torch
 
@@ -30,6 +32,7 @@ class Proposal:
         shutdown: 1 when it was asked to.
         experts: what its EPLB manager says (``eplb/manager.py``); 0: nothing.
         prompts: waiting requests. generating: requests that decode. slots: requests it could still admit.
+        arrived, lost: bits of the transfers that its DP group has open, in order (``disagg/``).
     """
 
     tokens: int
@@ -44,6 +47,8 @@ class Proposal:
     prompts: int = 0
     generating: int = 0
     slots: int = 0
+    arrived: int = 0
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Agreement:
         controls: so many control operations have reached all; all carry them out now. shutdown: all end now.
         experts: what every rank's EPLB manager says, by rank.
         by_dp: the proposals of the DP ranks' leaders.
+        arrived, lost: transfers that have ended on all ranks of this DP group, and those that failed on one.
     """
 
     ctx: StepContext
@@ -63,6 +69,8 @@ class Agreement:
     shutdown: bool
     experts: tuple[int, ...]
     by_dp: tuple[Proposal, ...]
+    arrived: int = 0
+    lost: int = 0
 
 
 def agree(comm: Comm, dims: ParallelDims, step: int, mine: Proposal) -> Agreement:
@@ -82,7 +90,11 @@ def agree(comm: Comm, dims: ParallelDims, step: int, mine: Proposal) -> Agreemen
     quiet = not busy and not any(p.controls or p.shutdown or p.experts for p in everyone) and len(seen) == 1
     controls = min(p.controls for p in everyone)
     experts = tuple(p.experts for p in everyone)
-    return Agreement(ctx, quiet, controls, all(p.shutdown for p in everyone) and not busy, experts, by_dp)
+    group = everyone if comm.size == 1 else [everyone[rank] for rank in dims.dp_group(dims.dp_rank(comm.rank))]
+    arrived = reduce(and_, (p.arrived | p.lost for p in group))
+    lost = arrived & reduce(or_, (p.lost for p in group))
+    shutdown = all(p.shutdown for p in everyone) and not busy
+    return Agreement(ctx, quiet, controls, shutdown, experts, by_dp, arrived, lost)
 
 
 def _first_halves(by_dp: tuple[Proposal, ...]) -> tuple[int, ...] | None:

@@ -7,12 +7,29 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
 
 TOKEN_ENV = "TOOLKIT_RUN_TOKEN"  # the secret of the run; in the environment, never in a file or on a command line
+
+
+class Disaggregation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A worker's part in disaggregated serving.
+
+    Attributes:
+        mode: prefill: computes prompts and keeps their KV until it was read; decode: reads it and goes on.
+        backend: how it is read, ``local`` or ``nixl``.
+        timeout_s: a transfer without an end for so long has failed.
+        transfers_dir: run folder in which the leaders of a decode worker keep a row a transfer; empty: not written.
+    """
+
+    mode: Literal["prefill", "decode"]
+    backend: str
+    timeout_s: float
+    transfers_dir: str = ""
 
 
 class WorkerArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -28,6 +45,8 @@ class WorkerArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         steps_dir: run folder in which the leader of each DP rank keeps a row a forward pass; empty: not written.
         profile_dir: where profiles go, a folder each; empty: there are none.
         pulse_dir: where each rank says every second where it is; empty: it does not.
+        name: of the worker, in its files and figures.
+        disaggregation: None: it prefills and decodes.
     """
 
     model: ModelConfig
@@ -44,26 +63,47 @@ class WorkerArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps_dir: str = ""
     profile_dir: str = ""
     pulse_dir: str = ""
+    name: str = "rank"
+    disaggregation: Disaggregation | None = None
+
+
+class WorkerAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One worker as the frontend reaches it.
+
+    Attributes:
+        pool: agg: prefills and decodes.
+        inbox: (host, port) of the frontend's ZeroMQ inbox for this worker, which each of its ranks connects to.
+        rank_inboxes: (host, port) of each rank's inbox, by rank.
+    """
+
+    name: str
+    pool: Literal["agg", "prefill", "decode"]
+    parallel: ParallelConfig
+    inbox: tuple[str, int]
+    rank_inboxes: list[tuple[str, int]]
 
 
 class FrontendArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The OpenAI server in front of one worker's ranks.
+    """The OpenAI server in front of all workers.
 
     Attributes:
+        engine: options that all workers share.
         http: (host, port) it serves on.
-        inbox: (host, port) of its ZeroMQ inbox, which every rank connects to.
-        rank_inboxes: (host, port) of each rank's inbox, by rank.
         api_key_env: environment variable with the API key; empty: none is asked for.
+        handoff, enforce_disagg, migration_limit: ``deploy.*`` of the same names.
+        worker_timeout_s: a worker that says nothing for so long is given up until it speaks; 0: never.
     """
 
     model: ModelConfig
-    parallel: ParallelConfig
     engine: EngineConfig
     http: tuple[str, int]
-    inbox: tuple[str, int]
-    rank_inboxes: list[tuple[str, int]]
+    workers: list[WorkerAddress]
     router: str = "round_robin"
     api_key_env: str = ""
+    handoff: Literal["bootstrap", "synchronous"] = "bootstrap"
+    enforce_disagg: bool = False
+    migration_limit: int = 0
+    worker_timeout_s: float = 0.0
 
 
 def read_worker_args(path: str | Path) -> WorkerArgs:

@@ -66,6 +66,7 @@ class Request:
     prompt_len: int
     sampling: SamplingParams
     arrival: int  # order of arrival at this rank; preemption takes the latest first
+    handoff: bool = False  # ends here with its first token; its blocks stay until another rank has read them
 
     num_computed: int = 0  # tokens whose KV is in the cache
     num_cached: int = 0  # prompt tokens that came from the prefix cache, at first admission

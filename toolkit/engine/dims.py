@@ -70,6 +70,10 @@ class ParallelDims:
         """The rank of a DP group that talks to the frontend."""
         return dp_rank * self.attn_tp
 
+    def dp_group(self, dp_rank: int) -> range:
+        """The ranks of a DP group, its leader first."""
+        return range(self.leader(dp_rank), self.leader(dp_rank) + self.attn_tp)
+
     def moe_dp_rank(self, rank: int) -> int:
         return rank // self.moe_group
 

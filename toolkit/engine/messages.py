@@ -21,12 +21,66 @@ from toolkit.engine.core import FinishReason, SamplingParams, TokenLogprobs
 # --- frontend -> rank -------------------------------------------------------------------------------
 
 
-class Generate(msgspec.Struct, tag=True, frozen=True):
-    """Start a request; answered by ``Outputs`` until one carries a finish reason."""
+class Ticket(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a prefill rank says of KV blocks that can be read from it.
+
+    Attributes:
+        num_tokens: leading tokens of the prompt whose KV is there.
+        blocks: of each kind of layer, the block of each ``page_size`` of them; -1 where a window has moved on.
+        epoch: another one than before: what was read by earlier tickets of the request holds no longer.
+        first_token: sampled after the whole prompt; None: more tickets follow.
+        queue_s, prefill_s: how long the request waited there, and was computed.
+    """
+
+    room: int
+    num_tokens: int
+    blocks: list[list[int]]
+    epoch: int = 0
+    first_token: int | None = None
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Of a request to a prefill worker: it ends with its first token and a ticket, and keeps its blocks.
+
+    ``early``: also a ticket after each chunk of the prompt. ``room`` names the pair of requests, here and there.
+    """
+
+    room: int
+    early: bool
+
+
+class Receive(msgspec.Struct, frozen=True):
+    """Of a request to a decode worker: its prompt's KV is read from the DP group whose ranks gave ``peers`` (Ready.kv).
+
+    ``ticket``: None: tickets come as ``Handover``.
+    """
+
+    room: int
+    peers: list[bytes]
+    ticket: Ticket | None = None
+
+
+class Generate(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """Start a request; answered by ``Outputs`` until one carries a finish reason.
+
+    ``generated``: so many tokens at the end of ``prompt`` are output that another worker has given.
+    """
 
     rid: str
     prompt: list[int]
     sampling: SamplingParams
+    generated: int = 0
+    send: Send | None = None
+    receive: Receive | None = None
+
+
+class Handover(msgspec.Struct, tag=True, frozen=True):
+    """A ticket for a request that came without a final one."""
+
+    rid: str
+    ticket: Ticket
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -63,7 +117,7 @@ class Wake(msgspec.Struct, tag=True, frozen=True):
     """Another rank of this worker has something to do."""
 
 
-ToRank = Generate | Abort | Control | Wake
+ToRank = Generate | Abort | Handover | Control | Wake
 
 # --- rank -> frontend -------------------------------------------------------------------------------
 
@@ -77,11 +131,15 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
     total: int
 
 
-class Ready(msgspec.Struct, tag=True, frozen=True):
-    """A rank can take requests. ``info``: max_model_len, max_total_tokens, memory by kind in bytes, ..."""
+class Ready(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """A rank can take requests. ``info``: max_model_len, max_total_tokens, memory by kind in bytes, ...
+
+    ``kv``: of a prefill rank, what a peer needs to read its KV cache.
+    """
 
     rank: int
     info: dict[str, Any]
+    kv: bytes = b""
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -89,6 +147,9 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Where the request asked for them: ``logprobs``, one a token, and with the first token ``prompt_logprobs``, of all
     prompt tokens but the first, which follows nothing.
+
+    In disaggregated serving: ``ticket`` of a prefill rank; ``joined``: the decode rank has the prompt's KV, and
+    generates; ``retry`` of an error: it came from the way, another try may do better.
     """
 
     rid: str
@@ -98,6 +159,9 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str = ""
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
+    ticket: Ticket | None = None
+    joined: bool = False
+    retry: bool = False
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):

@@ -25,6 +25,7 @@ class Step:
     Attributes:
         began: Unix seconds: of its launch, or of the end of the step before, whichever came later.
         duration_s: from then until its tokens were there, so that durations add up.
+        begin: of its launch, on the monotonic clock.
     """
 
     number: int
@@ -32,6 +33,7 @@ class Step:
     began: float
     duration_s: float
     outputs: list[Output]
+    begin: float
 
 
 @dataclass(frozen=True)
@@ -80,4 +82,5 @@ class Pipeline:
         now = time.perf_counter()
         duration = now - max(pending.begin, self._ended)
         self._ended = now
-        self._over(Step(pending.ctx.step, pending.in_flight.batch, time.time() - duration, duration, outputs))
+        began = time.time() - duration
+        self._over(Step(pending.ctx.step, pending.in_flight.batch, began, duration, outputs, pending.begin))

@@ -9,8 +9,10 @@ Read next: ``pipeline.py``, ``worker.py``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from toolkit.engine.inputs import LastTokens, resolve_tokens, token_arrays
 from toolkit.engine.kv.kinds import layer_kinds
 from toolkit.engine.kv.pool import KVCache
 from toolkit.engine.kv.tables import BlockTables
+from toolkit.engine.kv.transfer import KVTransfer
 from toolkit.engine.models.base import Forward, make_model
 from toolkit.engine.moe.dispatch import StepRows
 from toolkit.engine.moe.layer import MoEContext, keeps_fp8
@@ -33,6 +36,8 @@ from toolkit.engine.sampler import Chosen, Sampled, Sampler, token_logprobs
 from toolkit.engine.scheduler import Scheduler
 from toolkit.engine.staging import ints, to_device
 from toolkit.engine.weights import DTYPES, open_weights
+
+log = logging.getLogger(__name__)
 
 LOGIT_ROWS = 256  # rows of the vocabulary's size that are held at a time; only logprobs of prompts need more
 
@@ -60,6 +65,7 @@ class ModelRunner:
     Args:
         progress: called with the bytes of weights loaded so far.
         nodes: that the ranks of one set of experts are on.
+        transfer: gives the KV cache its memory, so that peers can read it; None: nobody does.
 
     Raises:
         ValueError: the checkpoint is incomplete or does not match its config.
@@ -74,7 +80,9 @@ class ModelRunner:
         device: str,
         progress: Callable[[int], None] = lambda done: None,
         nodes: int = 1,
+        transfer: KVTransfer | None = None,
     ) -> None:
+        self.transfer = transfer
         self.arch, self.groups, self.device = arch, groups, device
         self.padding = engine.dp_padding_mode
         self._dtype = DTYPES[model.dtype]
@@ -93,7 +101,8 @@ class ModelRunner:
         self.__dict__.pop("attention", None)
         self.engine = engine
         kinds = layer_kinds(self.arch.windows, engine)
-        self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, self._dtype, self.device)
+        memory = None if self.transfer is None else partial(self.transfer.allocate, device=self.device)
+        self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, self._dtype, self.device, memory)
         self.attention = make_attention(engine.attention_backend, self.cache, self.device)
 
     def new_scheduler(self) -> Scheduler:
@@ -104,18 +113,25 @@ class ModelRunner:
         return Scheduler(tables, engine.chunked_prefill_size, engine.max_running_requests, max_len)
 
     def graphs_needed(self) -> tuple[int, ...]:
-        """Batch sizes whose decode steps are to be captured; none where it is off or a backend cannot."""
-        if self.device == "cpu" or self.engine.disable_cuda_graph or not self.attention.capturable:
+        """Batch sizes whose decode steps are to be captured; none where it is off or something cannot be."""
+        if self.device == "cpu" or self.engine.disable_cuda_graph:
             return ()
         sizes = bucket_sizes(self.engine.cuda_graph_max_bs or self.engine.max_running_requests)
-        if not self.arch.moe_layers:
-            return sizes
         ranks, tp = self.groups.moe.size, self.groups.dims.attn_tp
-        return tuple(
-            size
-            for size in sizes
-            if self.moe.dispatcher.capturable(StepRows((-(-size // tp),) * ranks, is_extend=False))
-        )
+        moe, fitting = self.moe, sizes
+        if self.arch.moe_layers:
+            rows = {size: StepRows((-(-size // tp),) * ranks, is_extend=False) for size in sizes}
+            fitting = tuple(size for size in sizes if moe.dispatcher.capturable(rows[size]))
+        obstacles = {
+            "the attention backend loops on the host": not self.attention.capturable,
+            "the dispatcher waits on the host": not fitting,
+            "ep_dispatch_algorithm looks at ids on the host": not moe.placement.capturable,
+            "the recorder looks at each pass": moe.recorder is not None and moe.recorder.passes is not None,
+        }
+        found = [what for what, is_so in obstacles.items() if is_so]
+        if found:
+            log.info("decode steps are not captured: %s", "; ".join(found))
+        return () if found else fitting
 
     @torch.inference_mode()
     def capture(self, sizes: tuple[int, ...], done: Callable[[int], None] = lambda count: None) -> None:
@@ -140,6 +156,11 @@ class ModelRunner:
             self.last.values[: len(requests)] = chosen.tokens_N.int()
         self.last.sampled(requests)
         return Launched(chosen)
+
+    def settle(self) -> None:
+        """Waits until the device has done all that was launched."""
+        if self.device != "cpu":
+            torch.cuda.current_stream().synchronize()
 
     def step(self, batch: Batch, ctx: StepContext) -> Sampled:
         """``launch`` and wait."""

@@ -58,6 +58,7 @@ class Scheduler:
         assert self.tables.can_hold(self.max_len), "the KV cache cannot hold one longest request"
         self._waiting: OrderedDict[str, Request] = OrderedDict()
         self._running: dict[str, Request] = {}  # in order of admission
+        self._kept: dict[str, Request] = {}  # have blocks and do not run: their KV goes to, or comes from, another rank
         self._arrivals = 0
 
     @property
@@ -69,25 +70,78 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_kept(self) -> int:
+        return len(self._kept)
+
+    @property
     def idle(self) -> bool:
+        """Nothing to compute; requests whose KV travels need no steps."""
         return not self._waiting and not self._running
 
-    def add(self, rid: str, prompt: Sequence[int], sampling: SamplingParams) -> Output | None:
-        """Queues a request. Returns its final output when it cannot be served."""
+    def add(
+        self, rid: str, prompt: Sequence[int], sampling: SamplingParams, generated: int = 0, handoff: bool = False
+    ) -> Output | None:
+        """Queues a request. Returns its final output when it cannot be served.
+
+        Args:
+            generated: so many tokens at the end of ``prompt`` are output.
+            handoff: with its first token it ends as ``kept``, with its blocks.
+        """
+        refused = self.refuse(rid, prompt)
+        if refused is None:
+            self._waiting[rid] = self._request(rid, prompt, sampling, generated, handoff)
+        return refused
+
+    def refuse(self, rid: str, prompt: Sequence[int]) -> Output | None:
+        """The final output of a request that cannot be served; None when it can."""
         if not prompt or len(prompt) >= self.max_len:
             error = f"prompt has {len(prompt)} tokens, which must be between 1 and {self.max_len - 1}"
             return Output(rid, [], "error", error=error)
-        if rid in self._waiting or rid in self._running:
+        if any(rid in known for known in (self._waiting, self._running, self._kept)):
             return Output(rid, [], "error", error=f"request id {rid} is in use")
-        self._waiting[rid] = Request(rid, list(prompt), len(prompt), sampling, self._arrivals)
-        self._arrivals += 1
         return None
 
     def abort(self, rid: str) -> None:
         """Drops a request wherever it is; an unknown id is ignored. Not to be called between schedule and advance."""
-        if rid in self._running:
-            self.tables.release(self._running.pop(rid))
+        for held in (self._running, self._kept):
+            if rid in held:
+                self.tables.release(held.pop(rid))
         self._waiting.pop(rid, None)
+
+    # --- requests whose KV travels (disagg/) --------------------------------------------------------
+
+    def find(self, rid: str) -> Request | None:
+        """A request that has blocks."""
+        return self._running.get(rid) or self._kept.get(rid)
+
+    def place(self, request: Request) -> bool:
+        """Gives a request of another rank a place in the batch to be, and blocks for its KV; False: none is free."""
+        beside = len(self._running) + len(self._kept)
+        if beside >= self.max_running or not self.tables.place(request, reserve=beside):
+            return False
+        self._kept[request.rid] = request
+        return True
+
+    def join(self, rid: str, token: int) -> FinishReason | None:
+        """The KV of a placed request is there: it runs from the next step on, with ``token`` as its next."""
+        request = self._kept.pop(rid)
+        request.tokens.append(token)
+        reason = self._finish_reason(request, len(request.tokens) - 1)
+        if reason is None:
+            self._running[rid] = request
+        else:
+            self.tables.release(request)
+        return reason
+
+    def incoming(self, rid: str, prompt: Sequence[int], sampling: SamplingParams, generated: int) -> Request:
+        """A request to ``place``."""
+        return self._request(rid, prompt, sampling, generated, handoff=False)
+
+    def _request(
+        self, rid: str, prompt: Sequence[int], sampling: SamplingParams, generated: int, handoff: bool
+    ) -> Request:
+        self._arrivals += 1
+        return Request(rid, list(prompt), len(prompt) - generated, sampling, self._arrivals, handoff)
 
     def flush_cache(self) -> None:
         """Forgets all cached prefixes."""
@@ -157,6 +211,9 @@ class Scheduler:
                 del request.tokens[index + 1 :]
                 self.tables.computed(request, known=index)
                 self.tables.release(self._running.pop(request.rid))
+            elif request.handoff:
+                self.tables.computed(request, known=index)
+                self._kept[request.rid] = self._running.pop(request.rid)
             entry = logprobs.get(request.rid) if logprobs else None
             of_prompt = request.prompt_logprobs if index == request.prompt_len else []
             outputs.append(
@@ -234,11 +291,14 @@ class Scheduler:
     def _decodes(self, request: Request) -> bool:
         """Whether the request's next token is to be sampled; not when the one under way will be its last."""
         last = len(request.tokens) - 1
-        return not _is_prefilling(request) and not (request.tokens[last] == UNKNOWN and self._is_long(request, last))
+        ends = request.handoff or self._is_long(request, last)
+        return not _is_prefilling(request) and not (request.tokens[last] == UNKNOWN and ends)
 
     def _is_long(self, request: Request, index: int) -> bool:
         """True when the token at ``index`` is the last one for its length."""
-        return index + 1 - request.prompt_len >= request.sampling.max_tokens or index + 1 >= self.max_len
+        if index + 1 - request.prompt_len >= request.sampling.max_tokens:
+            return True
+        return index + 1 >= self.max_len and not request.handoff  # of one handed on, the next rank's limit counts
 
     def _finish_reason(self, request: Request, index: int) -> FinishReason | None:
         """Why the request ends with its token at ``index``, if it does."""
@@ -248,7 +308,7 @@ class Scheduler:
 
     def audit(self) -> None:
         """Asserts that no block is leaked or shared wrongly. For tests."""
-        self.tables.audit(list(self._running.values()))
+        self.tables.audit([*self._running.values(), *self._kept.values()])
         assert not any(r.blocks for r in self._waiting.values()), "a waiting request holds blocks"
 
 

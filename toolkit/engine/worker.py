@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -32,6 +33,7 @@ from toolkit.engine.args import WorkerArgs, read_worker_args, run_token
 from toolkit.engine.control import Controller, process_bytes
 from toolkit.engine.core import Batch, StepContext
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.disagg.part import make_part, make_transfer
 from toolkit.engine.eplb.setup import make_manager, make_recorder, num_nodes
 from toolkit.engine.messages import (
     Abort,
@@ -39,6 +41,8 @@ from toolkit.engine.messages import (
     ControlReply,
     Failed,
     Generate,
+    Handover,
+    Output,
     Outputs,
     Progress,
     Ready,
@@ -61,6 +65,8 @@ log = logging.getLogger("toolkit.engine.worker")
 
 STATS_S = 0.25
 PROGRESS_S = 0.2
+BEAT_MS = 1000  # a sleeping leader says that it lives
+PAUSE_MS = 1
 
 
 class Link:
@@ -78,14 +84,19 @@ class Link:
         self._early: list[ToRank] = []  # read and not yet received
         self.messages_seen = 0
 
-    def receive(self, wait: bool) -> list[ToRank]:
-        """All messages that have arrived; with ``wait``, sleeps until there is one."""
+    def receive(self, wait: bool, beat: Callable[[], None]) -> list[ToRank]:
+        """All messages that have arrived; with ``wait``, sleeps until there is one and calls ``beat`` now and then."""
         if wait and not self._early:
-            self._inbox.poll()
+            while not self._inbox.poll(BEAT_MS):
+                beat()
         self._read()
         messages, self._early = self._early, []
         self.messages_seen += len(messages)
         return messages
+
+    def pause(self) -> None:
+        """Sleeps a moment: there is nothing to compute, but a transfer to look after."""
+        self._inbox.poll(PAUSE_MS)
 
     def nap(self, seconds: float) -> None:
         """Sleeps; a ``Control`` that has come or comes ends it early, since it may say to sleep no longer."""
@@ -133,6 +144,8 @@ class Worker:
         if errors:
             raise ValueError("; ".join(errors))
         self.device = device.use(args.device, args.local_ranks[self.rank])
+        if self.rank == 0 and args.experts_path:
+            Path(args.experts_path).parent.mkdir(parents=True, exist_ok=True)
         self._progress("connect", 0, self.dims.tp_size)
         self.groups = Groups.connect(self.dims, self.rank, args.rank_hosts[0], args.dist_port, self.device)
         self.pulse = Pulse(Path(args.pulse_dir), self.rank, self.groups.collectives) if args.pulse_dir else None
@@ -140,19 +153,20 @@ class Worker:
         total = sum(memory.values()) - memory["kv_cache"] - memory["eplb_spare"]
         self.runner = ModelRunner(
             args.model, arch, engine, self.groups, self.device, lambda done: self._progress("load", done, total),
-            num_nodes(args.rank_hosts, self.dims),
+            num_nodes(args.rank_hosts, self.dims), make_transfer(args, self.rank),
         )  # fmt: skip
         self.recorder = make_recorder(arch, self.runner.moe, args.experts_path, self.device)
         self.runner.moe.recorder = self.recorder  # before graphs are captured, which then count as well
         if self.recorder is not None:
             self.recorder.recording = False
+        folder = Path(args.experts_path).parent if args.experts_path else None
+        self.eplb = make_manager(arch, self.runner.moe, self.recorder, folder)  # its buffers come before the KV cache
         used = prepare(self.runner, self._progress)
         if self.recorder is not None:
             self.recorder.start()
         self.max_len = context_length(arch, self.runner.engine)
         self.scheduler = self.runner.new_scheduler()
-        folder = Path(args.experts_path).parent if args.experts_path else None
-        self.eplb = make_manager(arch, self.runner.moe, self.recorder, folder)
+        self.part = make_part(args, self.rank, self.groups, self.runner, self.scheduler)
         self.step_log: StepLog | None = None
         if self.leads and args.steps_dir:
             self.step_log = StepLog(steps_path(Path(args.steps_dir), self.rank), self.dp_rank, engine.page_size)
@@ -165,7 +179,7 @@ class Worker:
             "mapping": self.dims.mapping,
             "memory_bytes": memory | used | {"process": process_bytes(self.device)},
         }
-        self.link.send(Ready(self.rank, info))
+        self.link.send(Ready(self.rank, info, self.part.kv if self.part is not None else b""))
         self._send_stats()  # figures exist from the first moment
         log.info("rank %d ready: %s", self.rank, info)
 
@@ -182,7 +196,7 @@ class Worker:
         asleep, hold = True, False
         while True:
             self._mark("idle" if asleep else "take")
-            messages = self.link.receive(wait=asleep)
+            messages = self.link.receive(asleep, self._send_stats)
             self._mark("take")
             self._take(messages)
             self._mark("results")
@@ -192,6 +206,8 @@ class Worker:
             self._mark("agree")
             agreed = self._agree(batch)
             asleep, hold = agreed.asleep, self._balance.hold(agreed.by_dp)
+            if self.part is not None:
+                self._tell(self.part.apply(agreed.arrived, agreed.lost))
             if self.eplb is not None:
                 self.eplb.turn(agreed.experts, self._launched)
             if any(agreed.ctx.dp_tokens):
@@ -201,11 +217,15 @@ class Worker:
                 self.pipeline.drain()
                 if self.eplb is not None and any(agreed.experts):
                     self.eplb.nap()
+                elif not asleep:
+                    self.link.pause()
             self._mark("reply")
             if agreed.controls:
                 self.pipeline.drain()  # they happen between two steps
             if agreed.controls and self.step_log is not None:
                 self.step_log.flush()  # a dump is of everything until now
+            if agreed.controls and self.part is not None:
+                self.part.flush()
             for reply in self.control.apply(agreed.controls):
                 self.link.send(reply)
             if asleep or time.monotonic() - self._stats_sent > STATS_S:
@@ -213,6 +233,8 @@ class Worker:
             if agreed.shutdown:
                 if self.step_log is not None:
                     self.step_log.close()
+                if self.part is not None:
+                    self.part.close()
                 if self.eplb is not None:
                     self.eplb.close()
                 self._reply(self._shutdown)
@@ -229,12 +251,13 @@ class Worker:
 
     def _agree(self, batch: Batch) -> Agreement:
         scheduler = self.scheduler
+        arrived, lost = (0, 0) if self.part is None else self.part.poll()
         mine = Proposal(
             tokens=batch.num_tokens,
             logit_rows=batch.num_logit_rows,
             prefill=bool(batch.prefill),
             first_half=split(batch)[0].num_tokens if self.args.engine.enable_two_batch_overlap else -1,
-            busy=not scheduler.idle,
+            busy=not scheduler.idle or (self.part is not None and self.part.busy),
             messages=self.link.messages_seen,
             controls=self.control.num_pending,
             shutdown=self._shutdown is not None,
@@ -242,6 +265,8 @@ class Worker:
             prompts=scheduler.num_waiting,
             generating=len(batch.decode),
             slots=scheduler.max_running - scheduler.num_running,
+            arrived=arrived,
+            lost=lost,
         )
         return agree(self.groups.tp_cpu, self.dims, self._launched, mine)
 
@@ -257,8 +282,10 @@ class Worker:
 
     def _over(self, step: Step) -> None:
         """Replies to a step whose tokens are there."""
-        if step.outputs and self.leads:
-            self.link.send(Outputs(self.dp_rank, step.outputs))
+        outputs = step.outputs
+        if self.part is not None:
+            outputs = self.part.stepped(step.batch, step.begin, outputs)
+        self._tell(outputs)
         self._steps += 1
         self._step_s += step.duration_s
         if self.step_log is not None:
@@ -273,13 +300,23 @@ class Worker:
                 self._shutdown = message
             elif isinstance(message, Control):
                 self.control.take(message)
-        for message in self._share([m for m in received if isinstance(m, Generate | Abort)]):
-            if isinstance(message, Generate):
-                refused = self.scheduler.add(message.rid, message.prompt, message.sampling)
-                if refused is not None and self.leads:
-                    self.link.send(Outputs(self.dp_rank, [refused]))
+        for message in self._share([m for m in received if isinstance(m, Generate | Abort | Handover)]):
+            if isinstance(message, Generate | Handover):
+                refused = self._start(message)
+                self._tell([refused] if refused is not None else [])
             elif isinstance(message, Abort):
-                self.scheduler.abort(message.rid)
+                (self.part or self.scheduler).abort(message.rid)
+
+    def _start(self, message: Generate | Handover) -> Output | None:
+        """Takes a request on; its final output when it cannot be served."""
+        if self.part is not None:
+            return self.part.take(message)
+        assert isinstance(message, Generate), f"{message} is for a decode worker"
+        return self.scheduler.add(message.rid, message.prompt, message.sampling, message.generated)
+
+    def _tell(self, outputs: list[Output]) -> None:
+        if outputs and self.leads:
+            self.link.send(Outputs(self.dp_rank, outputs))
 
     def _share(self, messages: list[ToRank]) -> list[ToRank]:
         comm = self.groups.attn_tp_cpu

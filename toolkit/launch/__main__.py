@@ -154,6 +154,7 @@ def show_plan(cfg: config.ExpConfig, console: Any) -> None:
     from toolkit.launch.adapters import adapters
     from toolkit.launch.launcher import Node, with_environment
     from toolkit.launch.plan import num_ports, plan
+    from toolkit.launch.pools import worker_pools
     from toolkit.launch.show import show
 
     local = cfg.cluster.launcher == "local"
@@ -163,7 +164,8 @@ def show_plan(cfg: config.ExpConfig, console: Any) -> None:
     run_dir = Path(cfg.cluster.results_dir).absolute() / cfg.exp / "<time>"
     nodes = [Node(host, base) for host in hosts]
     specs = with_environment(adapters()[cfg.engine.backend](deployment, cfg, hosts, run_dir).specs, cfg, nodes)
-    show(console, cfg, deployment, specs, check.memory(cfg))
+    memory = {pool.name: check.memory(pool.view(cfg)) for pool in worker_pools(cfg)}
+    show(console, cfg, deployment, specs, memory)
 
 
 def override_names(overrides: Collection[str]) -> set[str]:

@@ -30,11 +30,13 @@ COMMAND = "command.json"  # inside STATE_DIR
 # Of an experiment's keys, those that decide what is measured; load.* has its own list (resume.NO_MATTER).
 GROUPS = ("parallel", "engine")
 MODEL = ("hf_config", "load_format", "dtype", "seed")
-DEPLOY = ("mode", "router")
+DEPLOY = (
+    "mode", "router", "prefill", "decode", "disaggregation_transfer_backend", "disaggregation_handoff",
+)  # fmt: skip
 CLUSTER = ("device", "gpus_per_node", "cpu_threads_per_rank", "container_image")
 PULSES = f"{STATE_DIR}/{pulse.FOLDER}"
 MOVED = (records.STEPS, records.NODE_SAMPLES, records.EXPERTS, records.SERVER_METRICS, records.NODES, PULSES,
-         provenance_files.FOLDER)  # fmt: skip
+         records.WORKERS, records.TRANSFERS, provenance_files.FOLDER)  # fmt: skip
 
 
 def deployment_settings(cfg: ExpConfig) -> dict[str, Any]:

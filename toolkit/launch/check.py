@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -18,8 +18,10 @@ from toolkit.engine import arch as shapes
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.frontend.router import ROUTERS
 from toolkit.launch import ports, provenance, queue
+from toolkit.launch.check_disagg import check_disagg
 from toolkit.launch.check_slurm import check_slurm
 from toolkit.launch.plan import num_ports, pools
+from toolkit.launch.pools import Pool, worker_pools
 from toolkit.loadgen.options import check_load
 from toolkit.registry import unknown
 
@@ -44,7 +46,6 @@ def will_build(model: ModelConfig) -> bool:
 def check(cfg: ExpConfig) -> list[str]:
     """All errors of ``cfg``; empty when it can run. Rules about the model wait until its folder is built."""
     errors = [
-        *_names(cfg),
         *_cluster(cfg),
         *_gpu_backends(cfg),
         *_model(cfg.model),
@@ -53,26 +54,48 @@ def check(cfg: ExpConfig) -> list[str]:
         *(f"load.{error}" for error in check_load(cfg.load)),
     ]
     try:
-        dims = ParallelDims.of(cfg.parallel)
+        found = worker_pools(cfg)
     except ValueError as error:
         return [*errors, str(error)]
-    errors += [*_nodes(cfg.cluster, dims), *_loadgen(cfg)]
+    sound = True
+    for pool in found:
+        view = pool.view(cfg)
+        errors += named(pool, _names(view))
+        try:
+            errors += named(pool, _nodes(cfg.cluster, ParallelDims.of(pool.parallel)))
+        except ValueError as error:
+            errors += named(pool, [str(error)])
+            sound = False
+    if cfg.deploy.mode == "disagg":
+        errors += check_disagg(cfg)
+    if not sound:
+        return errors
+    errors += _loadgen(cfg)
     if cfg.cluster.launcher == "local":
         errors += _ports(cfg)
     elif cfg.cluster.gpus_per_node > 0:
-        errors += check_slurm(cfg, sum(size for kind, size in memory(cfg).items() if "kv" not in kind))
+        errors += check_slurm(cfg, max(_weights(pool.view(cfg)) for pool in found))
     return errors if will_build(cfg.model) else [*errors, *check_model(cfg)]
 
 
 def check_model(cfg: ExpConfig) -> list[str]:
     """What depends on the model's shape: degrees, memory, context length. Also run after a model was built."""
-    dims = ParallelDims.of(cfg.parallel)
     try:
         arch = shapes.read_arch(cfg.model)
     except ValueError as error:
         return [str(error)]
-    errors = shapes.check(arch, dims, cfg.engine)
-    return errors or [*_memory(cfg, arch, dims), *_context(cfg, arch), *_experts(cfg, arch, dims)]
+    errors: list[str] = []
+    for pool in worker_pools(cfg):
+        view, dims = pool.view(cfg), ParallelDims.of(pool.parallel)
+        wrong = shapes.check(arch, dims, pool.engine)
+        errors += named(pool, wrong or _check_model(view, pool, arch, dims))
+    return errors or _host_memory(cfg, arch)
+
+
+def _check_model(view: ExpConfig, pool: Pool, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:
+    yield from _memory(view, arch, dims)
+    yield from _context(view, arch, pool.name == "prefill")
+    yield from _experts(view, arch, dims)
 
 
 def memory(cfg: ExpConfig) -> dict[str, int]:
@@ -86,6 +109,22 @@ def memory(cfg: ExpConfig) -> dict[str, int]:
     if shapes.check(arch, dims, cfg.engine):
         return {}
     return shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype, cfg.cluster.device)
+
+
+def _weights(cfg: ExpConfig) -> int:
+    return sum(size for kind, size in memory(cfg).items() if "kv" not in kind)
+
+
+def named(pool: Pool, errors: Iterable[str]) -> list[str]:
+    """``errors`` about keys of one pool, with the pool's own names for these keys."""
+    return [
+        f"{pool.field}{error}"
+        if error.startswith(("parallel.", "engine."))
+        else f"{pool.name} worker: {error}"
+        if pool.field
+        else error
+        for error in errors
+    ]
 
 
 def _names(cfg: ExpConfig) -> Iterator[str]:
@@ -216,8 +255,7 @@ def _health(health: HealthConfig) -> Iterator[str]:
 def _memory(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:
     by_kind = shapes.memory_by_kind(arch, dims, cfg.engine, cfg.model.dtype, cfg.cluster.device)
     rank = sum(by_kind.values())
-    largest = max(by_kind, key=lambda kind: by_kind[kind])
-    detail = f"{rank / GB:.1f} GB a rank ({largest} {by_kind[largest] / GB:.1f})"
+    detail = _rank_memory(by_kind)
     way_out = "more ranks, a larger parallel.ep_size, or a smaller engine.max_total_tokens"
     c = cfg.cluster
     if c.device == "cuda" and c.gpu_memory_gb and rank > WORKSPACE * c.gpu_memory_gb * GB:
@@ -225,12 +263,32 @@ def _memory(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[s
             f"cluster.gpu_memory_gb={c.gpu_memory_gb:g}: weights and KV cache need {detail}, more than the "
             f"{WORKSPACE:.0%} of a GPU that is theirs ({WORKSPACE * c.gpu_memory_gb:.0f} GB): use {way_out}"
         )
+
+
+def _host_memory(cfg: ExpConfig, arch: shapes.Arch) -> list[str]:
+    """What all CPU ranks of this machine need together."""
+    if (cfg.cluster.device, cfg.cluster.launcher) != ("cpu", "local"):
+        return []
+    ranks, needed, detail = 0, 0, ""
+    for pool in worker_pools(cfg):
+        dims = ParallelDims.of(pool.parallel)
+        by_kind = shapes.memory_by_kind(arch, dims, pool.engine, cfg.model.dtype, cfg.cluster.device)
+        ranks += dims.tp_size * pool.workers
+        needed += sum(by_kind.values()) * dims.tp_size * pool.workers
+        detail = detail or _rank_memory(by_kind)
     total = psutil.virtual_memory().total
-    if c.device == "cpu" and c.launcher == "local" and rank * dims.tp_size > total:
-        yield (
-            f"{dims.tp_size} ranks on this machine need {rank * dims.tp_size / GB:.1f} GB, {detail}, and it has "
-            f"{total / GB:.1f} GB: use a smaller model (model=tiny) or a smaller engine.max_total_tokens"
-        )
+    if needed <= total:
+        return []
+    sentence = (
+        f"{ranks} ranks on this machine need {needed / GB:.1f} GB, {detail}, and it has "
+        f"{total / GB:.1f} GB: use a smaller model (model=tiny) or a smaller engine.max_total_tokens"
+    )
+    return [sentence]
+
+
+def _rank_memory(by_kind: dict[str, int]) -> str:
+    largest = max(by_kind, key=lambda kind: by_kind[kind])
+    return f"{sum(by_kind.values()) / GB:.1f} GB a rank ({largest} {by_kind[largest] / GB:.1f})"
 
 
 def _experts(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[str]:
@@ -243,6 +301,12 @@ def _experts(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[
             "engine.ep_dispatch_algorithm=weighted splits each batch on the host, which on GPUs would stop every "
             "layer: use dynamic, or static"
         )
+    mode = engine.expert_distribution_recorder_mode
+    if mode == "per_token" and cfg.cluster.device == "cuda" and not engine.disable_cuda_graph:
+        yield (
+            "engine.expert_distribution_recorder_mode=per_token sees no token inside a CUDA graph: use "
+            "engine.disable_cuda_graph=true with it, or per_pass"
+        )
     if engine.init_expert_location != "trivial" and arch.moe_layers:
         from toolkit.engine.eplb.formats import read_placement  # numpy, and torch for a .pt file
 
@@ -253,15 +317,18 @@ def _experts(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[
             yield f"engine.{error}"
 
 
-def _context(cfg: ExpConfig, arch: shapes.Arch) -> Iterator[str]:
+def _context(cfg: ExpConfig, arch: shapes.Arch, prompt_only: bool) -> Iterator[str]:
+    """``prompt_only``: the worker needs to hold a prompt and one token, not the answer."""
     prompt = cfg.load.isl if cfg.load.dataset == "random" else 1
+    output = 1 if prompt_only else cfg.load.osl
     sized_later = cfg.cluster.device == "cuda" and cfg.engine.mem_fraction_static  # by what the GPU has left
     own = cfg.engine.context_length or arch.max_len
     limit = own if sized_later else shapes.context_length(arch, cfg.engine)
-    if prompt + cfg.load.osl > limit:
+    if prompt + output > limit:
+        rest = "one token" if prompt_only else f"load.osl={cfg.load.osl}"
         isl = f"load.isl={prompt} + " if cfg.load.dataset == "random" else "a prompt + "
         yield (
-            f"{isl}load.osl={cfg.load.osl} is longer than the {limit} tokens a request can have (the model's "
+            f"{isl}{rest} is longer than the {limit} tokens a request can have (the model's "
             f"{arch.max_len}, engine.context_length={cfg.engine.context_length or 'the model’s'}, KV cache "
             f"engine.max_total_tokens={cfg.engine.max_total_tokens}): use a shorter load or a larger limit"
         )

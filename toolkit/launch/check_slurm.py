@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from toolkit.config import ClusterConfig, ExpConfig
 from toolkit.launch import estimate, queue
-from toolkit.launch.plan import AGG, FRONTEND, PoolPlan, pools
+from toolkit.launch.plan import FRONTEND, PoolPlan, pools
+from toolkit.launch.pools import worker_pools
 from toolkit.launch.sbatch import pool_cluster
 from toolkit.registry import unknown
 
@@ -95,9 +96,10 @@ def parse_minutes(limit: str) -> float | None:
 
 def _pools(cfg: ExpConfig) -> Iterator[str]:
     known = {field.name for field in dataclasses.fields(ClusterConfig)}
+    pool_names = [*(pool.name for pool in worker_pools(cfg)), FRONTEND]
     for name, keys in cfg.cluster.pools.items():
-        if name not in (AGG, FRONTEND):
-            yield unknown("cluster.pools", name, [AGG, FRONTEND])
+        if name not in pool_names:
+            yield unknown("cluster.pools", name, pool_names)
         for key in keys:
             if key not in known:
                 yield f"cluster.pools.{name}.{key} is not a key of cluster"

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from toolkit.config import ExpConfig
+from toolkit.launch.pools import worker_pools
 
 TPOT_S = {"cuda": 0.008, "cpu": 0.01}  # faster than the fastest published wide-EP decode under load, or a tiny model
 READ_BYTES_S = 4e9  # a rank, from a shared disk
@@ -39,7 +40,8 @@ def at_least(cfg: ExpConfig, weight_bytes: int) -> Estimate:
         if point.request_rate > 0:
             times.append(calls / point.request_rate)
         elif not point.open_loop:
-            slots = cfg.parallel.dp_size * cfg.engine.max_running_requests
+            pool = worker_pools(cfg)[-1]  # what generates
+            slots = pool.workers * pool.parallel.dp_size * pool.engine.max_running_requests
             waves = math.ceil(calls / min(point.concurrency, slots))
             times.append(waves * load.osl * tpot)
     return Estimate(START_S[cfg.cluster.device] + weight_bytes / READ_BYTES_S, tuple(times))

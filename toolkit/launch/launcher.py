@@ -22,6 +22,7 @@ from toolkit.registry import Registry
 
 TAIL_LINES = 20
 STATE_DIR = "launch"  # inside the run folder: arguments and state of every process, the launcher's own files
+WORKER_GROUP = "worker-"  # a worker's ranks are the group of this and its index
 GRACE_S = 10.0  # between SIGTERM and SIGKILL of a process
 
 
@@ -60,6 +61,11 @@ class ProcessSpec:
     @property
     def name(self) -> str:
         return f"{self.role}-{self.index}"
+
+    @property
+    def kind(self) -> str:
+        """What kind of process it is: ``rank`` for the ranks of any worker, else its role."""
+        return "rank" if self.group.startswith(WORKER_GROUP) else self.role
 
     @property
     def log(self) -> str:
@@ -139,7 +145,7 @@ def with_environment(specs: Sequence[ProcessSpec], cfg: ExpConfig, nodes: Sequen
     def env(spec: ProcessSpec) -> dict[str, str]:
         found = nodes[spec.node].interface
         network = interface if c.network_interface else {"GLOO_SOCKET_IFNAME": found} if found else {}
-        return {**network, **spec.env, **c.env, **c.role_env.get(spec.role, {})}
+        return {**network, **spec.env, **c.env, **c.role_env.get(spec.kind, {})}
 
     return tuple(dataclasses.replace(spec, env=env(spec)) for spec in specs)
 

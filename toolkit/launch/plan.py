@@ -13,9 +13,10 @@ from typing import Any
 
 from toolkit.config import ExpConfig
 from toolkit.engine.dims import ParallelDims
+from toolkit.launch.pools import AGG, Pool, worker_pools
 
-FIXED_PORTS = 4  # HTTP, the frontend's inbox, torch.distributed, where the load generator's nodes meet
-AGG = "agg"  # the pool of ranks that prefill and decode
+FRONTEND_PORTS = 2  # HTTP, where the load generator's nodes meet
+WORKER_PORTS = 2  # the frontend's inbox for the worker, torch.distributed
 FRONTEND = "frontend"  # a pool of one node for frontend and load generator, where cluster.pools has it
 
 
@@ -34,12 +35,24 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """The ranks that run one model together. ``dist_port`` is on rank 0's node; ``pool`` names its nodes."""
+    """The ranks that run one model together.
+
+    Attributes:
+        index: in the deployment.
+        pool: ``agg``, ``prefill`` or ``decode``.
+        name: ``rank`` where there is one worker, else the pool and the index in it: ``prefill0``. Processes carry it.
+        mapping: ``DEP=32``.
+        inbox_port: where the frontend hears this worker.
+        dist_port: torch.distributed, on rank 0's node.
+    """
 
     index: int
+    pool: str
+    name: str
+    mapping: str
+    inbox_port: int
     dist_port: int
     ranks: tuple[RankPlan, ...]
-    pool: str = AGG
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,6 @@ class FrontendPlan:
     node: int
     host: str
     http_port: int
-    inbox_port: int
 
     @property
     def client_host(self) -> str:
@@ -87,18 +99,25 @@ class DeploymentPlan:
     loadgen: LoadgenPlan
     pools: tuple[PoolPlan, ...] = ()
 
+    @property
+    def main_worker(self) -> WorkerPlan:
+        """The worker whose steps and expert counts are the run's: the one there is, or the first that decodes."""
+        return next(worker for worker in self.workers if worker.pool != "prefill")
+
     def ranks(self) -> Iterator[RankPlan]:
         for worker in self.workers:
             yield from worker.ranks
 
     def ports(self) -> dict[tuple[int, int], str]:
         """Every (node, port) of the deployment and what it is for."""
-        f = self.frontend
-        used = {(f.node, f.http_port): "frontend HTTP", (f.node, f.inbox_port): "frontend inbox"}
+        home = self.frontend.node
+        used = {(home, self.frontend.http_port): "frontend HTTP"}
         used[self.loadgen.nodes[0], self.loadgen.port] = "load generator"
         for worker in self.workers:
-            used[worker.ranks[0].node, worker.dist_port] = f"worker {worker.index} torch.distributed"
-            used |= {(rank.node, rank.inbox_port): f"rank {rank.rank} inbox" for rank in worker.ranks}
+            of = "" if worker.pool == AGG else f" of {worker.name}"
+            used[home, worker.inbox_port] = f"frontend inbox{of}"
+            used[worker.ranks[0].node, worker.dist_port] = f"torch.distributed{of}"
+            used |= {(rank.node, rank.inbox_port): f"rank {rank.rank} inbox{of}" for rank in worker.ranks}
         return used
 
     def to_json(self) -> dict[str, Any]:
@@ -108,52 +127,99 @@ class DeploymentPlan:
 
 def num_ports(cfg: ExpConfig) -> int:
     """How many consecutive ports a deployment takes, on each of its nodes."""
-    return FIXED_PORTS + cfg.parallel.tp_size
+    return FRONTEND_PORTS + sum(pool.workers * (WORKER_PORTS + pool.parallel.tp_size) for pool in worker_pools(cfg))
 
 
 def pools(cfg: ExpConfig) -> tuple[PoolPlan, ...]:
     """The kinds of nodes of ``cfg``, in the order of their nodes; one, where all are alike."""
-    per_node = cfg.parallel.tp_size if cfg.cluster.launcher == "local" else cfg.cluster.gpus_per_node
-    assert per_node > 0, f"ranks per node is {per_node}"
-    first = 1 if cfg.cluster.launcher == "slurm" and FRONTEND in cfg.cluster.pools else 0
-    ranks = PoolPlan(AGG, first, -(-cfg.parallel.tp_size // per_node))
-    return (PoolPlan(FRONTEND, 0, 1), ranks) if first else (ranks,)
+    if cfg.cluster.launcher == "local":
+        return (PoolPlan(AGG, 0, 1),)
+    found = [PoolPlan(FRONTEND, 0, 1)] if FRONTEND in cfg.cluster.pools else []
+    for pool in worker_pools(cfg):
+        first = found[-1].first_node + found[-1].num_nodes if found else 0
+        last, _ = _places(pool, cfg.cluster.gpus_per_node)[-1][-1]
+        found.append(PoolPlan(pool.name, first, last + 1))
+    return tuple(found)
 
 
 def plan(cfg: ExpConfig, port_base: int | Sequence[int]) -> DeploymentPlan:
     """The deployment of ``cfg`` with its ports from ``port_base`` on, one for all nodes or one for each.
 
     Ports differ between all processes, not only between those of one node, so that the same plan also
-    runs on a single machine. Raises ``ValueError`` when the degrees of ``cfg.parallel`` do not fit together.
+    runs on a single machine. Raises ``ValueError`` when the degrees of a pool do not fit together.
     """
-    dims = ParallelDims.of(cfg.parallel)
     kinds = pools(cfg)
-    home = kinds[-1]
-    per_node = -(-dims.tp_size // home.num_nodes)
-    num_nodes = home.first_node + home.num_nodes
+    num_nodes = kinds[-1].first_node + kinds[-1].num_nodes
     bases = [port_base] * num_nodes if isinstance(port_base, int) else port_base
     assert len(bases) == num_nodes, f"{len(bases)} first ports for {num_nodes} nodes"
+    first_node = {kind.name: kind.first_node for kind in kinds}
+    workers: list[WorkerPlan] = []
+    port, gpu = FRONTEND_PORTS, 0
+    for pool in worker_pools(cfg):
+        if cfg.cluster.launcher == "local":
+            placed = [[(0, gpu + i) for i in _span(pool, index)] for index in range(pool.workers)]
+        else:
+            home = first_node[pool.name]
+            placed = [[(home + n, i) for n, i in places] for places in _places(pool, cfg.cluster.gpus_per_node)]
+        for index, places in enumerate(placed):
+            workers.append(_worker(pool, index, len(workers), places, bases, port))
+            port += WORKER_PORTS + pool.parallel.tp_size
+        gpu += pool.workers * pool.parallel.tp_size
+    return DeploymentPlan(
+        exp=cfg.exp,
+        mapping=_mapping(workers),
+        launcher=cfg.cluster.launcher,
+        device=cfg.cluster.device,
+        num_nodes=num_nodes,
+        num_gpus=gpu,
+        workers=tuple(workers),
+        frontend=FrontendPlan(0, cfg.deploy.host, bases[0]),
+        loadgen=LoadgenPlan(tuple(i % num_nodes for i in range(cfg.load.nodes)), bases[0] + 1),
+        pools=kinds,
+    )
+
+
+def _span(pool: Pool, index: int) -> range:
+    """The ranks of a pool's worker, counted through the pool."""
+    return range(index * pool.parallel.tp_size, (index + 1) * pool.parallel.tp_size)
+
+
+def _places(pool: Pool, per_node: int) -> list[list[tuple[int, int]]]:
+    """(node in the pool, GPU) of each rank of each worker. A worker that does not fit beside another begins a node."""
+    assert per_node > 0, f"ranks per node is {per_node}"
+    placed, gpu = [], 0
+    for _ in range(pool.workers):
+        if gpu % per_node + pool.parallel.tp_size > per_node:
+            gpu += -gpu % per_node
+        placed.append([divmod(gpu + rank, per_node) for rank in range(pool.parallel.tp_size)])
+        gpu += pool.parallel.tp_size
+    return placed
+
+
+def _worker(
+    pool: Pool, index: int, position: int, places: Sequence[tuple[int, int]], bases: Sequence[int], port: int
+) -> WorkerPlan:
+    """``port``: what the worker's ports have beyond their node's first."""
+    dims = ParallelDims.of(pool.parallel)
     ranks = tuple(
         RankPlan(
             rank=rank,
             dp_rank=dims.dp_rank(rank),
             attn_tp_rank=dims.attn_tp_rank(rank),
             ep_rank=dims.ep_rank(rank),
-            node=home.first_node + rank // per_node,
-            local_rank=rank % per_node,
-            inbox_port=bases[home.first_node + rank // per_node] + FIXED_PORTS + rank,
+            node=node,
+            local_rank=local_rank,
+            inbox_port=bases[node] + port + WORKER_PORTS + rank,
         )
-        for rank in range(dims.tp_size)
+        for rank, (node, local_rank) in enumerate(places)
     )
-    return DeploymentPlan(
-        exp=cfg.exp,
-        mapping=dims.mapping,
-        launcher=cfg.cluster.launcher,
-        device=cfg.cluster.device,
-        num_nodes=num_nodes,
-        num_gpus=dims.tp_size,
-        workers=(WorkerPlan(0, bases[home.first_node] + 2, ranks, home.name),),
-        frontend=FrontendPlan(0, cfg.deploy.host, bases[0], bases[0] + 1),
-        loadgen=LoadgenPlan(tuple(i % num_nodes for i in range(cfg.load.nodes)), bases[0] + 3),
-        pools=kinds,
-    )
+    name = "rank" if pool.name == AGG else f"{pool.name}{index}"
+    return WorkerPlan(position, pool.name, name, dims.mapping, bases[0] + port, bases[places[0][0]] + port + 1, ranks)
+
+
+def _mapping(workers: Sequence[WorkerPlan]) -> str:
+    """``DEP=4``, or ``1 prefill DEP=4 + 2 decode DEP=32``."""
+    if workers[0].pool == AGG:
+        return workers[0].mapping
+    kinds = [(worker.pool, worker.mapping) for worker in workers]
+    return " + ".join(f"{kinds.count(kind)} {' '.join(kind)}" for kind in dict.fromkeys(kinds))

@@ -24,6 +24,7 @@ from toolkit.config import ExpConfig
 from toolkit.launch.launcher import STATE_DIR, Launcher, Node, ProcessSpec, tail
 from toolkit.launch.node_checks import FIRST_WORD, Ask, Report, look
 from toolkit.launch.plan import DeploymentPlan
+from toolkit.launch.pools import worker_pools
 from toolkit.launch.watch import RunFailed
 
 FOLDER = "preflight"  # inside STATE_DIR
@@ -109,8 +110,9 @@ def ask_of(cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir:
 
     ranks = Counter(rank.node for rank in plan.ranks())
     ports: dict[int, list[int]] = {node: [] for node in range(plan.num_nodes)}
-    ports[plan.frontend.node] += [plan.frontend.http_port, plan.frontend.inbox_port]
+    ports[plan.frontend.node].append(plan.frontend.http_port)
     for worker in plan.workers:
+        ports[plan.frontend.node].append(worker.inbox_port)
         ports[worker.ranks[0].node].append(worker.dist_port)
         for rank in worker.ranks:
             ports[rank.node].append(rank.inbox_port)
@@ -118,7 +120,7 @@ def ask_of(cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir:
         run_dir=str(run_dir),
         device=cfg.cluster.device,
         ranks=[ranks[node] for node in range(plan.num_nodes)],
-        rank_bytes=sum(memory(cfg).values()),
+        rank_bytes=max(sum(memory(pool.view(cfg)).values()) for pool in worker_pools(cfg)),
         hosts=[node.host for node in nodes],
         ports=[ports[node] for node in range(plan.num_nodes)],
         clock_port=plan.frontend.http_port if plan.frontend.node == 0 else ports[0][0],

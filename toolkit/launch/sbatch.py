@@ -18,7 +18,7 @@ from typing import Any
 from toolkit.config import ClusterConfig, ExpConfig, from_mapping, to_mapping
 from toolkit.launch.interrupts import ENDS_SOON
 from toolkit.launch.launcher import STATE_DIR
-from toolkit.launch.plan import AGG, PoolPlan, pools
+from toolkit.launch.plan import FRONTEND, PoolPlan, pools
 from toolkit.launch.srun import ROOT
 
 LOG = "logs/slurm-%j.log"
@@ -59,9 +59,9 @@ def _header(cfg: ExpConfig, pool: PoolPlan, run_dirs: Sequence[Path], array: boo
 
 def _parameters(cfg: ExpConfig, cluster: ClusterConfig, pool: PoolPlan) -> dict[str, Any]:
     """What submitit has a word for; what is not asked for is None."""
-    gpus = cluster.gpus_per_node if cluster.device == "cuda" and pool.name == AGG else 0
+    gpus = cluster.gpus_per_node if cluster.device == "cuda" and pool.name != FRONTEND else 0
     kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
-    tasks = cluster.gpus_per_node if pool.name == AGG else 1
+    tasks = cluster.gpus_per_node if pool.name != FRONTEND else 1
     return {
         "job_name": cfg.exp,
         "partition": cluster.partition or None,
@@ -92,7 +92,7 @@ def _additional(
         options["array"] = f"0-{len(run_dirs) - 1}"
     if cluster.reservation:
         options["reservation"] = cluster.reservation
-    if cluster.segment and pool.name == AGG:
+    if cluster.segment and pool.name != FRONTEND:
         options["segment"] = cluster.segment
     for word in cluster.extra_sbatch:
         name, equals, value = word.removeprefix("--").partition("=")

@@ -13,13 +13,19 @@ from rich.text import Text
 from toolkit.config import ExpConfig, LoadConfig
 from toolkit.launch.launcher import ProcessSpec
 from toolkit.launch.plan import DeploymentPlan
+from toolkit.launch.pools import AGG
 
 GB = 10**9
 
 
 def show(
-    console: Console, cfg: ExpConfig, plan: DeploymentPlan, specs: Sequence[ProcessSpec], memory: Mapping[str, int]
+    console: Console,
+    cfg: ExpConfig,
+    plan: DeploymentPlan,
+    specs: Sequence[ProcessSpec],
+    memory: Mapping[str, Mapping[str, int]],
 ) -> None:
+    """``memory``: bytes a rank by kind, of each pool."""
     unit = "GPUs" if plan.device == "cuda" else "CPU ranks"
     console.print(
         Text(
@@ -30,7 +36,7 @@ def show(
         ),
         soft_wrap=True,
     )
-    console.print(_ranks(plan), _memory(cfg, memory))
+    console.print(_ranks(plan), *(_memory(cfg, pool, by_kind) for pool, by_kind in memory.items()))
     console.print(_commands(specs), soft_wrap=True)
     console.print(
         f"Then: {_points(cfg.load)}, dataset {cfg.load.dataset}, osl {cfg.load.osl}; results under "
@@ -52,20 +58,21 @@ def _ranks(plan: DeploymentPlan) -> Table:
     device = "GPU" if plan.device == "cuda" else "local rank"
     columns = ("process", "node", device, "dp_rank", "attn_tp_rank", "ep_rank", "port")
     table = Table(*columns, title="Plan", title_justify="left", box=box.SIMPLE_HEAD)
-    for r in plan.ranks():
-        cells = (r.node, r.local_rank, r.dp_rank, r.attn_tp_rank, r.ep_rank, r.inbox_port)
-        table.add_row(f"rank-{r.rank}", *map(str, cells))
+    for worker in plan.workers:
+        for r in worker.ranks:
+            cells = (r.node, r.local_rank, r.dp_rank, r.attn_tp_rank, r.ep_rank, r.inbox_port)
+            table.add_row(f"{worker.name}-{r.rank}", *map(str, cells))
     table.add_row("frontend-0", str(plan.frontend.node), "", "", "", "", str(plan.frontend.http_port))
-    others = (f"{port} {use}" for port, use in plan.ports().items() if not use.startswith("rank"))
+    others = (f"{port} {use}" for (_, port), use in plan.ports().items() if " inbox" not in use or "frontend" in use)
     table.caption = "Ports: " + ", ".join(others)
     table.caption_justify = "left"
     return table
 
 
-def _memory(cfg: ExpConfig, memory: Mapping[str, int]) -> Table | Text:
+def _memory(cfg: ExpConfig, pool: str, memory: Mapping[str, int]) -> Table | Text:
     if not memory:
         return Text("Memory per rank: known after the model is built")
-    title = f"Memory per rank ({cfg.model.dtype})"
+    title = f"Memory per {'' if pool == AGG else f'{pool} '}rank ({cfg.model.dtype})"
     table = Table("kind", "GB", title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.columns[1].justify = "right"
     for kind, size in memory.items():

@@ -234,7 +234,7 @@ class SlurmLauncher:
         file = _file(run_dir, name)
         file.write_bytes(msgspec.json.encode(Step(run_dir, by_node), enc_hook=str))
         where = srun.Placement(tuple(by_node), max(map(len, by_node.values())), self._taken[members[0].node][1])
-        options, command = srun.process_command(self._cluster, members[0].role, run_dir, file)
+        options, command = srun.process_command(self._cluster, members[0].kind, run_dir, file)
         argv = srun.step(name, where, self._cluster, [*options, *command])
         return RunningStep(name, argv, file.with_suffix(".log"), secrets)
 

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 SCRAPE_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 HOOK_TIMEOUT = aiohttp.ClientTimeout(total=120.0)  # writing a profile takes its time
+SLOW_DOWN = "/slow_down?pool=decode"
+FILL_SLEEP_S = 0.3  # before each decode step while its batch fills up: few tokens are given out meanwhile
+FILL_STALL_S = 30.0  # no more requests join: the batch is as full as it gets
 MAX_SAMPLES = 5_000_000  # some 100 MB as a file; a run of hours with a chatty server ends there, and says so
 
 
@@ -52,6 +55,7 @@ class Around:
         self._options = options
         self._missing: set[str] = set()
         self._scraping: list[asyncio.Task[None]] = []
+        self._filling: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Around:
         if self._options.scrape and self._options.out:
@@ -64,13 +68,20 @@ class Around:
             task.cancel()
         self._write()
 
-    async def before_point(self) -> None:
+    async def before_point(self, concurrency: int) -> None:
         if self._options.flush_cache:
             await self._post("/flush_cache")
         if self._options.profile:
             await self._post("/start_profile")
+        if self._options.phase == "decode":
+            await self._post(SLOW_DOWN, {"forward_sleep_time": FILL_SLEEP_S})
+            self._filling = asyncio.create_task(self._fill(concurrency))
 
     async def after_point(self) -> None:
+        if self._filling is not None:
+            self._filling.cancel()
+            await self._post(SLOW_DOWN, {"forward_sleep_time": None})
+            self._filling = None
         if self._options.profile:
             await self._post("/stop_profile")
         self._write()
@@ -79,11 +90,31 @@ class Around:
         if self.samples and self._options.out:
             write_server_metrics(Path(self._options.out), self.samples)
 
-    async def _post(self, path: str) -> None:
+    async def _fill(self, concurrency: int) -> None:
+        """Lets decode go on once it generates for all requests, or when their number has not grown for a while."""
+        most, since, began = 0, time.monotonic(), time.monotonic()
+        while most < concurrency and time.monotonic() - since < FILL_STALL_S:
+            await asyncio.sleep(FILL_SLEEP_S)
+            running = await self._generating()
+            if running > most:
+                most, since = running, time.monotonic()
+        await self._post(SLOW_DOWN, {"forward_sleep_time": None})
+        log.info("decode generates for %d of %d requests after %.1f s", most, concurrency, time.monotonic() - began)
+
+    async def _generating(self) -> int:
+        """Requests in the running batches of the workers that decode; 0 where the server does not say."""
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
+            async with self._session.get(self._url + "/get_server_info", timeout=SCRAPE_TIMEOUT) as response:
+                info = await response.json()
+            decode = {rank for worker in info["workers"] if worker["pool"] != "prefill" for rank in worker["dp_ranks"]}
+            return sum(rank["running"] for rank in info["dp_ranks"] if rank["dp_rank"] in decode)
+        return 0
+
+    async def _post(self, path: str, body: dict[str, float | None] | None = None) -> None:
         if path in self._missing:
             return
         try:
-            async with self._session.post(self._url + path, json={}, timeout=HOOK_TIMEOUT) as response:
+            async with self._session.post(self._url + path, json=body or {}, timeout=HOOK_TIMEOUT) as response:
                 if response.status < 400:
                     return
                 reason = f"HTTP {response.status}"

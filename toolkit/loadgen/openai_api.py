@@ -28,11 +28,16 @@ class AnswerError(ValueError):
     """The server answered, but not with a usable stream; the message goes into the request's row."""
 
 
+def output_tokens(sample: Sample, load: LoadConfig) -> int:
+    """The length of the answer to ask for."""
+    return 1 if load.phase == "prefill" else sample.output_tokens or load.osl
+
+
 def encode_body(sample: Sample, load: LoadConfig, model: str, seed: int) -> bytes:
     """The JSON body of one streamed request."""
     body: dict[str, Any] = {
         "model": model,
-        "max_tokens": sample.output_tokens or load.osl,
+        "max_tokens": output_tokens(sample, load),
         "temperature": load.temperature,
         "seed": seed,
         "stream": True,

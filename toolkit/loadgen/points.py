@@ -14,7 +14,7 @@ from itertools import islice
 from toolkit.config import LoadConfig
 from toolkit.loadgen.datasets import Dataset, Sample
 from toolkit.loadgen.exchange import Call
-from toolkit.loadgen.openai_api import encode_body
+from toolkit.loadgen.openai_api import encode_body, output_tokens
 from toolkit.loadgen.pool import Load
 
 
@@ -202,7 +202,7 @@ class CallMaker:
             request_id=f"{self._run_id}-{point.index}-{number}",
             prompt_id=sample.id,
             warmup=number < point.warmup,
-            expected_output_tokens=(sample.output_tokens or options.osl) if options.ignore_eos else 0,
+            expected_output_tokens=output_tokens(sample, options) if options.ignore_eos else 0,
             offset=0,
             length=0,
             at_s=at_s / options.speedup if point.request_rate < 0 else at_s,

@@ -129,7 +129,7 @@ class Sweep:
         self.ledger.write()
         files = await self._make_calls(point)
         live = _Live(sum(map(len, files)))
-        await self._around.before_point()
+        await self._around.before_point(point.concurrency)
 
         def progress(last: Progress) -> None:
             live.last = last

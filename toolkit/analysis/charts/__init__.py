@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # isort: off
 from toolkit.analysis.charts import (  # noqa: F401
-    latency, throughput, timeline, server, joined, experts, rebalances, nodes, against,
+    latency, throughput, timeline, server, joined, experts, rebalances, handoffs, nodes, against,
 )  # fmt: skip
 
 # isort: on

@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from toolkit.analysis import style
 from toolkit.analysis.charts.registry import chart
 from toolkit.analysis.load import Run
-from toolkit.analysis.nodes import Panel, panels
+from toolkit.analysis.nodes import Panel, Series, panels
 from toolkit.analysis.timeline import phases
 
+GAP = 10  # times the usual distance of two samples, from which on no line joins them
 FEW = 8  # nodes that get a line each; more are shown as their range
 
 
@@ -48,12 +49,20 @@ def draw_nodes(run: Run) -> Figure:
     return fig
 
 
+def _broken(line: Series) -> np.ndarray:
+    """The values with a hole where samples are missing, as between two attempts at a run."""
+    gaps = np.diff(line.time, prepend=line.time[:1])
+    value = line.value.copy()
+    value[gaps > GAP * max(float(np.median(gaps)), 1e-9)] = np.nan
+    return value
+
+
 def _draw(ax: Axes, panel: Panel, zero: float) -> None:
     lines = panel.lines
     if len(lines) <= FEW:
         colors = style.ramp(len(lines)) if len(lines) > 1 else [style.BLUE]
         for line, color in zip(lines, colors, strict=True):
-            ax.plot(line.time - zero, line.value, color=color, linewidth=1.2, label=line.node)
+            ax.plot(line.time - zero, _broken(line), color=color, linewidth=1.2, label=line.node)
     else:
         at = np.unique(np.concatenate([line.time for line in lines]))[:: len(lines)]
         table = np.stack([np.interp(at, line.time, line.value, np.nan, np.nan) for line in lines])

@@ -2,7 +2,7 @@
 
 With group-limited routing a token's experts come from few groups, so a group that lives on one node saves traffic
 between nodes. Searches all ways where they are few (105 for 8 groups on 4 nodes), else packs and swaps.
-Knows nothing of GPUs inside a node beyond their number. Read next: planner.py.
+Knows nothing of GPUs inside a node beyond their number. Bounds are of bounds.py. Read next: planner.py.
 L: layers, K: groups, N: nodes, E: experts, T: partitions of the groups.
 """
 

@@ -1,11 +1,7 @@
 """What has to travel when a placement changes: every rank's transfers, worked out alike from the two maps alone.
 
-Owns the pure part, one layer at a time. Executing it is the business of who owns the weights and the process groups:
-for each layer, post ``recvs`` into spare buffers and ``sends`` from the weights, in the order of the lists,
-on all ranks; wait; do ``copies`` from old contents; write the buffers into the weights in place, so that CUDA graphs
-stay valid; only then, on the same step everywhere, take the layer's new maps. All receives land in spare buffers, so
-a layer that fails before the last wait still has its old weights and its old map on every rank.
-Slot r is on rank r // (R / ranks), rank g on node g // (ranks / nodes).
+Owns the pure part, one layer at a time; ``schedule.py`` cuts whole placements into chunks of it and ``mover.py``
+carries them out. Slot r is on rank r // (R / ranks), rank g on node g // (ranks / nodes).
 Source of the order of preference: SGLang's expert location updater (own slot, own rank, same node, other node).
 R: slots of a layer.
 """

@@ -67,6 +67,11 @@ class Placement:
         self._choice.update(layer, prepared.choice)
         self.phy2log_LP[layer] = prepared.phy2log_P
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold ``to_slots``."""
+        return self._choice.capturable
+
     def local_experts(self, layer: int) -> list[int]:
         """The expert in each of this rank's slots of MoE layer ``layer``."""
         first = self.ep_rank * self.num_local

@@ -25,7 +25,12 @@ Ints = NDArray[np.int64]
 
 
 class ReplicaChoice(Protocol):
-    """One rank's way from logical experts to slots, for all layers."""
+    """One rank's way from logical experts to slots, for all layers.
+
+    ``capturable``: the host does not look at the ids, so a CUDA graph can hold it.
+    """
+
+    capturable: bool
 
     def prepare(self, phy2log_R: Ints) -> Any:
         """What ``update`` needs of a layer's new placement: the part that takes time, done beside the steps."""
@@ -53,6 +58,8 @@ ALGORITHMS: Registry[ReplicaChoiceFactory] = Registry("engine.ep_dispatch_algori
 class StaticChoice:
     """A table; its last column is for padding, which -1 finds from behind."""
 
+    capturable = True
+
     def __init__(
         self, layers: int, experts: int, slots: int, ep_rank: int, ep_size: int, nodes: int, device: str
     ) -> None:
@@ -74,6 +81,8 @@ class StaticChoice:
 @ALGORITHMS.register("dynamic")
 class DynamicChoice:
     """Row i of this rank takes replica (i + rank) mod replicas."""
+
+    capturable = True
 
     def __init__(
         self, layers: int, experts: int, slots: int, ep_rank: int, ep_size: int, nodes: int, device: str
@@ -102,6 +111,8 @@ class WeightedChoice:
 
     Ties go to the replica that comes first; each rank begins elsewhere, so that they do not all pick the same one.
     """
+
+    capturable = False
 
     def __init__(
         self, layers: int, experts: int, slots: int, ep_rank: int, ep_size: int, nodes: int, device: str

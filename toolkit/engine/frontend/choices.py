@@ -16,6 +16,7 @@ import msgspec
 
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.frontend.detokenize import Detokenizer
+from toolkit.engine.frontend.disagg import DisaggFlight
 from toolkit.engine.frontend.errors import ApiError
 from toolkit.engine.frontend.logprobs import Scored
 from toolkit.engine.frontend.metrics import Metrics
@@ -143,7 +144,7 @@ class Choices:
     """
 
     def __init__(
-        self, rid: str, flight: Flight, prompt: list[int], sampling: SamplingParams, num: int,
+        self, rid: str, flight: Flight | DisaggFlight, prompt: list[int], sampling: SamplingParams, num: int,
         detokenizer: Callable[[], Detokenizer], echo: Echo | None, metrics: Metrics,
     ) -> None:  # fmt: skip
         self._rid, self._flight, self._prompt, self._sampling, self._num = rid, flight, prompt, sampling, num

@@ -16,8 +16,8 @@ from aiohttp import web
 from msgspec import Meta
 
 from toolkit.engine.frontend.errors import ApiError
+from toolkit.engine.frontend.fleet import Fleet
 from toolkit.engine.frontend.protocol import convert, json_object
-from toolkit.engine.frontend.ranks import RankClient
 from toolkit.engine.messages import Control, ControlOp, EplbStats
 
 
@@ -82,10 +82,8 @@ B = TypeVar("B", bound=msgspec.Struct)
 class ControlRoutes:
     """Args: ``check_ready`` raises ``ApiError`` while the ranks cannot act."""
 
-    def __init__(
-        self, ranks: RankClient, check_ready: Callable[[], object], timeout_s: float, enable_eplb: bool
-    ) -> None:
-        self._ranks, self._check_ready, self._timeout_s = ranks, check_ready, timeout_s
+    def __init__(self, fleet: Fleet, check_ready: Callable[[], object], timeout_s: float, enable_eplb: bool) -> None:
+        self._fleet, self._check_ready, self._timeout_s = fleet, check_ready, timeout_s
         self._enable_eplb = enable_eplb
 
     def routes(self) -> list[web.RouteDef]:
@@ -93,24 +91,28 @@ class ControlRoutes:
         return [*operations, web.get("/eplb", self._eplb)]
 
     async def _eplb(self, http: web.Request) -> web.Response:
-        stats = self._ranks.stats.get(0)
+        stats = self._fleet.leader_stats
         answer = EplbAnswer(self._enable_eplb, stats.eplb if stats is not None else None)
         return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
     def _handler(self, op: ControlOp, body: Body) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(http: web.Request) -> web.Response:
             self._check_ready()
-            return await self._run(_control(op, await _body(http, body)))
+            pool = http.query.get("pool") if "agg" not in self._fleet.pools else None  # one pool is all there is
+            if pool is not None and pool not in self._fleet.pools:
+                known = ", ".join(self._fleet.pools)
+                raise ApiError(400, f"pool={pool} is none of this deployment's: use one of {known}, or none for all")
+            return await self._run(_control(op, await _body(http, body)), pool)
 
         return handle
 
-    async def _run(self, control: Control) -> web.Response:
+    async def _run(self, control: Control, pool: str | None) -> web.Response:
         try:
-            replies = await self._ranks.control(control, self._timeout_s)
+            replies = await self._fleet.control(control, self._timeout_s, pool)
         except TimeoutError as error:
             raise ApiError(504, str(error), code="timeout") from None
-        if self._ranks.failure:
-            raise ApiError(500, self._ranks.failure, code="failed")
+        if self._fleet.failure:
+            raise ApiError(500, self._fleet.failure, code="failed")
         bad = [reply for reply in replies if not reply.ok]
         if bad:
             message = f"{control.op} failed on " + "; ".join(f"rank {reply.rank}: {reply.detail}" for reply in bad)

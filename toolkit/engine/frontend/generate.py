@@ -1,8 +1,8 @@
-"""The request line: POST -> parse -> tokenize -> ``router.pick`` -> rank -> detokenize -> answer.
+"""The request line: POST -> parse -> tokenize -> ``Fleet.flight`` -> rank -> detokenize -> answer.
 
 Owns the two completion endpoints, streamed and whole. Every output of a step is one write to the client.
-A client that goes away cancels its handler, and leaving ``RankClient.flight`` aborts its requests on their rank.
-Read next: ``protocol.py`` (what is accepted), ``choices.py`` (what becomes of tokens), ``ranks.py`` (the wire).
+A client that goes away cancels its handler, and leaving ``Fleet.flight`` aborts its requests on their rank.
+Read next: ``protocol.py`` (what is accepted), ``choices.py`` (what becomes of tokens), ``fleet.py`` (the workers).
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from aiohttp import web
 from toolkit.engine.frontend.choices import Choices, Echo
 from toolkit.engine.frontend.detokenize import Detokenizer
 from toolkit.engine.frontend.errors import ApiError
+from toolkit.engine.frontend.fleet import Fleet
 from toolkit.engine.frontend.metrics import Metrics
 from toolkit.engine.frontend.protocol import ChatRequest, Common, CompletionRequest, StreamOptions, parse
-from toolkit.engine.frontend.ranks import RankClient
 from toolkit.engine.frontend.responses import DONE, ChatFormat, ChunkUsage, ResponseFormat, TextFormat
-from toolkit.engine.frontend.router import RouterPolicy
 from toolkit.engine.frontend.sampling import Limits, sampling_params
 from toolkit.engine.frontend.tokenizer import Tokenizer
 
@@ -47,14 +46,13 @@ class Generator:
         model_name: str,
         tokenizer: Tokenizer,
         limits: Limits,
-        ranks: RankClient,
-        router: RouterPolicy,
+        fleet: Fleet,
         metrics: Metrics,
         max_open: int,
         seed: int,
     ) -> None:
         self._model_name, self._tokenizer, self._limits = model_name, tokenizer, limits
-        self._ranks, self._router, self._metrics = ranks, router, metrics
+        self._fleet, self._metrics = fleet, metrics
         self._max_open, self._seed = max_open, seed
         self._count = itertools.count()
 
@@ -93,16 +91,16 @@ class Generator:
                 404, f"model={request.model} is not served here: use {self._model_name}", param="model",
                 code="model_not_found",
             )  # fmt: skip
-        if self._ranks.failure:
-            raise ApiError(503, self._ranks.failure, code="failed")
+        if self._fleet.failure:
+            raise ApiError(503, self._fleet.failure, code="failed")
         if request.num_choices > self._max_open:
             raise ApiError(
                 400, f"n={request.num_choices} is more than engine.max_queued_requests={self._max_open}: ask for fewer "
                 "choices", param="n", code="invalid_value",
             )  # fmt: skip
-        if self._ranks.num_open + request.num_choices > self._max_open:
+        if self._fleet.num_open + request.num_choices > self._max_open:
             raise ApiError(
-                503, f"{self._ranks.num_open} requests are open, engine.max_queued_requests={self._max_open}: "
+                503, f"{self._fleet.num_open} requests are open, engine.max_queued_requests={self._max_open}: "
                 "try later, or raise it", code="overloaded", retry_after_s=1,
             )  # fmt: skip
 
@@ -127,13 +125,13 @@ class Generator:
         echo = None
         if isinstance(request, CompletionRequest) and request.echo:
             echo = Echo.of(text, prompt, self._tokenizer, alone=request.max_tokens == 0)
-        with self._ranks.flight(self._router.pick(prompt)) as flight:
+        with self._fleet.flight(prompt) as flight:
             choices = Choices(
                 fmt.rid, flight, prompt, sampling, request.num_choices,
                 lambda: Detokenizer(self._tokenizer.stream(), request.stop_strings, sampling.min_tokens),
                 echo, self._metrics,
             )  # fmt: skip
-            headers = {"x-request-id": fmt.rid, "x-dp-rank": str(flight.dp_rank)}
+            headers = {"x-request-id": fmt.rid, "x-dp-rank": str(flight.label)}
             if request.stream:
                 return await self._stream(http, request.usage_options, choices, fmt, headers)
             body = fmt.whole(await choices.whole(), choices.usage)

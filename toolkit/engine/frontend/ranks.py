@@ -11,14 +11,15 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
 import zmq.asyncio
 
-from toolkit.engine.args import FrontendArgs
+from toolkit.engine.args import WorkerAddress
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.messages import (
@@ -27,11 +28,13 @@ from toolkit.engine.messages import (
     ControlReply,
     Failed,
     Generate,
+    Handover,
     Output,
     Outputs,
     Progress,
     Ready,
     Stats,
+    Ticket,
     ToFrontend,
     ToRank,
     Wake,
@@ -54,11 +57,20 @@ class RankStatus:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-class Flight:
-    """Requests to one DP rank that belong together: what it sends, in order. A request's last output has ``finish``."""
+class Sink(Protocol):
+    """Where the outputs of requests go."""
 
-    def __init__(self, client: RankClient, dp_rank: int) -> None:
-        self.dp_rank = dp_rank
+    def put(self, output: Output) -> None: ...
+
+
+class Flight:
+    """Requests to one DP rank that belong together: what it sends, in order. A request's last output has ``finish``.
+
+    ``label``: the DP rank's number in its pool.
+    """
+
+    def __init__(self, client: RankClient, dp_rank: int, label: int) -> None:
+        self.dp_rank, self.label = dp_rank, label
         self._client = client
         self._rids: list[str] = []
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()
@@ -66,7 +78,7 @@ class Flight:
     def send(self, rid: str, prompt: list[int], sampling: SamplingParams) -> None:
         """Starts a request."""
         self._rids.append(rid)
-        self._client.start(self, Generate(rid, prompt, sampling))
+        self._client.start(self, self.dp_rank, Generate(rid, prompt, sampling))
 
     def put(self, output: Output) -> None:
         self._outputs.put_nowait(output)
@@ -88,68 +100,111 @@ class RankClient:
 
     Args:
         on_stats: called with every ``Stats`` that arrives.
+        first_rank: the number of the worker's rank 0 among all ranks of the deployment.
+        timeout_s: a worker that says nothing for so long is given up until it speaks, and one whose connection breaks
+            until all its ranks are ready again; 0: the launcher looks after it.
 
     Attributes:
         ranks: start-up state, by rank.
+        kv: what each rank gave with ``Ready`` for peers to read its KV cache.
         stats: the latest ``Stats`` of each DP rank.
-        failure: why the worker cannot serve; empty while it can. Never cleared.
+        failure: why the worker cannot serve; empty while it can. Cleared when every rank is ready anew.
 
     Raises:
         ValueError: the inbox's address cannot be bound.
     """
 
-    def __init__(self, args: FrontendArgs, token: str, on_stats: Callable[[Stats], None]) -> None:
-        self._dims = ParallelDims.of(args.parallel)
-        assert len(args.rank_inboxes) == self._dims.tp_size, (args.rank_inboxes, self._dims)
+    def __init__(
+        self,
+        address: WorkerAddress,
+        token: str,
+        on_stats: Callable[[Stats], None],
+        first_rank: int = 0,
+        timeout_s: float = 0.0,
+    ) -> None:
+        self.name, self.pool = address.name, address.pool
+        self._dims = ParallelDims.of(address.parallel)
+        assert len(address.rank_inboxes) == self._dims.tp_size, (address.rank_inboxes, self._dims)
         self._token, self._on_stats = token, on_stats
-        self.ranks = [RankStatus(rank) for rank in range(self._dims.tp_size)]
+        self._first_rank, self._timeout_s = first_rank, timeout_s
+        self.ranks = [RankStatus(first_rank + rank) for rank in range(self._dims.tp_size)]
+        self.kv = [b""] * self._dims.tp_size
         self.stats: dict[int, Stats] = {}
         self.failure = ""
-        self._flights: dict[str, Flight] = {}
+        self._silent, self._heard = False, time.monotonic()
+        self._flights: dict[str, tuple[Sink, int]] = {}
         self._replies: dict[str, dict[int, ControlReply]] = {}
         self._reply_arrived = asyncio.Condition()
         self._context = zmq.asyncio.Context()
-        self._inbox = self._bind(args.inbox)
+        self._inbox = self._bind(address.inbox)
         # Plain sockets: with no high-water mark a send never waits, so one message and its wakes go out with
         # nothing in between, and each rank sees them in order.
         self._plain = zmq.Context(self._context)
-        self._outboxes = [self._connect(address) for address in args.rank_inboxes]
+        self._addresses = address.rank_inboxes
+        self._outboxes: list[zmq.SyncSocket] = []
+        self._monitors: list[asyncio.Task[None]] = []
+        self._connect_all()
         self._wake = encode(Wake(), token)
-        self._receiving = asyncio.create_task(self._receive())
+        self._tasks = [asyncio.create_task(self._receive())]
+        if timeout_s:
+            self._tasks.append(asyncio.create_task(self._watch_silence()))
 
     @property
     def ready(self) -> bool:
         return all(status.ready for status in self.ranks)
 
     @property
+    def down(self) -> str:
+        """Why the worker cannot take requests now; empty when it can."""
+        silent = f"{self.name} has said nothing for {self._timeout_s:g} s" if self._silent else ""
+        return self.failure or silent or ("" if self.ready else f"{self.name} is not ready")
+
+    @property
     def num_open(self) -> int:
         return len(self._flights)
+
+    @property
+    def dp_size(self) -> int:
+        return self._dims.dp_size
+
+    def kv_of(self, dp_rank: int) -> list[bytes]:
+        """What a peer needs to read the KV cache of a DP group: of each of its ranks."""
+        return [self.kv[rank] for rank in self._dims.dp_group(dp_rank)]
 
     def info_min(self, key: str) -> int:
         """The smallest value of a figure that every rank gave with ``Ready``."""
         return min(int(status.info[key]) for status in self.ranks)
 
     @contextlib.contextmanager
-    def flight(self, dp_rank: int) -> Iterator[Flight]:
+    def flight(self, dp_rank: int, label: int) -> Iterator[Flight]:
         """For requests to a DP rank. Leaving the block aborts those that have not ended."""
         assert 0 <= dp_rank < self._dims.dp_size, dp_rank
-        flight = Flight(self, dp_rank)
+        flight = Flight(self, dp_rank, label)
         try:
             yield flight
         finally:
             flight.close()
 
-    def start(self, flight: Flight, request: Generate) -> None:
-        """Sends a request whose outputs go to ``flight``."""
+    def start(self, sink: Sink, dp_rank: int, request: Generate) -> None:
+        """Sends a request whose outputs go to ``sink``."""
         assert request.rid not in self._flights, request.rid
-        self._flights[request.rid] = flight
-        self._send(flight.dp_rank, request)
+        self._flights[request.rid] = (sink, dp_rank)
+        self._send(dp_rank, request)
+
+    def hand_over(self, rid: str, ticket: Ticket) -> None:
+        """Unknown: it has ended."""
+        if rid in self._flights:
+            self._send(self._flights[rid][1], Handover(rid, ticket))
+
+    def forget(self, rid: str) -> None:
+        """The request is over for this worker, though it did not say so."""
+        self._flights.pop(rid, None)
 
     def abort(self, rid: str) -> None:
         """Unknown: it has ended."""
-        flight = self._flights.pop(rid, None)
-        if flight is not None:
-            self._send(flight.dp_rank, Abort(rid))
+        found = self._flights.pop(rid, None)
+        if found is not None:
+            self._send(found[1], Abort(rid))
 
     async def control(self, control: Control, timeout_s: float) -> list[ControlReply]:
         """Has every rank carry it out and gives their replies, by rank. ``TimeoutError`` names the silent ranks."""
@@ -171,15 +226,25 @@ class RankClient:
     async def fail(self, reason: str) -> None:
         """Ends every open request and control operation with ``reason``; only the first failure is kept."""
         self.failure = self.failure or reason
-        for rid, flight in self._flights.items():
-            flight.put(Output(rid, [], finish="error", error=reason))
+        for rid, (sink, _) in self._flights.items():
+            sink.put(Output(rid, [], finish="error", error=reason))
         async with self._reply_arrived:
             self._reply_arrived.notify_all()
 
+    async def _lose(self, reason: str) -> None:
+        """A process of the worker has ended, and so has the worker. It may come back as new processes."""
+        if self.failure:
+            return  # a peer of one that has failed fails too
+        self._give_up(reason)
+        await self.fail(reason)
+        self.ranks = [RankStatus(self._first_rank + rank) for rank in range(self._dims.tp_size)]
+        self._connect_all()  # what was meant for the old processes must not reach the new ones
+
     async def close(self) -> None:
-        self._receiving.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._receiving
+        tasks = [*self._tasks, *self._monitors]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for outbox in self._outboxes:
             outbox.close()
         self._inbox.close()
@@ -200,6 +265,48 @@ class RankClient:
                 f"inbox={host}:{port} cannot be bound ({error}): choose a free port of this host (cluster.port)"
             ) from None
         return inbox
+
+    def _connect_all(self) -> None:
+        """New connections to all ranks; what waits in old ones is dropped."""
+        for monitor in self._monitors:
+            monitor.cancel()
+        for outbox in self._outboxes:
+            outbox.disable_monitor()
+            outbox.close()
+        self._outboxes = [self._connect(address) for address in self._addresses]
+        if self._timeout_s:
+            self._monitors = [asyncio.create_task(self._watch(rank)) for rank in range(len(self._outboxes))]
+
+    async def _watch(self, rank: int) -> None:
+        """Fails the worker when the connection to one of its ranks breaks: its process has ended."""
+        address = f"inproc://monitor-{id(self)}-{rank}-{time.monotonic_ns()}"
+        self._outboxes[rank].monitor(address, zmq.EVENT_DISCONNECTED)
+        events = self._context.socket(zmq.PAIR)
+        try:
+            events.connect(address)
+            await events.recv_multipart()
+        finally:
+            events.close(linger=0)
+        if not self.failure:
+            log.error("%s: the connection to rank %d is broken", self.name, rank)
+            # apart: this task is among those that `_lose` ends
+            self._tasks.append(asyncio.create_task(self._lose(f"{self.name} rank {rank}: its process has ended")))
+
+    async def _watch_silence(self) -> None:
+        while True:
+            await asyncio.sleep(self._timeout_s / 8)
+            if self.ready and not self._silent and time.monotonic() - self._heard > self._timeout_s:
+                self._silent = True
+                log.error("%s", self.down)
+                for rid, (_, dp_rank) in self._flights.items():
+                    self._send(dp_rank, Abort(rid))  # in order behind its requests, if it ever goes on
+                self._give_up(self.down)
+
+    def _give_up(self, reason: str) -> None:
+        """Ends all open requests here; other workers may take them."""
+        flights, self._flights = self._flights, {}
+        for rid, (sink, _) in flights.items():
+            sink.put(Output(rid, [], finish="error", error=reason, retry=True))
 
     def _connect(self, address: tuple[str, int]) -> zmq.SyncSocket:
         outbox = self._plain.socket(zmq.PUSH)
@@ -224,6 +331,10 @@ class RankClient:
                 except ValueError as error:
                     log.warning("message to the inbox refused: %s", error)
                     continue
+                self._heard = time.monotonic()
+                if self._silent:
+                    self._silent = False
+                    log.warning("%s speaks again", self.name)
                 await self._handle(message)
                 # A message that is already there is received without a turn of the event loop: let requests run.
                 await asyncio.sleep(0)
@@ -236,10 +347,10 @@ class RankClient:
             case Outputs():
                 for output in message.outputs:
                     # Unknown: aborted while these tokens were on their way.
-                    if (flight := self._flights.get(output.rid)) is not None:
+                    if (found := self._flights.get(output.rid)) is not None:
                         if output.finish is not None:
                             del self._flights[output.rid]
-                        flight.put(output)
+                        found[0].put(output)
             case Stats():
                 self.stats[message.dp_rank] = message
                 self._on_stats(message)
@@ -249,12 +360,16 @@ class RankClient:
             case Ready():
                 status = self.ranks[message.rank]
                 status.ready, status.info, status.stage = True, message.info, "ready"
-                log.info("rank %d is ready", message.rank)
+                self.kv[message.rank] = message.kv
+                log.info("rank %d is ready", status.rank)
+                if self.failure and self.ready and self._timeout_s:
+                    log.warning("%s is back", self.name)
+                    self.failure = ""
             case ControlReply():
                 if message.cid in self._replies:
                     async with self._reply_arrived:
                         self._replies[message.cid][message.rank] = message
                         self._reply_arrived.notify_all()
             case Failed():
-                log.error("rank %d failed: %s", message.rank, message.error)
-                await self.fail(f"rank {message.rank}: {message.error}")
+                log.error("%s %d failed: %s", self.name, message.rank, message.error)
+                await (self._lose if self._timeout_s else self.fail)(f"{self.name} {message.rank}: {message.error}")

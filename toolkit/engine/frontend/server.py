@@ -14,7 +14,7 @@ import os
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -25,10 +25,9 @@ from toolkit.engine.args import FrontendArgs
 from toolkit.engine.frontend import openapi
 from toolkit.engine.frontend.control import ControlRoutes
 from toolkit.engine.frontend.errors import ApiError
+from toolkit.engine.frontend.fleet import Fleet, State
 from toolkit.engine.frontend.generate import Generator
 from toolkit.engine.frontend.metrics import Metrics
-from toolkit.engine.frontend.ranks import RankClient
-from toolkit.engine.frontend.router import ROUTERS
 from toolkit.engine.frontend.sampling import Limits
 from toolkit.engine.frontend.tokenizer import Tokenizer, load_tokenizer
 
@@ -53,10 +52,8 @@ class Server:
         self, args: FrontendArgs, token: str, api_key: str = "", control_timeout_s: float = CONTROL_TIMEOUT_S
     ) -> None:
         self._args, self._api_key, self._control_timeout_s = args, api_key.encode(), control_timeout_s
-        dp_size = args.parallel.dp_size
-        self._router = ROUTERS[args.router](dp_size, args.engine.random_seed)
-        self._ranks = RankClient(args, token, on_stats=self._router.observe)
-        self._metrics = Metrics(lambda: self._ranks.stats, lambda: self._ranks.num_open)
+        self._fleet = Fleet(args, token)
+        self._metrics = Metrics(lambda: self._fleet.stats, lambda: self._fleet.num_open)
         self._tokenizer: Tokenizer | None = None
         self._vocab_size = 0
         self._generator: Generator | None = None
@@ -82,15 +79,14 @@ class Server:
 
     async def stop(self) -> None:
         """Ends open requests with an error, tells their ranks, and closes everything."""
-        await self._ranks.fail("the server is shutting down")
+        await self._fleet.fail("the server is shutting down")
         await self._runner.cleanup()
-        await self._ranks.close()
+        await self._fleet.close()
 
     @property
-    def state(self) -> Literal["loading", "ready", "failed"]:
-        if self._ranks.failure:
-            return "failed"
-        return "ready" if self._ranks.ready and self._tokenizer is not None else "loading"
+    def state(self) -> State:
+        state = self._fleet.state
+        return "loading" if state == "ready" and self._tokenizer is None else state
 
     async def _load(self) -> None:
         try:
@@ -98,7 +94,7 @@ class Server:
             self._tokenizer = await asyncio.to_thread(load_tokenizer, self._args.model)
         except Exception as error:
             log.exception("the tokenizer cannot be loaded")
-            await self._ranks.fail(f"frontend: {error}")
+            await self._fleet.fail(f"frontend: {error}")
             return
         gc.collect()
         gc.freeze()  # what start-up made stays: collections in service need not walk it
@@ -125,7 +121,7 @@ class Server:
 
     def _control_routes(self) -> list[web.RouteDef]:
         enable_eplb = self._args.engine.enable_eplb
-        return ControlRoutes(self._ranks, self._ready, self._control_timeout_s, enable_eplb).routes()
+        return ControlRoutes(self._fleet, self._ready, self._control_timeout_s, enable_eplb).routes()
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -163,20 +159,20 @@ class Server:
     def _ready(self) -> Generator:
         """What serves completions, made when all that it depends on is known."""
         if self.state != "ready":
-            raise ApiError(503, self._ranks.failure or "the model is still loading, see /health", code=self.state,
-                           retry_after_s=0 if self._ranks.failure else 1)  # fmt: skip
+            raise ApiError(503, self._fleet.failure or "the model is still loading, see /health", code=self.state,
+                           retry_after_s=0 if self._fleet.failure else 1)  # fmt: skip
         if self._generator is None:
             assert self._tokenizer is not None
             args = self._args
             self._generator = Generator(
-                args.model.name, self._tokenizer, self._limits(), self._ranks, self._router, self._metrics,
+                args.model.name, self._tokenizer, self._limits(), self._fleet, self._metrics,
                 args.engine.max_queued_requests, args.engine.random_seed,
             )  # fmt: skip
         return self._generator
 
     def _limits(self) -> Limits:
         """A request may take the model's context, and must fit into one DP rank's KV cache."""
-        context, cache = self._ranks.info_min("max_model_len"), self._ranks.info_min("max_total_tokens")
+        context, cache = self._fleet.info_min("max_model_len"), self._fleet.info_min("max_total_tokens")
         if cache < context:
             return Limits(cache, "engine.max_total_tokens", self._vocab_size)
         return Limits(context, "max_model_len", self._vocab_size)
@@ -190,8 +186,8 @@ class Server:
         if self.state == "ready":
             return _json({"state": "ready"})
         if self.state == "failed":
-            return _json({"state": "failed", "error": self._ranks.failure}, status=503)
-        ranks = [{"rank": r.rank, "stage": r.stage, "done": r.done, "total": r.total} for r in self._ranks.ranks]
+            return _json({"state": "failed", "error": self._fleet.failure}, status=503)
+        ranks = [{"rank": r.rank, "stage": r.stage, "done": r.done, "total": r.total} for r in self._fleet.ranks]
         tokenizer = "loading" if self._tokenizer is None else "ready"
         return _json({"state": "loading", "ranks": ranks, "tokenizer": tokenizer}, status=503)
 
@@ -218,11 +214,12 @@ class Server:
             {
                 "state": self.state,
                 "model": to_mapping(args.model),
-                "parallel": to_mapping(args.parallel),
+                "parallel": to_mapping(args.workers[-1].parallel),
+                "workers": self._fleet.describe(),
                 "engine": to_mapping(args.engine),
                 "router": args.router,
-                "ranks": [asdict(status) for status in self._ranks.ranks],
-                "dp_ranks": list(self._ranks.stats.values()),
+                "ranks": [asdict(status) for status in self._fleet.ranks],
+                "dp_ranks": list(self._fleet.stats.values()),
             }
         )
 

@@ -23,7 +23,8 @@ GROUP = 128  # columns that share a scale
 PROGRAMS = 2048  # rows in flight of a kernel that walks over rows: several for each of an H100's 132 multiprocessors
 
 
-@triton.jit
+# Sizes that change from step to step are not specialised: a new one must never be compiled while requests wait.
+@triton.jit(do_not_specialize=["pairs"])
 def _count_kernel(local_ptr, position_ptr, counts_ptr, pairs, e, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(local_ptr + i, mask=i < pairs, other=-1)
@@ -32,7 +33,7 @@ def _count_kernel(local_ptr, position_ptr, counts_ptr, pairs, e, BLOCK: tl.const
     tl.store(position_ptr + i, tl.where(mine, position, -1), mask=i < pairs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scales_stride"])
 def _scatter_kernel(
     x_ptr, local_ptr, position_ptr, counts_ptr, rows_ptr, ends_ptr, out_ptr, scales_ptr, out_scales_ptr,
     e, D, G, scales_stride, ALIGNMENT: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -75,7 +76,7 @@ def _gather_kernel(y_ptr, rows_ptr, weights_ptr, out_ptr, D, K: tl.constexpr, BL
     tl.store(out_ptr + token * D + d, total, mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "s_slot", "s_row", "s_group"])
 def _quantize_kernel(
     x_ptr, weights_ptr, counts_ptr, ends_ptr, q_ptr, s_ptr, M, C, s_slot, s_row, s_group,
     GLU: tl.constexpr, FP8: tl.constexpr, GROUPS: tl.constexpr, COUNTED: tl.constexpr, ENDED: tl.constexpr,

@@ -8,8 +8,9 @@ Read next: ``tables.py``.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +38,21 @@ class KVCache:
     Layers of one kind have equally many blocks, in one allocation. On a GPU there is one more after the last, which
     belongs to nobody: the padding of a step with a fixed shape (a CUDA graph) is written there.
 
+    Args:
+        memory: gives that many zeroed bytes of the device; None: torch does.
+
     Raises:
         MemoryError: the device cannot hold it.
     """
 
     def __init__(
-        self, spec: KVSpec, kinds: Sequence[LayerKind], page_size: int, dtype: torch.dtype, device: str
+        self,
+        spec: KVSpec,
+        kinds: Sequence[LayerKind],
+        page_size: int,
+        dtype: torch.dtype,
+        device: str,
+        memory: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.spec, self.kinds, self.page_size = spec, tuple(kinds), page_size
         spare = 0 if torch.device(device).type in ("cpu", "meta") else 1
@@ -51,7 +61,11 @@ class KVCache:
             by_layer: dict[int, Tensor] = {}
             for kind in kinds:
                 rows = (kind.num_blocks + spare) * page_size
-                whole = torch.zeros(len(kind.layers), rows, spec.heads, dim, dtype=dtype, device=device)
+                shape = (len(kind.layers), rows, spec.heads, dim)
+                if memory is None:
+                    whole = torch.zeros(shape, dtype=dtype, device=device)
+                else:
+                    whole = memory(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
                 by_layer |= zip(kind.layers, whole)
             return [by_layer[layer] for layer in range(len(by_layer))]
 

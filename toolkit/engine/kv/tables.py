@@ -76,6 +76,24 @@ class BlockTables:
         request.num_computed = request.num_published * self.page_size
         return True
 
+    def place(self, request: Request, reserve: int) -> bool:
+        """Gives the request blocks for KV of all its tokens that is written from outside, and takes it as computed.
+
+        Returns:
+            False, with nothing taken, when fewer than ``reserve`` blocks of a kind would stay free.
+        """
+        count = len(request.tokens)
+        total = self._blocks(count)
+        firsts = [self._first_block(kind, count) for kind in self.kinds]
+        if any(total - first + reserve > pool.num_free for first, pool in zip(firsts, self.pools)):
+            return False
+        request.blocks = [
+            [NO_BLOCK] * first + [pool.allocate() for _ in range(total - first)]
+            for first, pool in zip(firsts, self.pools)
+        ]
+        request.num_computed, request.num_published = count, count // self.page_size
+        return True
+
     def room(self, request: Request) -> int:
         """Tokens after the computed ones that its blocks and the free ones can hold."""
         free = min(pool.num_free for pool in self.pools)
@@ -84,6 +102,8 @@ class BlockTables:
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Allocates blocks until ``num_tokens`` tokens fit; False, with nothing taken, when they run out."""
         missing = self._blocks(num_tokens) - len(request.blocks[0])
+        if missing <= 0:
+            return True
         if missing > min(pool.num_free for pool in self.pools):
             return False
         for pool, table in zip(self.pools, request.blocks):
@@ -106,6 +126,8 @@ class BlockTables:
                     pool.publish(table[i], request.block_hashes[i])
             request.num_published = full
         for kind, pool, table in zip(self.kinds, self.pools, request.blocks):
+            if not kind.window:
+                continue  # later tokens see all of it
             end = self._first_block(kind, request.num_computed)
             begin = end
             while begin > 0 and table[begin - 1] != NO_BLOCK:

@@ -1,0 +1,238 @@
+"""DisaggFlight: a request that is prefilled by one worker and decoded by another, as one request to its client.
+
+The prefill worker computes the prompt and one token and answers with a ticket; the decode worker reads the KV and goes
+on. ``bootstrap``: both get the request at once, under one room number, and the reads begin with the first chunk;
+``synchronous``: the decode worker is chosen when the prompt is done. The first token goes to the client when the decode
+worker has joined it to its batch. When a worker or a transfer fails the request begins anew elsewhere, with the tokens
+that the client has already; it never does after a cancel. Knows no HTTP. Read next: ``ranks.py``, ``fleet.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import msgspec
+
+from toolkit.engine.core import SamplingParams
+from toolkit.engine.messages import Generate, Output, Receive, Send
+
+if TYPE_CHECKING:
+    from toolkit.engine.frontend.fleet import Unit
+
+log = logging.getLogger(__name__)
+
+Side = Literal["prefill", "decode"]
+
+
+class Pick(Protocol):
+    def __call__(self, tokens: list[int], avoid: Collection[Unit] = ()) -> Unit | None: ...
+
+
+class Handoffs:
+    """What all requests share.
+
+    Args:
+        enforce: refuse requests while no prefill worker lives; False: decode workers prefill them.
+        migration_limit: how often one request may begin anew.
+    """
+
+    def __init__(
+        self,
+        prefill: Pick,
+        decode: Pick,
+        handoff: Literal["bootstrap", "synchronous"],
+        enforce: bool,
+        migration_limit: int,
+    ) -> None:
+        self.prefill, self.decode = prefill, decode
+        self.early, self.enforce, self.migration_limit = handoff == "bootstrap", enforce, migration_limit
+        self.num_open = 0
+        self.attempts = itertools.count()
+        self.warned = False
+
+
+@dataclass
+class Job:
+    """One request and what has become of it."""
+
+    rid: str
+    tokens: list[int]  # prompt and what the client has
+    sampling: SamplingParams
+    generated: int = 0
+    cached: int = 0
+
+
+class Lost(Exception):
+    """The attempt failed, another may not."""
+
+
+class Refused(Exception):
+    """The request cannot be served."""
+
+
+@dataclass
+class Leg:
+    """One side of an attempt. Its outputs go to a queue that both sides share."""
+
+    side: Side
+    unit: Unit
+    rid: str
+    queue: asyncio.Queue[tuple[Leg, Output]]
+    started: bool = field(default=False)
+
+    def put(self, output: Output) -> None:
+        self.queue.put_nowait((self, output))
+
+    def start(self, request: Generate) -> None:
+        self.started = True
+        self.unit.client.start(self, self.unit.dp_rank, request)
+
+    def end(self) -> None:
+        """Aborts what has not ended."""
+        if self.started:
+            self.unit.client.abort(self.rid)
+
+
+class DisaggFlight:
+    """Requests of one prompt. Like ``ranks.Flight``: ``send``, ``next``, ``abort``, ``close``."""
+
+    def __init__(self, handoffs: Handoffs, prompt: list[int]) -> None:
+        self._handoffs = handoffs
+        # Chosen now because the answer's headers name it; an attempt may have to take another.
+        self._unit = handoffs.decode(prompt)
+        self.label = self._unit.index if self._unit is not None else -1
+        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def send(self, rid: str, prompt: list[int], sampling: SamplingParams) -> None:
+        """Starts a request."""
+        self._handoffs.num_open += 1
+        self._tasks[rid] = asyncio.create_task(self._serve(Job(rid, list(prompt), sampling)))
+
+    async def next(self) -> Output:
+        return await self._outputs.get()
+
+    def abort(self, rid: str) -> None:
+        """Ends a request on both sides, unless it has ended."""
+        self._tasks[rid].cancel()
+
+    def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+
+    # --- one request ------------------------------------------------------------------------------
+
+    async def _serve(self, job: Job) -> None:
+        avoid: list[Unit] = []
+        try:
+            for left in range(self._handoffs.migration_limit, -1, -1):
+                try:
+                    await self._attempt(job, avoid)
+                    return
+                except Lost as error:
+                    log.warning("request %s: %s; %d more tries", job.rid, error, left)
+                    reason = str(error)
+            self._fail(job, f"{reason} (tried {self._handoffs.migration_limit + 1} times: deploy.migration_limit)")
+        except Refused as error:
+            self._fail(job, str(error))
+        except Exception as error:
+            log.exception("request %s failed", job.rid)
+            self._fail(job, f"internal error: {type(error).__name__}")
+        finally:
+            self._handoffs.num_open -= 1
+
+    def _fail(self, job: Job, reason: str) -> None:
+        self._outputs.put_nowait(Output(job.rid, [], "error", error=reason))
+
+    async def _attempt(self, job: Job, avoid: list[Unit]) -> None:
+        """Serves the request, or what is left of it, once. ``avoid`` grows by the workers that it was lost on."""
+        queue: asyncio.Queue[tuple[Leg, Output]] = asyncio.Queue()
+        rid = f"{job.rid}@{next(self._handoffs.attempts)}"
+        unit = self._unit if self._unit is not None and not self._unit.client.down and not avoid else None
+        unit = unit or self._handoffs.decode(job.tokens, avoid)
+        if unit is None:
+            raise Refused("no decode worker lives")
+        decode = Leg("decode", unit, rid, queue)
+        source = self._handoffs.prefill(job.tokens, avoid)
+        prefill = None if source is None else Leg("prefill", source, rid, queue)
+        try:
+            if prefill is None:
+                self._start_alone(job, decode)
+            else:
+                self._start_pair(job, prefill, decode)
+            await self._follow(job, prefill, decode, queue)
+        except Lost:
+            avoid += [leg.unit for leg in (prefill, decode) if leg is not None]
+            raise
+        finally:
+            for leg in (decode, prefill):
+                if leg is not None:
+                    leg.end()
+
+    def _start_alone(self, job: Job, decode: Leg) -> None:
+        if self._handoffs.enforce:
+            raise Refused("no prefill worker lives, and deploy.enforce_disagg=true does without none")
+        if not self._handoffs.warned:
+            self._handoffs.warned = True
+            log.warning("no prefill worker lives: decode workers compute prompts (deploy.enforce_disagg=false)")
+        decode.start(Generate(decode.rid, job.tokens, self._sampling(job), job.generated))
+
+    def _start_pair(self, job: Job, prefill: Leg, decode: Leg) -> None:
+        self._handoffs.warned = False
+        room, early, sampling = secrets.randbits(62), self._handoffs.early, self._sampling(job)
+        if early:
+            receive = Receive(room, prefill.unit.client.kv_of(prefill.unit.dp_rank))
+            decode.start(Generate(decode.rid, job.tokens, sampling, job.generated, receive=receive))
+        prefill.start(Generate(prefill.rid, job.tokens, sampling, job.generated, send=Send(room, early)))
+
+    def _sampling(self, job: Job) -> SamplingParams:
+        """The prompt is scored once; a request that begins anew has its scores."""
+        return msgspec.structs.replace(job.sampling, prompt_logprobs=None) if job.generated else job.sampling
+
+    async def _follow(
+        self, job: Job, prefill: Leg | None, decode: Leg, queue: asyncio.Queue[tuple[Leg, Output]]
+    ) -> None:
+        """From the first output of either side to the last one."""
+        first: Output | None = None
+        while True:
+            leg, output = await queue.get()
+            if output.finish in ("error", "abort"):
+                reason = f"{leg.unit.client.name}: {output.error or 'the request was aborted by its rank'}"
+                raise Lost(reason) if output.retry else Refused(reason)
+            if leg is prefill:
+                if output.finish is not None:  # its first token is its last
+                    self._give(job, output)
+                    return
+                first = output if output.token_ids else first
+                self._pass_on(job, prefill, decode, output)
+            elif output.joined:
+                assert first is not None and prefill is not None, output
+                prefill.unit.client.forget(prefill.rid)  # its blocks are the reader's to release
+                self._give(job, msgspec.structs.replace(first, rid=first.rid, ticket=None, finish=output.finish))
+            else:
+                self._give(job, output)
+            if output.finish is not None:
+                return
+
+    def _pass_on(self, job: Job, prefill: Leg, decode: Leg, output: Output) -> None:
+        """The prefill worker's ticket to the decode worker."""
+        ticket = output.ticket
+        assert ticket is not None, output
+        if decode.started:
+            decode.unit.client.hand_over(decode.rid, ticket)
+            return
+        receive = Receive(ticket.room, prefill.unit.client.kv_of(prefill.unit.dp_rank), ticket)
+        decode.start(Generate(decode.rid, job.tokens, self._sampling(job), job.generated, receive=receive))
+
+    def _give(self, job: Job, output: Output) -> None:
+        """New tokens for the client."""
+        job.cached = max(job.cached, 0 if job.generated else output.cached_tokens)
+        job.tokens = job.tokens + output.token_ids
+        job.generated += len(output.token_ids)
+        self._outputs.put_nowait(msgspec.structs.replace(output, rid=job.rid, cached_tokens=job.cached))
