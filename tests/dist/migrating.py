@@ -59,10 +59,8 @@ class Rank:
         batch = self.scheduler.schedule() if more else None
         tokens = batch.num_tokens if batch else 0
         overlaps = self.engine.enable_two_batch_overlap
-        mine = Proposal(
-            tokens, tokens, bool(batch and batch.prefill), split(batch)[0].num_tokens if overlaps and batch else -1,
-            0, 0, 0, 0, self.manager.proposal, 0, 0, 0,
-        )  # fmt: skip
+        half = split(batch)[0].num_tokens if overlaps and batch else -1
+        mine = Proposal(tokens, tokens, bool(batch and batch.prefill), half, experts=self.manager.proposal)
         agreed = agree(self.groups.tp_cpu, self.groups.dims, self.steps, mine)
         self.manager.turn(agreed.experts, self.steps)
         if any(agreed.ctx.dp_tokens):

@@ -19,6 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.timeout(1200))  # a whole job each, on a machine that may be busy
 
 
 @pytest.fixture(scope="session")

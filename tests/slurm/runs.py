@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 TINY = ["+exp=dep16", "cluster=slurm", "cluster.device=cpu"]
 SHORT = ["load.concurrency=[1,2]", "load.osl=4", "load.warmup_requests=0"]
 LONG = ["load.concurrency=[1,2,4]", "load.num_requests=400", "load.osl=40", "load.warmup_requests=0"]
-SOON_S = 90.0  # for what must happen; its end means that it does not
+SOON_S = 300.0  # for what must happen; its end means that it does not
 
 
 class Run:
@@ -76,7 +76,7 @@ class Run:
             assert time.monotonic() < deadline, f"does not happen: {what}; {self.story()}"
             time.sleep(0.1)
 
-    def end(self, within_s: float = 200) -> tuple[int, str]:
+    def end(self, within_s: float = 400) -> tuple[int, str]:
         """(exit code, what the user saw). Nothing of the run is left on any node."""
         try:
             output = self.process.communicate(timeout=within_s)[0]

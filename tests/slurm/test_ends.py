@@ -23,7 +23,7 @@ def test_a_killed_rank_ends_the_run_with_its_name(cluster: Cluster, tmp_path: Pa
     run = Run(tmp_path, *TWO, *LONG)
     run.wait_for_load()
     rank_process(run, 1).kill()
-    code, output = run.end(60)
+    code, output = run.end()
     assert code == 1
     status = run.status()
     assert (status.state, status.reason.split(" (")[0]) == ("failed", "rank-1 was killed by SIGKILL")
@@ -35,7 +35,7 @@ def test_ctrl_c_in_the_terminal_cancels_the_job_in_order(cluster: Cluster, tmp_p
     run = Run(tmp_path, *TWO, *LONG)
     run.wait_for_load()
     run.process.send_signal(signal.SIGINT)
-    code, output = run.end(90)
+    code, output = run.end()
     assert code == 130
     assert f"Ending job {run.job.job_id} in order" in output
     assert run.status().state == "cancelled"
@@ -47,7 +47,7 @@ def test_scancel_keeps_what_was_measured(cluster: Cluster, tmp_path: Path) -> No
     run = Run(tmp_path, *TWO, *LONG)
     run.wait_for_load()
     cluster.run("scancel", run.job.job_id)
-    code, output = run.end(60)
+    code, output = run.end()
     assert code == 130, output
     status = run.status()
     assert (status.state, status.reason) == ("cancelled", "cancelled by SIGTERM (Slurm: CANCELLED)")
@@ -68,7 +68,7 @@ def test_the_time_limit_ends_a_run_before_slurm_does(cluster: Cluster, tmp_path:
     load = ["load.concurrency=[1]", "load.num_requests=130", "load.osl=40", "load.warmup_requests=0"]
     run = Run(tmp_path, *TWO, *load, "cluster.time_min=2", "cluster.signal_s=60")
     run.wait_for_load()
-    code, _ = run.end(240)
+    code, _ = run.end()
     assert code == 130
     status = run.status()
     assert (status.state, "time limit is near" in status.reason) == ("cancelled", True)
@@ -91,7 +91,7 @@ def test_a_slurmd_that_dies_ends_the_job_and_leaves_no_orphan(cluster: Cluster, 
     run.wait_for_load()
     try:
         os.kill(cluster.daemon("node2").pid, signal.SIGKILL)
-        code, output = run.end(120)
+        code, output = run.end()
     finally:
         cluster.start_node(2)
     assert code == 130, output

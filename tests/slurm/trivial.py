@@ -35,7 +35,8 @@ def main() -> None:
     begin = time.monotonic()
     job = launcher.start(specs, run_dir, {})
     try:
-        while any(state.state != "running" for state in job.poll()):
+        logs = [run_dir / spec.log for spec in specs]
+        while not all(log.exists() and log.stat().st_size for log in logs):
             assert all(state.alive for state in job.poll()), job.poll()
             assert time.monotonic() - begin < 120, "not all processes run within two minutes"
             time.sleep(0.2)

@@ -21,6 +21,7 @@ from toolkit.launch.interrupts import NOTICE
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.launch.run import EXIT_CODES, run
 from toolkit.launch.submit import SCRIPT
+from toolkit.launch.watch import LOST_NODE
 
 LOG = records.log_name("launcher", 0)
 FRUITLESS = 3  # starts without a point done that are put down to preemption
@@ -48,13 +49,12 @@ def main() -> int:
             again = "" if array else exclude.submit_again(read_config(run_dir), run_dir, run_dirs[index + 1 :], script)
         if again:
             break  # the rest is the new job's
-        if code != CANCELLED:
-            continue
         if goes_on(run_dir, done_before):
             queue.requeue(os.environ["SLURM_JOB_ID"])
-        else:
+            break
+        if code == CANCELLED:  # the job is being ended, not this run alone
             never_begun(run_dirs[index + 1 :], "an earlier run of the same job was cancelled")
-        break  # the job is being ended, not this run alone
+            break
     return worst
 
 
@@ -75,12 +75,13 @@ def run_one(run_dir: Path) -> int:
 
 
 def goes_on(run_dir: Path, done_before: int) -> bool:
-    """Whether to start again after Slurm's notice: where that is asked for, and as long as starts bring points.
+    """Whether to start again where that is asked for: after Slurm's notice, or a lost node that it has not missed yet.
 
-    A preemption that brings no SIGUSR2, and a lost node, are Slurm's own to requeue.
+    Only as long as starts bring points. What Slurm ends itself, it requeues itself.
     """
     status = records.read_status(run_dir)
-    wanted = read_config(run_dir).cluster.requeue and status.reason.startswith(NOTICE)
+    cause = status.reason.startswith(NOTICE) or (status.state == "failed" and LOST_NODE in status.reason)
+    wanted = read_config(run_dir).cluster.requeue and cause
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return wanted and (points_done(run_dir) > done_before or restarts < FRUITLESS)
 

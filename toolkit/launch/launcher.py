@@ -128,6 +128,10 @@ class Launcher(Protocol):
         """
         ...
 
+    def silent(self) -> list[str]:
+        """Names of the nodes that do not answer; asked when a run fails, because a lost node fails its ranks' peers."""
+        ...
+
     def close(self) -> None:
         """Gives ports and nodes back. May be called again."""
         ...

@@ -80,6 +80,9 @@ class LocalLauncher:
         self._claim = None if self._port else ports.claim(num_ports)
         return [Node("127.0.0.1", self._claim.first if self._claim else self._port)]
 
+    def silent(self) -> list[str]:
+        return []
+
     def close(self) -> None:
         if self._claim:
             self._claim.close()

@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 TIMEOUT_S = 60.0
+ANSWER_S = 3.0
 ACTIVE = frozenset({
     "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
     "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT",
@@ -83,6 +86,27 @@ def addresses(names: Sequence[str]) -> list[str]:
         name[1]: addr[1] for line in lines if (name := _field("NodeName", line)) and (addr := _field("NodeAddr", line))
     }
     return [found.get(name, name) for name in names]
+
+
+def silent(names: Sequence[str]) -> list[str]:
+    """Those nodes whose slurmd takes no connection: down, cut off, or about to be found so by Slurm itself."""
+    lines = call("scontrol", "--oneliner", "show", "node", ",".join(names)).splitlines()
+    config = call("scontrol", "show", "config")
+    default = re.search(r"^SlurmdPort\s*=\s*(\d+)", config, re.MULTILINE)
+
+    def answers(line: str) -> bool:
+        addr, port = _field("NodeAddr", line), _field("Port", line) or default
+        if addr is None or port is None:
+            return True  # nothing to ask
+        try:
+            socket.create_connection((addr[1], int(port[1])), ANSWER_S).close()
+        except OSError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        found = list(pool.map(answers, lines))
+    return [name[1] for line, ok in zip(lines, found) if not ok and (name := _field("NodeName", line))]
 
 
 def job(job_id: str) -> JobState:

@@ -32,7 +32,7 @@ from toolkit.launch.load import run_load
 from toolkit.launch.plan import num_ports, plan, pools
 from toolkit.launch.preflight import preflight
 from toolkit.launch.stall import StallWatch
-from toolkit.launch.watch import RunFailed, Watch, exit_text
+from toolkit.launch.watch import LOST_NODE, RunFailed, Watch, exit_text
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +165,10 @@ def deploy_and_load(cfg: ExpConfig, run_dir: Path, interrupts: Interrupts, conso
             run_load(cfg, deployment, nodes, run_dir, launcher, watch, interrupts, attempt)
         finally:
             collect_experts(cfg, url, watch, run_dir)
+    except RunFailed as error:
+        if lost := launcher.silent():  # its ranks' peers fail first, and say nothing of it
+            raise RunFailed(f"{LOST_NODE} {', '.join(lost)}; {error}", error.log, error.log_tail) from None
+        raise
     finally:
         with interrupts.ignored():
             if job is not None:

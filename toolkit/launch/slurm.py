@@ -178,7 +178,7 @@ class SlurmLauncher:
         self._cluster = cluster
         self._allocation = allocation
         self._taken: list[tuple[str, int | None]] = []
-        self._agents: list[RunningStep] = []
+        self._keepers: list[RunningStep] = []
 
     @classmethod
     def of(cls, cfg: ExpConfig) -> SlurmLauncher:
@@ -203,13 +203,19 @@ class SlurmLauncher:
             steps[name] = (self._start_step(name, members, run_dir, secrets), members)
         return job
 
+    def silent(self) -> list[str]:
+        try:
+            return queue.silent([name for name, _ in self._taken]) if len(self._taken) > 1 else []
+        except queue.SlurmError:
+            return []
+
     def close(self) -> None:
-        for agent in self._agents:
-            agent.call_off()
-        for agent in self._agents:
-            if not agent.wait(time.monotonic() + 5.0):
-                agent.kill()
-        self._agents = []
+        for keeper in self._keepers:
+            keeper.call_off()
+        for keeper in self._keepers:
+            if not keeper.wait(time.monotonic() + 5.0):
+                keeper.kill()
+        self._keepers = []
 
     def _split(self, specs: Sequence[ProcessSpec]) -> Iterator[tuple[str, list[ProcessSpec]]]:
         """Steps; a step lies within one component of the job."""
@@ -238,13 +244,13 @@ class SlurmLauncher:
         for component in dict.fromkeys(component for _, component in self._taken):
             names = tuple(name for name, its in self._taken if its == component)
             argv = srun.step("nodes", srun.Placement(names, 1, component), self._cluster, command)
-            self._agents.append(RunningStep("nodes", argv, _file(run_dir, "nodes").with_suffix(".log"), {}))
+            self._keepers.append(RunningStep("nodes", argv, _file(run_dir, "nodes").with_suffix(".log"), {}))
         answers: dict[str, node.Answer] = {}
         deadline = time.monotonic() + NODES_ANSWER_S
         while len(answers) < len(ask.names):
-            over = [agent for agent in self._agents if agent.over]
-            for agent in self._agents:
-                for line in agent.lines(node.SAYS):
+            over = [keeper for keeper in self._keepers if keeper.over]
+            for keeper in self._keepers:
+                for line in keeper.lines(node.SAYS):
                     answer = msgspec.json.decode(line, type=node.Answer)
                     if answer.error:
                         raise RunFailed(f"node {answer.name}: {answer.error}")

@@ -14,6 +14,9 @@ from toolkit.launch.launcher import Job, ProcessState, tail
 SETTLE_S = 0.5  # when one rank dies its peers fail within milliseconds; wait for them, then name the cause
 
 
+LOST_NODE = "no answer from slurmd on"  # in a reason: a node is down, or will be found to be
+
+
 class RunFailed(Exception):
     """The run cannot go on. ``str()`` is the reason in a line; ``log_tail`` the end of the log that tells more."""
 

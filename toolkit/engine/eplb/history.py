@@ -82,7 +82,10 @@ class History:
         ep_rank, ep_size: where this rank's slots are among all.
         placement_LP: in force at the start.
         path: file kept on this rank; None on all ranks but the first.
+
+    Attributes:
         listen: called on the first rank, in the thread, with every summed window.
+        last_balancedness: of the rows that ranks received in the last window; on the first rank only.
     """
 
     def __init__(

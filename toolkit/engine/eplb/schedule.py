@@ -35,11 +35,6 @@ class Schedule:
     def chunks(self) -> list[Ints]:
         return [self.moves_MC[begin:end] for begin, end in zip((0, *self.ends), self.ends)]
 
-    def count(self, kind: int, same_node: bool | None = None) -> int:
-        """Moves of one kind; of sends, those inside or between nodes."""
-        rows = self.moves_MC[self.moves_MC[:, 1] == kind]
-        return len(rows) if same_node is None else int((rows[:, 7] == same_node).sum())
-
 
 def make_schedule(
     old_LR: Ints, new_LR: Ints, ranks: int, nodes: int, spare: int, layers_per_chunk: int | None
