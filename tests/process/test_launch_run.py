@@ -216,7 +216,7 @@ def test_a_load_generator_on_several_nodes(tmp_path: Path) -> None:
     port = ports.free_range(5)
     cfg = experiment(load={"concurrency": [4], "nodes": 2, "osl": 3}, cluster={"port": port})
     deployment = plan(cfg, port)
-    assert deployment.ports()[0, port + 3] == "load generator"
+    assert deployment.ports()[0, deployment.loadgen.port] == "load generator"
     (tmp_path / "launch").mkdir()
     (tmp_path / "logs").mkdir()
     server, launcher = ScriptedServer(), LocalLauncher(port)

@@ -83,7 +83,10 @@ def _share(
 
 
 def _ranks(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of the worker whose expert counts the run has: the one there is, or the first that decodes."""
     workers = plan.get("workers")
-    for worker in workers if isinstance(workers, list) else []:
-        ranks = worker.get("ranks") if isinstance(worker, dict) else None
-        yield from (rank for rank in ranks or [] if isinstance(rank, dict))
+    found = [worker for worker in workers if isinstance(worker, dict)] if isinstance(workers, list) else []
+    if any("pool" in worker for worker in found):
+        found = [worker for worker in found if worker.get("pool") != "prefill"][:1]
+    for worker in found:
+        yield from (rank for rank in worker.get("ranks") or [] if isinstance(rank, dict))
