@@ -15,7 +15,7 @@ from tests.slurm.runs import ROOT, SHORT, Run
 from tests.unit.launch_experiment import experiment
 from toolkit import records
 from toolkit.launch import check, job_file
-from toolkit.launch.plan import FIXED_PORTS
+from toolkit.launch.plan import FRONTEND_PORTS, WORKER_PORTS
 from toolkit.launch.run import create_folder
 
 TWO = ["parallel=dep2", "cluster.gpus_per_node=1", "load.concurrency=[1]", "load.osl=4", "load.warmup_requests=0"]
@@ -36,7 +36,7 @@ def test_a_rack_of_18_nodes_is_planned_and_launched(cluster: Cluster, tmp_path: 
         "frontend-0": "node1",
     }
     assert {int(rank): node for rank, node in result["planned"].items()} == {r: r // 4 for r in range(72)}
-    assert len(result["ports"]) == 72 + FIXED_PORTS
+    assert len(result["ports"]) == 72 + FRONTEND_PORTS + WORKER_PORTS
     assert len(set(result["ports"])) == len(result["ports"]), "none is shared, though all nodes are one machine"
     assert set(result["ends"].values()) == {-15}
     seen = {(run_dir / f"logs/rank-{rank}.log").read_text() for rank in range(72)}
