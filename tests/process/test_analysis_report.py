@@ -70,7 +70,7 @@ class Links(HTMLParser):
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
 
 
-WHERE_ASKED = {"rebalances", "against", "balance_against"}  # of what most runs do not do
+WHERE_ASKED = {"rebalances", "against", "balance_against", "handoffs"}  # of what most runs do not do
 NO_DATA = {"server_metrics"}  # the run of these tests kept none
 
 
@@ -103,9 +103,13 @@ def test_the_sweep_gets_its_expert_figures_and_keeps_the_rest(finished: Path) ->
     for (_, row), point, load in zip(sweep.iterrows(), run.points, run.point_loads, strict=True):
         assert load is not None
         expected = metrics.sweep_row(point.requests, point.concurrency, 4, load.balancedness_mean, load.imbalance_max)
-        figures = {name: value for name, value in expected.items() if name not in records.SWEEP_TEXTS}
+        power = ("power_w", "output_tok_s_per_w")  # from nodes.parquet
+        figures = {name: value for name, value in expected.items() if name not in (*records.SWEEP_TEXTS, *power)}
         assert {name: row[name] for name in figures} == pytest.approx(figures, rel=1e-5, nan_ok=True)
     assert (sweep["imbalance_max"] > 1.2).all()
+    assert (sweep["output_tok_s_per_w"] * sweep["power_w"]).to_numpy() == pytest.approx(
+        sweep["output_tok_s"].to_numpy(), rel=1e-4
+    )
 
 
 def test_finishing_twice_gives_the_same_files(finished: Path, tmp_path: Path) -> None:
@@ -163,7 +167,7 @@ def test_what_cannot_be_drawn_says_why_and_the_rest_is_drawn_even_under_a_strang
     folder = run_folder.rename(run_folder.parent / r"$\frac{$ <x>")  # neither a formula nor markup
     finish_run(folder)
     why = reasons((folder / records.REPORT).read_text(encoding="utf-8"))
-    kept = {"latency_vs_concurrency", "throughput_vs_latency"}
+    kept = {"latency_vs_concurrency", "throughput_vs_latency", "nodes"}
     assert set(why) == (CHART_NAMES | NO_DATA) - kept
     assert "no expert counts" in why["rank_imbalance"]
     assert {path.stem for path in (folder / records.CHARTS).iterdir()} == CHART_NAMES - set(why)
@@ -188,7 +192,7 @@ def test_a_lost_sweep_is_computed_from_the_requests(run_folder: Path) -> None:
     (run_folder / records.SWEEP).unlink()
     complete_sweep(Run(run_folder))
     after = records.read_sweep(run_folder)
-    filled_in = ("balancedness_mean", "imbalance_max", *records.SWEEP_TEXTS)
+    filled_in = ("balancedness_mean", "imbalance_max", "power_w", "output_tok_s_per_w", *records.SWEEP_TEXTS)
     columns = [name for name in records.SWEEP_COLUMNS if name not in filled_in]
     np.testing.assert_allclose(after[columns], before[columns], rtol=1e-5)
     assert after["balancedness_mean"].notna().all()

@@ -18,7 +18,7 @@ from toolkit.loadgen.client import choose_transport
 
 def run(url: str, out: Path, **env: str) -> tuple[str, str]:
     """(transport of the point, what was logged); proxies only as given."""
-    words = [f"url={url}", "model=demo", f"out={out}", "osl=3", "concurrency=2"]
+    words = [f"url={url}", "model=demo", f"out={out}", "osl=3", "concurrency=2", "max_client_verdict=client_limited"]
     clean = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     done = subprocess.run(
         [sys.executable, "-m", "toolkit.loadgen", *words], env=clean | env, capture_output=True, text=True, check=False

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from toolkit.analysis import style
-from toolkit.analysis.charts.registry import chart
+from toolkit.analysis.charts.registry import NotAsked, chart
 from toolkit.analysis.handoffs import PHASES, by_point
 from toolkit.analysis.load import Run
 
@@ -21,6 +21,8 @@ from toolkit.analysis.load import Run
     "it that is hidden beside prefill.",
 )
 def handoffs(run: Run) -> Figure:
+    if run.transfers.empty:
+        raise NotAsked("no KV was handed from worker to worker: serving is aggregated")
     table = by_point(run)
     fig = style.figure("From prefill to decode: what the first token waits for", run.name, height=5.2)
     left, right = fig.subplots(1, 2)
