@@ -71,7 +71,8 @@ def _post(
 ) -> Schema:
     content: Schema = {"application/json": {"schema": {"$ref": _REF + answer.__name__}}}
     if "stream" in body.__struct_fields__:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        # of no type: some readers hold the whole stream against it, others each event
+        content["text/event-stream"] = {"schema": {"description": "A chunk as JSON in each event, [DONE] in the last"}}
     return {
         "summary": (body.__doc__ or "").strip().split("\n")[0],
         "requestBody": {
