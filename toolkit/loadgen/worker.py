@@ -82,8 +82,8 @@ class Worker:
     def _take(self, exchange: Exchange) -> None:
         """Files one ended exchange; called while latencies are taken. Its bytes leave memory: a run may be long."""
         self.exchanges.append(exchange)
-        exchange.ended_ns = exchange.last_ns
         self.spool.put(exchange)
+        exchange.ended_ns = exchange.last_ns
         self.failed += exchange.outcome != "ended" or exchange.refused
 
     async def measure(self, point: Point, calls: list[Call], bodies: bytes | mmap.mmap) -> Evidence:
