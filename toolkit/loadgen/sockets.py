@@ -13,13 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import sys
 import time
 from time import time_ns
 from typing import Any
 from urllib.parse import urlsplit
 
-from toolkit.loadgen.exchange import SPILL_BYTES, TIMESPEC, Call, Exchange, OnDone, Spool, UnreachableError, attempt
+from toolkit.loadgen.exchange import SPILL_BYTES, Call, Exchange, OnDone, Spool, UnreachableError, attempt
 from toolkit.loadgen.http1 import Framing, FramingError
 from toolkit.loadgen.poller import Poller
 from toolkit.loadgen.receive import DONE_LINE, END_OF_STREAM, SO_TIMESTAMPNS, make_receiver
@@ -28,31 +27,6 @@ IDLE_S = 4.0  # below the 5 s after which uvicorn closes an idle connection: no 
 DRAIN_S = 1.0  # how long after [DONE] the end of the HTTP answer may take before the connection is given up
 REFUSED_PAUSE_S = 0.2  # after a connection was refused: a server that restarts must not use up all calls in a moment
 CONNECTING = 256  # connections opened at a time, below the usual listen backlog
-ANCILLARY_BYTES = socket.CMSG_SPACE(16)
-
-
-def kernel_stamps_work() -> bool:
-    """Whether this system stamps received bytes of a TCP connection; tried on a loopback connection.
-
-    Linux turns stamping on in the background when the first socket asks for it, so the first bytes may have none.
-    """
-    if sys.platform != "linux":
-        return False
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as one:
-        other, _ = listener.accept()
-        with other:
-            try:
-                one.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-            except OSError:
-                return False
-            one.settimeout(1.0)
-            for _ in range(50):
-                other.sendall(b"x")
-                ancillary = one.recvmsg(1, ANCILLARY_BYTES)[1]
-                if any(level == socket.SOL_SOCKET and len(data) == TIMESPEC.size for level, _, data in ancillary):
-                    return True
-                time.sleep(0.002)
-    return False
 
 
 class SocketClient:

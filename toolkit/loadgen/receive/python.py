@@ -9,8 +9,7 @@ from time import time_ns
 
 from toolkit.loadgen.exchange import SPILL_BYTES, TIMESPEC, Exchange, Spool
 from toolkit.loadgen.receive import DONE_LINE, END_OF_STREAM, READ_BYTES, Watcher
-
-ANCILLARY_BYTES = socket.CMSG_SPACE(16)
+from toolkit.loadgen.receive.stamps import ANCILLARY_BYTES
 
 
 class PythonReceiver:
