@@ -76,7 +76,7 @@ class EngineConfig:
 
     backend: str = opt("native", "engine adapter: native")
     attention_backend: str = opt("auto", "auto, sdpa; on GPUs: fa3, flash_mla (latent attention), varlen")
-    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all, deepep (GPU)")
+    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all; GPUs: deepep, nvlink (one host)")
     deepep_mode: Literal["auto", "normal", "low_latency"] = opt(
         "auto", "auto: low_latency for steps without prefill; normal waits for row counts, low_latency fits CUDA graphs"
     )

@@ -147,7 +147,7 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
     if len(arch.moe_layers) < arch.num_layers:
         way = "use parallel.moe_dense_tp_size=1"
         must_divide("parallel.tp_size", dims.dense_tp, arch.dense_intermediate, "dense FFN columns", way)
-    if arch.moe_layers and engine.moe_a2a_backend in ("all_to_all", "deepep") and dims.moe_tp > 1:
+    if arch.moe_layers and engine.moe_a2a_backend != "allgather" and dims.moe_tp > 1:
         errors.append(
             f"engine.moe_a2a_backend={engine.moe_a2a_backend} needs whole experts, but each is split over "
             f"{dims.moe_tp} ranks: use ep_size={dims.moe_group} or moe_a2a_backend=allgather"
@@ -157,11 +157,11 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"engine.enable_two_batch_overlap=true has nothing to overlap in {arch.family}, a model without experts: "
             "use false"
         )
-    elif engine.enable_two_batch_overlap and (engine.moe_a2a_backend == "allgather" or dims.ep_size == 1):
+    elif engine.enable_two_batch_overlap and (engine.moe_a2a_backend in ("allgather", "nvlink") or dims.ep_size == 1):
         errors.append(
             f"engine.enable_two_batch_overlap=true needs dispatches that travel beside compute, but "
-            f"moe_a2a_backend={engine.moe_a2a_backend} with ep_size={dims.ep_size} has none: use all_to_all and "
-            "ep_size > 1, or enable_two_batch_overlap=false"
+            f"moe_a2a_backend={engine.moe_a2a_backend} with ep_size={dims.ep_size} has none: use all_to_all or "
+            "deepep, and ep_size > 1, or enable_two_batch_overlap=false"
         )
     return (
         errors
