@@ -140,12 +140,27 @@ def begin(experiments: Sequence[Experiment], out: Console, console: Console) -> 
 
         run_dirs = submit(elsewhere, console)
         return follow(run_dirs, console) if first.cluster.follow else 0
-    from toolkit.launch.run import run
+    return run_here(experiments, console)
 
-    for experiment in experiments:
-        if code := run(experiment.cfg, experiment.overrides, console):
-            return code
-    return 0
+
+def run_here(experiments: Sequence[Experiment], console: Console) -> int:
+    """Runs all, on this machine or in this allocation; the worst exit code. Only a cancelled run ends the others.
+
+    Those of one deployment come one after the other and share its processes.
+    """
+    from toolkit.launch.run import EXIT_CODES, run
+    from toolkit.launch.standing import Standing, arranged
+
+    worst = 0
+    ordered = [experiment for group in arranged(experiments, lambda e: e.cfg) for experiment in group]
+    with Standing() as standing:
+        for experiment, following in zip(ordered, [*ordered[1:], None]):
+            standing.expect(following.cfg if following else None)
+            code = run(experiment.cfg, experiment.overrides, console, standing=standing)
+            worst = max(worst, code)
+            if code == EXIT_CODES["cancelled"]:
+                break
+    return worst
 
 
 def show_plan(cfg: config.ExpConfig, console: Any) -> None:
