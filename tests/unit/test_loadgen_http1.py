@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.loadgen.http1 import ChunkWalk, Framing, FramingError, open_answer, parse_head
+from toolkit.loadgen.http1 import ChunkWalk, Framing, FramingError, open_answer, parse_head, plain_stream
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 # Chunks that end as the last one does, an extension, a trailer.
@@ -87,3 +87,41 @@ def test_endless_heads_and_size_lines_are_refused() -> None:
         ChunkWalk().feed(b"0" * 5000)
     with pytest.raises(FramingError, match="Content-Length"):
         _ = parse_head(b"HTTP/1.1 200 OK\r\nContent-Length: ten").length
+
+
+EVENTS = st.lists(st.binary(max_size=40).filter(lambda data: not {10, 13} & set(data)), min_size=1, max_size=8)
+
+
+def chunked(parts: list[bytes], head: bytes = HEAD) -> bytes:
+    return head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+@given(EVENTS)
+def test_a_plain_stream_is_what_the_careful_way_reads(events: list[bytes]) -> None:
+    raw = chunked([b"data: " + data + b"\n\n" for data in events])
+    plain = plain_stream(raw)
+    assert plain is not None
+    head, pieces = open_answer(raw)
+    assert plain.head == head
+    assert list(zip(plain.events, plain.ends, strict=True)) == [(data[6:-2], end) for data, end in pieces]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        chunked([b"data: a\n\n"])[:-1],
+        chunked([b"data: a\n\n"]) + b"x",
+        chunked([b"data: a\n\ndata: b\n\n"]),
+        chunked([b"data: a\n", b"\n"]),
+        chunked([b"data: a\ndata: b\n\n"]),
+        chunked([b"data: a\r\n\n\n"]),
+        chunked([b": ping\n\n", b"data: a\n\n"]),
+        chunked([b"data: a\n\n"]).replace(b"\r\n9\r\n", b"\r\n8\r\n"),
+        chunked([b"data: a\n\n"]).replace(b"\r\n9\r\n", b"\r\nx\r\n"),
+        chunked([b"data: a\n\n"], HEAD.replace(b"200 OK", b"503 Busy")),
+        LENGTH,
+        b"",
+    ],
+)
+def test_any_other_answer_is_left_to_the_careful_way(raw: bytes) -> None:
+    assert plain_stream(raw) is None

@@ -6,11 +6,14 @@ looks at as little as it can; ``open_answer`` runs afterwards. Read next: ``sock
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 HEAD_END = b"\r\n\r\n"
 MAX_HEAD = 1 << 16
 MAX_SIZE_LINE = 1 << 12
+_PLAIN_END = b"\n\n\r\n0\r\n\r\n"  # of the last event, its chunk, and the body
 
 
 class FramingError(ValueError):
@@ -219,3 +222,41 @@ def _chunks(raw: bytes, at: int) -> list[tuple[bytes, int]]:
         if at > total:
             break
     return pieces
+
+
+class PlainStream(NamedTuple):
+    """A chunked event stream in which every chunk is one event of one data line, as nearly all are.
+
+    Attributes:
+        events: the data of each.
+        ends: where each chunk's data ended in the answer.
+    """
+
+    head: Head
+    events: list[bytes]
+    ends: list[int]
+
+
+def plain_stream(raw: bytes) -> PlainStream | None:
+    """A whole answer, if it is such a stream: several times as fast as ``open_answer`` and ``sse.SSEParser``.
+
+    None for any other, and for one that is not whole. Raises ``FramingError`` when it is not HTTP.
+    """
+    end = raw.find(HEAD_END)
+    if end < 0 or not raw.endswith(_PLAIN_END):
+        return None
+    head = parse_head(raw[:end])
+    if head.status != 200 or not head.chunked:
+        return None
+    chunks = raw[end + 4 : -len(_PLAIN_END)].split(b"\n\n\r\n")
+    cut = [chunk.partition(b"\r\ndata: ") for chunk in chunks]
+    events = [event for _, _, event in cut]
+    try:
+        whole = [int(size, 16) for size, _, _ in cut] == [len(event) + 8 for event in events]  # "data: ", two newlines
+    except ValueError:
+        return None
+    together = b"".join(events)
+    if not whole or b"\n" in together or b"\r" in together:
+        return None
+    lengths = [len(chunk) + 4 for chunk in chunks]
+    return PlainStream(head, events, [end + 2 + at for at in itertools.accumulate(lengths)])

@@ -11,7 +11,9 @@ is the number of events with text.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -121,6 +123,7 @@ class _Chunk(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
+_decode_all = msgspec.json.Decoder(list[_Chunk]).decode
 
 
 class Answer:
@@ -186,6 +189,28 @@ class Answer:
             raise AnswerError(f"malformed event ({error}): {data[:200].decode(errors='replace')}") from None
         if chunk.error is not None:
             raise AnswerError(f"the server ended the stream with an error: {error_message(data)}")
+        return self._take_chunk(chunk, at)
+
+    def add_all(self, events: Sequence[bytes], at: Sequence[float]) -> list[int]:
+        """``add_data`` for many events; returns which of them brought tokens. Decoded together at half the price."""
+        chunks: list[_Chunk] = []
+        last = events[-1:] == [b"[DONE]"]
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            chunks = _decode_all(b"[" + b",".join(events[: len(events) - last]) + b"]")
+        if len(chunks) + last != len(events) or any(chunk.error is not None for chunk in chunks):
+            brought = []  # one by one, to say which is wrong
+            for number, data in enumerate(events):
+                if self.add_data(data, at[number]):
+                    brought.append(number)
+                if self.done:
+                    break
+            return brought
+        take = self._take_chunk
+        brought = [number for number, chunk in enumerate(chunks) if take(chunk, at[number])]
+        self.done = last
+        return brought
+
+    def _take_chunk(self, chunk: _Chunk, at: float) -> int:
         usage = chunk.usage
         if usage is not None:
             self._take_usage(usage)
