@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def both_ways(experts: int, slots: int, gpus: int, assignments: int) -> None:
         assert device(0, ids[:0]).shape == (0, 4) and device.table_L.data_ptr() == addresses
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.skipif(not find_spec("triton"), reason="pip install triton (1 GB): its interpreter runs the kernels here")
 def test_kernels_do_what_the_host_does() -> None:
     """In a process of its own: the interpreter is chosen when the kernels are imported."""
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
