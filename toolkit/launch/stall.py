@@ -36,6 +36,10 @@ class StallWatch:
         """Where every rank is; changes as long as any of them gets on, while it warms up too."""
         return tuple((b.rank, b.turn, b.step, b.collectives) for rank in self._ranks if (b := self._read(rank)))
 
+    def requests(self) -> int:
+        """That the ranks hold, as of their last pulse."""
+        return sum(beat.requests for rank in self._ranks if (beat := self._read(rank)) is not None)
+
     def check(self) -> None:
         """Raises ``RunFailed`` when the ranks have stalled. Cheap: call it a few times a second."""
         now = time.monotonic()
