@@ -46,10 +46,10 @@ def _backend(cfg: ExpConfig) -> Iterator[str]:
     backend, cluster = cfg.deploy.disaggregation_transfer_backend, cfg.cluster
     if backend not in TRANSFERS:
         yield unknown("deploy.disaggregation_transfer_backend", backend, ["auto", *TRANSFERS])
-    if backend == "local" and (cluster.launcher, cluster.device) != ("local", "cpu"):
+    if backend == "local" and cluster.launcher != "local":
         yield (
-            f"deploy.disaggregation_transfer_backend=local is memory that CPU ranks of one host share, not for "
-            f"cluster.launcher={cluster.launcher}, cluster.device={cluster.device}: use nixl"
+            "deploy.disaggregation_transfer_backend=local is memory that ranks of one host share, not for "
+            f"cluster.launcher={cluster.launcher}, whose nodes are others: use nixl"
         )
     installed = any(importlib.util.find_spec(name) for name in ("nixl_cu13", "nixl"))
     if backend == "nixl" and cluster.launcher == "local" and not installed:

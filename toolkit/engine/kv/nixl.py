@@ -59,7 +59,7 @@ class NixlTransfer:
 
     def __init__(self, name: str) -> None:
         api = _import()
-        for key, value in UCX_SETTINGS.items():
+        for key, value in UCX_SETTINGS.items() if torch.cuda.is_available() else ():
             os.environ.setdefault(key, value)
         # A name is an identity: a process that comes back must not be taken for the one that was.
         self._name = f"{name}-{secrets.token_hex(8)}"
