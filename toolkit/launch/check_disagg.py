@@ -24,6 +24,8 @@ def check_disagg(cfg: ExpConfig) -> Iterator[str]:
             yield f"deploy.{name}={getattr(deploy, name)} must be positive: it is how a frozen peer is noticed"
     if deploy.migration_limit < 0:
         yield f"deploy.migration_limit={deploy.migration_limit} is negative: use 0 to never move a request on"
+    if deploy.restart_workers < 0:
+        yield f"deploy.restart_workers={deploy.restart_workers} is negative: use 0 to end the run with a worker"
     found = worker_pools(cfg)
     for pool in found:
         if pool.workers < 1:

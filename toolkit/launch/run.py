@@ -31,6 +31,7 @@ from toolkit.launch.launcher import STATE_DIR, launchers, with_environment
 from toolkit.launch.load import run_load
 from toolkit.launch.plan import num_ports, plan, pools
 from toolkit.launch.preflight import preflight
+from toolkit.launch.restarts import RestartingJob
 from toolkit.launch.stall import StallWatch
 from toolkit.launch.watch import LOST_NODE, RunFailed, Watch, exit_text
 
@@ -157,10 +158,13 @@ def deploy_and_load(cfg: ExpConfig, run_dir: Path, interrupts: Interrupts, conso
         say(console, f"Starting {len(specs)} processes: {deployment.mapping}, frontend at {url}")
         with interrupts.held():
             specs = (*specs, *with_environment(sampler.specs(cfg, deployment.num_nodes, run_dir), cfg, nodes))
-            job = launcher.start(specs, run_dir, {TOKEN_ENV: secrets.token_hex(16)})
+            token = {TOKEN_ENV: secrets.token_hex(16)}
+            limit = cfg.deploy.restart_workers if cfg.deploy.mode == "disagg" else 0
+            job = RestartingJob(launcher.start(specs, run_dir, token), launcher, run_dir, token, limit)
         watch = Watch(job, run_dir, StallWatch(job.specs, run_dir, cfg.health.stall_s))
         with LoadingBars(console, deployment.num_gpus) as bars:
             wait_ready(url, watch, cfg.health.stall_s, bars)
+        job.arm()
         try:
             run_load(cfg, deployment, nodes, run_dir, launcher, watch, interrupts, attempt)
         finally:
