@@ -20,13 +20,15 @@ RATES_CAPTION = (
 
 def rates_figure(table: pd.DataFrame, slo: Slo) -> Figure:
     """``rates.rate_match`` -> the chart."""
-    fig = style.figure("Decode GPUs that one prefill GPU feeds", f"{table['run'].nunique()} decode runs", height=5.0)
+    fig = style.figure(
+        "Decode GPUs that one prefill GPU feeds", ", ".join(sorted(table["run"].unique())[:3]), height=5.0
+    )
     ax = fig.subplots()
     for i, ((isl, osl), rows) in enumerate(table.groupby(["isl", "osl"])):
         line = style.LINES[i % len(style.LINES)]
         rate = rows["prefill_req_s_per_gpu"].iloc[0]
         label = f"ISL {isl:g}, OSL {osl:g} (prefill: {rate:.3g} prompts/s a GPU)"
-        ordered = rows.sort_values("tpot_ms")
+        ordered = rows.sort_values("concurrency")
         ax.plot(ordered["tpot_ms"], ordered["decode_gpus"], linewidth=1.3, markerfacecolor="white", label=label, **line)
         best = rows[rows["chosen"]]
         ax.plot(best["tpot_ms"], best["decode_gpus"], **(line | {"linestyle": "none"}), markersize=9)
