@@ -1,6 +1,7 @@
 """One request against a real server that behaves well, badly or not at all: exactly one row, and a true one.
 
-Every test runs over both transports: they must not differ in what they report.
+Every test runs over both transports, the own one with its compiled reader and without: they must not differ in what
+they report.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tests.unit.loadgen_server import (
     stream,
     tokens,
 )
+from toolkit.loadgen.receive import native
 from toolkit.records import RequestRecord
 
 
@@ -39,9 +41,14 @@ def server() -> Iterator[ScriptedServer]:
         yield running
 
 
-@pytest.fixture(params=["socket", "aiohttp"])
-def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=["socket, compiled", "socket, Python", "aiohttp"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name, _, reader = str(request.param).partition(", ")
+    if reader == "Python":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif reader and native.library() is None:
+        pytest.skip("no C compiler")
+    return name
 
 
 def one(server: ScriptedServer, behaviour: Behaviour, transport: str, timeout_s: float = 20.0) -> RequestRecord:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from toolkit.loadgen import exact
+from toolkit.loadgen.compiled import build
 from toolkit.loadgen.proof import Evidence, Histogram, in_flight, judge
 from toolkit.loadgen.selfcheck import Case, ceiling, main, render, run_case
 
@@ -16,7 +17,7 @@ from toolkit.loadgen.selfcheck import Case, ceiling, main, render, run_case
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("transport", ["socket", "aiohttp"])
 def test_reported_figures_are_the_servers(compiled: bool, transport: str) -> None:
-    if compiled and exact.compile_server() is None:
+    if compiled and build(exact.SOURCE) is None:
         pytest.skip("no C compiler")
     case = Case(4, exact.Schedule(ttft_ms=30, itl_ms=20), tokens=10)
     outcome = asyncio.run(run_case(case, transport, pin=False, compiled=compiled))

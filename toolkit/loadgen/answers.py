@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from toolkit.loadgen.exchange import Exchange, Raw
-from toolkit.loadgen.http1 import FramingError, Head, open_answer
+from toolkit.loadgen.http1 import FramingError, Head, open_answer, plain_stream
 from toolkit.loadgen.openai_api import ERROR_CHARS, Answer, AnswerError, error_message
 from toolkit.loadgen.sse import SSEParser
 from toolkit.records import RequestRecord
@@ -33,12 +33,18 @@ def to_record(exchange: Exchange, raw: Raw, point: int, concurrency: int) -> tup
     """The row of one call, however it ended, and how many of its events came together."""
     record, answer, token_reads = _new_record(exchange, point, concurrency), Answer(), list[int]()
     try:
-        head, pieces = open_answer(raw.data)
+        plain = plain_stream(raw.data)
+        head, pieces = (plain.head, []) if plain is not None else open_answer(raw.data)
         if head is None:
             raise AnswerError(exchange.fault or "the server closed the connection without an answer")
         record.http_status, record.dp_rank = head.status, _dp_rank(head.headers.get("x-dp-rank", ""))
         _refuse_other_than_stream(head, pieces)
-        _read_events(answer, pieces, raw, exchange.sent_ns, token_reads)
+        if plain is not None:
+            reads = np.searchsorted(raw.ends, np.array(plain.ends, np.int64), "left")
+            seconds = (raw.kernel_ns - exchange.sent_ns) * 1e-9
+            token_reads += reads[answer.add_all(plain.events, seconds[reads].tolist())].tolist()
+        else:
+            _read_events(answer, pieces, raw, exchange.sent_ns, token_reads)
         _refuse_incomplete(answer, exchange)
         record.status, record.error = "ok", ""
     except ValueError as error:  # AnswerError, FramingError, an endless event
@@ -58,16 +64,7 @@ def _read_events(
 
     Adds to ``token_reads`` the number of the read of each event that carried tokens.
     """
-    seconds = (raw.kernel_ns - sent_ns) * 1e-9
-    if (events := _one_each(pieces)) is not None:
-        reads = np.searchsorted(raw.ends, np.array([end for _, end in pieces], np.int64), "left")
-        for data, read, at in zip(events, reads.tolist(), seconds[reads].tolist(), strict=True):
-            if answer.add_data(data, at):
-                token_reads.append(read)
-            elif answer.done:
-                return
-        return
-    parser, times, read = SSEParser(), seconds.tolist(), 0
+    parser, times, read = SSEParser(), ((raw.kernel_ns - sent_ns) * 1e-9).tolist(), 0
     for part, read in _by_read(pieces, raw.ends.tolist()):
         for event in parser.feed(part):
             if answer.add(event, times[read]):
@@ -77,19 +74,6 @@ def _read_events(
     for event in parser.finish():
         if answer.add(event, times[read]):
             token_reads.append(read)
-
-
-def _one_each(pieces: list[tuple[bytes, int]]) -> list[bytes] | None:
-    """The data of each piece where every one is a whole event of one data line, as nearly all streams are.
-
-    None for any other stream: ``SSEParser`` reads it, at twice the price.
-    """
-    events = []
-    for data, _ in pieces:
-        if data[:6] != b"data: " or data.find(b"\n") != len(data) - 2 or data[-1:] != b"\n" or b"\r" in data:
-            return None
-        events.append(data[6:-2])
-    return events
 
 
 def _coalesced(token_reads: list[int], raw: Raw) -> Coalesced:

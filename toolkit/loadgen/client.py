@@ -11,7 +11,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from toolkit.loadgen.sockets import kernel_stamps_work
+from toolkit.loadgen.receive.stamps import kernel_stamps_work
 
 Transport = Literal["socket", "aiohttp"]
 

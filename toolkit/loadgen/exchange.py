@@ -63,14 +63,15 @@ class Exchange:
             received the last of its bytes; the process's own time where it does not say), the bytes.
         held: bytes in ``reads``.
         segments: what is in the spool: (offset, bytes, reads).
+        last_read_ns: the stamp of the last read in the spool.
         resent: times it was sent again because an idle connection turned out to be closed; nothing had come then.
         refused: the answer is not a 200, as far as its first bytes show.
         unreachable: no connection could be opened.
     """
 
     __slots__ = (
-        "call", "due_ns", "ended_ns", "fault", "held", "kernel_stamped", "outcome", "reads", "refused", "resent",
-        "segments", "sent_ns", "unreachable",
+        "call", "due_ns", "ended_ns", "fault", "held", "kernel_stamped", "last_read_ns", "outcome", "reads", "refused",
+        "resent", "segments", "sent_ns", "unreachable",
     )  # fmt: skip
 
     def __init__(self, call: Call, due_ns: int) -> None:
@@ -84,6 +85,7 @@ class Exchange:
         self.unreachable = False
         self.refused = True
         self.kernel_stamped = True
+        self.last_read_ns = 0
         self.reads: list[tuple[int, bytes, bytes]] = []
         self.held = 0
         self.segments: list[tuple[int, int, int]] = []
@@ -93,11 +95,11 @@ class Exchange:
 
     @property
     def last_ns(self) -> int:
-        """When the answer had ended, by the kernel's clock: a loop that notices it late moves nothing."""
-        if self.outcome == "ended" and self.reads:
-            seconds, rest = TIMESPEC.unpack(self.reads[-1][1])
-            return int(seconds) * 1_000_000_000 + int(rest)
-        return self.ended_ns
+        """When the answer had ended, by the kernel's clock: a loop that notices it late moves nothing.
+
+        Everything that came has to be in the spool.
+        """
+        return self.last_read_ns or self.ended_ns if self.outcome == "ended" else self.ended_ns
 
     @property
     def empty(self) -> bool:
@@ -124,7 +126,7 @@ class Spool:
     """A file that takes answers out of memory while a point runs, and gives them back afterwards."""
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         path.unlink()  # it lives as long as this process has it open, however that ends
         self._end = 0
 
@@ -135,16 +137,22 @@ class Spool:
             return
         parts = _columns(reads)
         size = sum(memoryview(part).nbytes for part in parts)
-        written = os.writev(self._fd, parts)
+        written = os.writev(self.fd, parts)
         if written != size:  # a full disk
             raise OSError(f"{written} of {size} bytes of answers could be written to the temporary folder")
-        exchange.segments.append((self._end, len(parts[0]), len(reads)))
-        self._end += size
+        seconds, rest = TIMESPEC.unpack(reads[-1][1])
+        exchange.last_read_ns = int(seconds) * 1_000_000_000 + int(rest)
+        self.wrote(exchange, len(parts[0]), len(reads))
         exchange.reads, exchange.held = [], 0
+
+    def wrote(self, exchange: Exchange, size: int, reads: int) -> None:
+        """A segment of ``reads`` reads with ``size`` bytes of data is in the file: data, stamps, times, sizes."""
+        exchange.segments.append((self._end, size, reads))
+        self._end += size + reads * READ_BYTES
 
     def get(self, exchange: Exchange) -> Raw:
         """Everything that came for the exchange, in order."""
-        blocks = [(os.pread(self._fd, size + n * READ_BYTES, at), size, n) for at, size, n in exchange.segments]
+        blocks = [(os.pread(self.fd, size + n * READ_BYTES, at), size, n) for at, size, n in exchange.segments]
         if exchange.reads:
             parts = _columns(exchange.reads)
             blocks.append((b"".join(parts), len(parts[0]), len(exchange.reads)))
@@ -158,12 +166,12 @@ class Spool:
         return Raw(data, stamps["s"] * 1_000_000_000 + stamps["ns"], reads, np.cumsum(sizes, dtype=np.int64))
 
     def clear(self) -> None:
-        os.ftruncate(self._fd, 0)
-        os.lseek(self._fd, 0, os.SEEK_SET)
+        os.ftruncate(self.fd, 0)
+        os.lseek(self.fd, 0, os.SEEK_SET)
         self._end = 0
 
     def close(self) -> None:
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 def _columns(reads: list[tuple[int, bytes, bytes]]) -> tuple[bytes, bytes, array[int], array[int]]:
@@ -180,8 +188,10 @@ class Client(Protocol):
         opened: connections opened so far.
     """
 
-    reads: int
     opened: int
+
+    @property
+    def reads(self) -> int: ...
 
     async def connect(self, count: int) -> None:
         """Opens connections until ``count`` are idle, so that none is opened while latencies are taken."""

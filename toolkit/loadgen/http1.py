@@ -6,11 +6,15 @@ looks at as little as it can; ``open_answer`` runs afterwards. Read next: ``sock
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 HEAD_END = b"\r\n\r\n"
 MAX_HEAD = 1 << 16
 MAX_SIZE_LINE = 1 << 12
+_PLAIN_END = b"\n\n\r\n0\r\n\r\n"  # of the last event, its chunk, and the body
 
 
 class FramingError(ValueError):
@@ -62,13 +66,26 @@ def parse_head(head: bytes) -> Head:
     return Head(int(status), reason, headers)
 
 
-class ChunkWalk:
-    """Steps over the chunks of a chunked body, however its bytes are cut, to find where the body ends.
+class Walk(Protocol):
+    """Steps over the chunks of a chunked body, however its bytes are cut, to find where the body ends."""
 
-    Attributes:
-        ended: the last chunk and the trailers after it have come.
-        extra: bytes that follow the end.
-    """
+    @property
+    def ended(self) -> bool:
+        """The last chunk and the trailers after it have come."""
+        ...
+
+    @property
+    def extra(self) -> int:
+        """Bytes that follow the end."""
+        ...
+
+    def feed(self, data: bytes) -> None:
+        """Raises ``FramingError`` when a chunk's size is not a number, or its line has no end."""
+        ...
+
+
+class ChunkWalk:
+    """``Walk`` in Python; ``receive/native.py`` has one in C."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -77,8 +94,7 @@ class ChunkWalk:
         self._rest = b""  # of a size line, or of the trailers, that is not whole
         self._trailers = False
 
-    def feed(self, data: bytes | bytearray) -> None:
-        """Raises ``FramingError`` when a chunk's size is not a number."""
+    def feed(self, data: bytes) -> None:
         at, size = 0, len(data)
         if self._rest:
             data, self._rest = self._rest + data, b""
@@ -104,7 +120,7 @@ class ChunkWalk:
                 self._trailers = True
         self.extra += size - at
 
-    def _end(self, data: bytes | bytearray, at: int) -> int:
+    def _end(self, data: bytes, at: int) -> int:
         """One line of the trailers; the empty one is the end."""
         stop = data.find(b"\n", at)
         if stop < 0:
@@ -113,20 +129,20 @@ class ChunkWalk:
         self.ended = not data[at:stop].strip()
         return stop + 1
 
-    def _keep(self, rest: bytes | bytearray) -> None:
+    def _keep(self, rest: bytes) -> None:
         if len(rest) > MAX_SIZE_LINE:
             raise FramingError("a chunk's size line has no end")
-        self._rest = bytes(rest)
+        self._rest = rest
 
 
-def chunk_size(line: bytes | bytearray) -> int:
+def chunk_size(line: bytes) -> int:
     """The number in a chunk's size line, whatever extension follows it."""
     try:
         if line[:1].isalnum():  # no sign; a line end behind it is no matter to int
             return int(line if b";" not in line else line.partition(b";")[0], 16)
     except ValueError:
         pass
-    raise FramingError(f"a chunk's size is {bytes(line[:40])!r}")
+    raise FramingError(f"a chunk's size is {line[:40]!r}")
 
 
 class Framing:
@@ -136,12 +152,13 @@ class Framing:
     or when ``settle`` says that the bytes so far are about to leave memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make_walk: Callable[[], Walk] = ChunkWalk) -> None:
         self.head: Head | None = None
+        self._make_walk = make_walk
         self.complete = False
         self._start = b""
         self._left: int | None = None  # body bytes to come, where the head says how many
-        self._walk: ChunkWalk | None = None
+        self._walk: Walk | None = None
         self._unwalked: list[bytes] = []
 
     def feed(self, data: bytes) -> bool:
@@ -182,7 +199,7 @@ class Framing:
                 continue  # 100 Continue and the like: the answer is still to come
             self.head, self._left = head, head.length
             if head.chunked:
-                self._walk = ChunkWalk()
+                self._walk = self._make_walk()
             return rest
         if len(self._start) > MAX_HEAD:
             raise FramingError(f"the answer's head is longer than {MAX_HEAD} bytes")
@@ -219,3 +236,41 @@ def _chunks(raw: bytes, at: int) -> list[tuple[bytes, int]]:
         if at > total:
             break
     return pieces
+
+
+class PlainStream(NamedTuple):
+    """A chunked event stream in which every chunk is one event of one data line, as nearly all are.
+
+    Attributes:
+        events: the data of each.
+        ends: where each chunk's data ended in the answer.
+    """
+
+    head: Head
+    events: list[bytes]
+    ends: list[int]
+
+
+def plain_stream(raw: bytes) -> PlainStream | None:
+    """A whole answer, if it is such a stream: several times as fast as ``open_answer`` and ``sse.SSEParser``.
+
+    None for any other, and for one that is not whole. Raises ``FramingError`` when it is not HTTP.
+    """
+    end = raw.find(HEAD_END)
+    if end < 0 or not raw.endswith(_PLAIN_END):
+        return None
+    head = parse_head(raw[:end])
+    if head.status != 200 or not head.chunked:
+        return None
+    chunks = raw[end + 4 : -len(_PLAIN_END)].split(b"\n\n\r\n")
+    cut = [chunk.partition(b"\r\ndata: ") for chunk in chunks]
+    events = [event for _, _, event in cut]
+    try:
+        whole = [int(size, 16) for size, _, _ in cut] == [len(event) + 8 for event in events]  # "data: ", two newlines
+    except ValueError:
+        return None
+    together = b"".join(events)
+    if not whole or b"\n" in together or b"\r" in together:
+        return None
+    lengths = [len(chunk) + 4 for chunk in chunks]
+    return PlainStream(head, events, [end + 2 + at for at in itertools.accumulate(lengths)])

@@ -14,7 +14,8 @@ from typing import Any
 import aiohttp
 
 from toolkit.loadgen.exchange import SPILL_BYTES, TIMESPEC, Call, Exchange, OnDone, Spool, UnreachableError, attempt
-from toolkit.loadgen.sockets import DONE_LINE, DRAIN_S, IDLE_S, REFUSED_PAUSE_S
+from toolkit.loadgen.receive import DONE_LINE
+from toolkit.loadgen.sockets import DRAIN_S, IDLE_S, REFUSED_PAUSE_S
 
 READ_BUFFER = 1 << 20  # aiohttp stops reading a socket at twice this; its 64 KiB would pause fast streams
 FRAMING_HEADERS = ("transfer-encoding", "content-length", "content-encoding")  # aiohttp has dealt with them

@@ -11,7 +11,9 @@ is the number of events with text.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -76,29 +78,29 @@ def error_message(body: bytes) -> str:
     return text[:ERROR_CHARS]
 
 
-class _PromptDetails(msgspec.Struct):
+class _PromptDetails(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
 
-class _CompletionDetails(msgspec.Struct):
+class _CompletionDetails(msgspec.Struct, gc=False):
     reasoning_tokens: int | None = None
 
 
-class _Usage(msgspec.Struct):
+class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: _CompletionDetails | None = None
 
 
-class _Delta(msgspec.Struct):
+class _Delta(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[Any] | None = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     delta: _Delta | None = None
     text: str | None = None
     finish_reason: str | None = None
@@ -114,13 +116,14 @@ class _Choice(msgspec.Struct):
         return thought + said, visible or bool(thought), visible
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
     error: Any = None
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
+_decode_all = msgspec.json.Decoder(list[_Chunk]).decode
 
 
 class Answer:
@@ -186,6 +189,28 @@ class Answer:
             raise AnswerError(f"malformed event ({error}): {data[:200].decode(errors='replace')}") from None
         if chunk.error is not None:
             raise AnswerError(f"the server ended the stream with an error: {error_message(data)}")
+        return self._take_chunk(chunk, at)
+
+    def add_all(self, events: Sequence[bytes], at: Sequence[float]) -> list[int]:
+        """``add_data`` for many events; returns which of them brought tokens. Decoded together at half the price."""
+        chunks: list[_Chunk] = []
+        last = events[-1:] == [b"[DONE]"]
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            chunks = _decode_all(b"[" + b",".join(events[: len(events) - last]) + b"]")
+        if len(chunks) + last != len(events) or any(chunk.error is not None for chunk in chunks):
+            brought = []  # one by one, to say which is wrong
+            for number, data in enumerate(events):
+                if self.add_data(data, at[number]):
+                    brought.append(number)
+                if self.done:
+                    break
+            return brought
+        take = self._take_chunk
+        brought = [number for number, chunk in enumerate(chunks) if take(chunk, at[number])]
+        self.done = last
+        return brought
+
+    def _take_chunk(self, chunk: _Chunk, at: float) -> int:
         usage = chunk.usage
         if usage is not None:
             self._take_usage(usage)

@@ -1,15 +1,15 @@
-"""Which sockets have something to read, at half the price of asking the event loop for each. Knows no HTTP."""
+"""When sockets are read, at half the price of asking the event loop for each. Knows no HTTP."""
 
 from __future__ import annotations
 
 import asyncio
-import select
 import time
-from collections.abc import Callable
+
+from toolkit.loadgen.receive import Receiver
 
 
 class Poller:
-    """Calls back for every connection that has something to read.
+    """Has the receiver read whenever a socket has something.
 
     Waking up for one packet costs more than reading it. From ``BUSY`` packets a millisecond on, the sockets are looked
     at once every ``PAUSE_S`` instead: far less than the gap between two tokens of one stream, so that reads do not
@@ -19,26 +19,18 @@ class Poller:
     BUSY = 8
     PAUSE_S = 0.001
 
-    def __init__(self) -> None:
+    def __init__(self, receiver: Receiver) -> None:
         self._loop = asyncio.get_running_loop()
-        self._epoll = select.epoll()
-        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._receiver = receiver
+        self._closed = False
         self._paused = False
         self._since, self._recent = time.monotonic(), 0
         self._last = self._since
-        self._loop.add_reader(self._epoll.fileno(), self._drain)
-
-    def add(self, fd: int, callback: Callable[[], None]) -> None:
-        self._epoll.register(fd, select.EPOLLIN)
-        self._callbacks[fd] = callback
-
-    def remove(self, fd: int) -> None:
-        self._epoll.unregister(fd)
-        del self._callbacks[fd]
+        self._loop.add_reader(receiver.epoll.fileno(), self._drain)
 
     def close(self) -> None:
-        self._loop.remove_reader(self._epoll.fileno())
-        self._epoll.close()
+        self._closed = True
+        self._loop.remove_reader(self._receiver.epoll.fileno())
 
     def breathe(self) -> None:
         """Reads if it is time to: called between requests, of which many may end and begin at once."""
@@ -46,17 +38,12 @@ class Poller:
             self._read()
 
     def _read(self) -> int:
-        """Returns how many connections had something."""
+        """Returns how many sockets had something."""
         self._last = time.monotonic()
-        events = self._epoll.poll(0)
-        for fd, _ in events:
-            callback = self._callbacks.get(fd)
-            if callback is not None:  # else one before it in the list has closed it
-                callback()
-        return len(events)
+        return self._receiver.drain()
 
     def _drain(self) -> None:
-        if self._epoll.closed:
+        if self._closed:
             return
         count = self._read()
         if self._paused:
@@ -64,12 +51,12 @@ class Poller:
                 self._loop.call_later(self.PAUSE_S, self._drain)
                 return
             self._paused = False
-            self._loop.add_reader(self._epoll.fileno(), self._drain)
+            self._loop.add_reader(self._receiver.epoll.fileno(), self._drain)
         self._recent += count
         now = self._last
         if now - self._since >= self.PAUSE_S:
             if self._recent >= self.BUSY * (now - self._since) / self.PAUSE_S:
                 self._paused = True
-                self._loop.remove_reader(self._epoll.fileno())
+                self._loop.remove_reader(self._receiver.epoll.fileno())
                 self._loop.call_later(self.PAUSE_S, self._drain)
             self._since, self._recent = now, 0

@@ -20,6 +20,7 @@ import msgspec
 
 from toolkit.loadgen.exchange import Call
 from toolkit.loadgen.proof import Evidence
+from toolkit.loadgen.rows import tables
 from toolkit.loadgen.wire import RAW_SUFFIX, Broken, Done, Go, Point, Progress, Ready, Report, Setup, Stop
 from toolkit.records import requests_schema
 
@@ -144,7 +145,7 @@ class LocalWorker:
 
     @classmethod
     async def start(cls, setup: Setup) -> LocalWorker:
-        words = [sys.executable, "-m", "toolkit.loadgen.worker", msgspec.json.encode(setup).decode()]
+        words = [sys.executable, "-m", "toolkit.loadgen.process", msgspec.json.encode(setup).decode()]
         pipe = asyncio.subprocess.PIPE
         return cls(await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, limit=LINE_BYTES))
 
@@ -246,8 +247,8 @@ class Pool:
         done = [report for report in waiting.result() if isinstance(report, Done)]
         offsets = [one.clock_offset_s for one in members]
         evidence = [_evidence(*pair) for pair in zip(done, offsets, strict=True)]
-        rows = _tables([f.rows_path for f in files], offsets, "t_send", 1.0)
-        raw = _tables([f.raw_path for f in files], offsets, "read_ns", 1e9)
+        rows = tables([f.rows_path for f in files], offsets, "t_send", 1.0)
+        raw = tables([f.raw_path for f in files], offsets, "read_ns", 1e9)
         for file in files:
             file.remove()
         return Result(rows or requests_schema().empty_table(), raw, evidence, interrupted)
@@ -290,34 +291,3 @@ def _total(parts: Sequence[Progress]) -> Progress:
         reads=sum(part.reads for part in parts),
         parsing=any(part.parsing for part in parts),
     )
-
-
-def _tables(paths: Sequence[Path], offsets_s: Sequence[float], when: str, scale: float) -> pa.Table | None:
-    """The processes' Arrow files as one table, column ``when`` on this node's clock; None where there is none.
-
-    Args:
-        offsets_s: each process's clock minus this node's.
-        scale: units of ``when`` a second.
-    """
-    import pyarrow as pa
-
-    tables = []
-    for path, offset in zip(paths, offsets_s, strict=True):
-        if path.exists():
-            with pa.OSFile(str(path)) as source, pa.ipc.open_file(source) as reader:
-                tables.append(_moved(reader.read_all(), when, offset * scale) if offset else reader.read_all())
-    return pa.concat_tables(tables) if tables else None
-
-
-def _moved(table: pa.Table, when: str, by: float) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    at = table.schema.get_field_index(when)
-    column, kind = table.column(at), table.schema.field(at).type
-    if pa.types.is_list(kind):
-        flat = pc.subtract(column.combine_chunks().flatten(), round(by))
-        moved = pa.ListArray.from_arrays(column.combine_chunks().offsets, flat)
-    else:
-        moved = pc.subtract(column, by)
-    return table.set_column(at, table.schema.field(at), moved)

@@ -1,9 +1,9 @@
 """Requests over own non-blocking sockets, stamped by the kernel when the bytes arrived.
 
-While latencies are taken, a read stores the kernel's receive time (SO_TIMESTAMPNS), the bytes, and nothing else; the
-loop being late or busy does not move a stamp. What is in the bytes is found out afterwards (``answers.py``). A read
-that returns several packets has one stamp, that of its last: such reads are counted (``proof.py``). Because a late
-read costs no accuracy, reads are taken in batches under load (``Poller``), which halves their price.
+While latencies are taken, a read stores the kernel's receive time (SO_TIMESTAMPNS), the bytes, and nothing else
+(``receive/``); the loop being late or busy does not move a stamp. What is in the bytes is found out afterwards
+(``answers.py``). A read that returns several packets has one stamp, that of its last: such reads are counted
+(``proof.py``). Because a late read costs no accuracy, reads are taken in batches under load (``poller.py``).
 
 Plain HTTP/1.1 to one server. TLS, proxies and systems without kernel stamps: ``http_client.py``.
 """
@@ -12,50 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
-import sys
 import time
 from time import time_ns
 from typing import Any
 from urllib.parse import urlsplit
 
-from toolkit.loadgen.exchange import SPILL_BYTES, TIMESPEC, Call, Exchange, OnDone, Spool, UnreachableError, attempt
+from toolkit.loadgen.exchange import SPILL_BYTES, Call, Exchange, OnDone, Spool, UnreachableError, attempt
 from toolkit.loadgen.http1 import Framing, FramingError
 from toolkit.loadgen.poller import Poller
+from toolkit.loadgen.receive import DONE_LINE, END_OF_STREAM, SO_TIMESTAMPNS, make_receiver
 
 IDLE_S = 4.0  # below the 5 s after which uvicorn closes an idle connection: no race between the two
 DRAIN_S = 1.0  # how long after [DONE] the end of the HTTP answer may take before the connection is given up
 REFUSED_PAUSE_S = 0.2  # after a connection was refused: a server that restarts must not use up all calls in a moment
 CONNECTING = 256  # connections opened at a time, below the usual listen backlog
-READ_BYTES = 1 << 14
-SO_TIMESTAMPNS = 35  # asm-generic/socket.h; Python's socket module does not name it
-ANCILLARY_BYTES = socket.CMSG_SPACE(16)
-DONE_LINE = b"\ndata: [DONE]"
-
-
-def kernel_stamps_work() -> bool:
-    """Whether this system stamps received bytes of a TCP connection; tried on a loopback connection.
-
-    Linux turns stamping on in the background when the first socket asks for it, so the first bytes may have none.
-    """
-    if sys.platform != "linux":
-        return False
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as one:
-        other, _ = listener.accept()
-        with other:
-            try:
-                one.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-            except OSError:
-                return False
-            one.settimeout(1.0)
-            for _ in range(50):
-                other.sendall(b"x")
-                ancillary = one.recvmsg(1, ANCILLARY_BYTES)[1]
-                if any(level == socket.SOL_SOCKET and len(data) == TIMESPEC.size for level, _, data in ancillary):
-                    return True
-                time.sleep(0.002)
-    return False
 
 
 class SocketClient:
@@ -70,9 +41,8 @@ class SocketClient:
     def __init__(self, url: str, headers: dict[str, str], timeout_s: float, spool: Spool, on_done: OnDone) -> None:
         parts = urlsplit(url)
         assert parts.scheme == "http" and parts.hostname, url
-        self.reads = 0
         self.opened = 0
-        self.spool = spool
+        self.receiver = make_receiver(spool)
         self._host, self._port = parts.hostname, parts.port or 80
         lines = {"Host": parts.netloc.rpartition("@")[2], **headers}
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -83,7 +53,11 @@ class SocketClient:
         self._address: tuple[int, Any] | None = None
         self._idle: list[_Connection] = []
         self._sticky: dict[str, _Connection] = {}
-        self._poller: Poller | None = None
+        self._poller = Poller(self.receiver)
+
+    @property
+    def reads(self) -> int:
+        return self.receiver.reads
 
     async def connect(self, count: int) -> None:
         """Fails silently: what cannot be opened now is opened, or reported, with the call that needs it."""
@@ -103,8 +77,7 @@ class SocketClient:
     async def send(self, call: Call, body: bytes, due_ns: int) -> Exchange:
         exchange = Exchange(call, due_ns)
         request = self._request(call, body)
-        if self._poller is not None:
-            self._poller.breathe()
+        self._poller.breathe()
         try:
             await attempt(exchange, lambda: self._exchange(exchange, request), self._timeout_s, (OSError, FramingError))
         finally:
@@ -117,14 +90,8 @@ class SocketClient:
         for connection in [*self._idle, *self._sticky.values()]:
             connection.close()
         self._idle, self._sticky = [], {}
-        if self._poller is not None:
-            self._poller.close()
-
-    def poller(self) -> Poller:
-        """Made with the first connection: it belongs to the event loop."""
-        if self._poller is None:
-            self._poller = Poller()
-        return self._poller
+        self._poller.close()
+        self.receiver.close()
 
     def _request(self, call: Call, body: bytes) -> bytes:
         session = f"x-session-id: {call.session}\r\n" if call.session else ""
@@ -204,19 +171,18 @@ class _ClosedError(OSError):
 class _Connection:
     """One socket, watched as long as it is open; at most one exchange at a time."""
 
-    __slots__ = ("_client", "_ended", "_exchange", "_framing", "_loop", "_recvmsg", "_sock", "closed", "idle_since")
+    __slots__ = ("_client", "_ended", "_exchange", "_framing", "_inbox", "_loop", "_sock", "closed", "idle_since")
 
     def __init__(self, client: SocketClient, sock: socket.socket) -> None:
         self.closed = False
         self.idle_since = time.monotonic()
         self._client = client
         self._sock = sock
-        self._recvmsg = sock.recvmsg
         self._exchange: Exchange | None = None
         self._framing = Framing()
         self._ended: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
-        client.poller().add(sock.fileno(), self._on_readable)
+        self._inbox = client.receiver.add(sock, self)
 
     def stale(self) -> bool:
         """Closed, or idle for so long that the server may be closing it at this moment."""
@@ -225,20 +191,27 @@ class _Connection:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            self._client.poller().remove(self._sock.fileno())
+            self._inbox.stop()
             self._loop.remove_writer(self._sock.fileno())
             self._sock.close()
+            if self._exchange is None:
+                self._inbox.free()
 
     async def talk(self, exchange: Exchange, request: bytes) -> None:
         """Writes the request and waits for the end of its answer. Raises ``OSError`` or ``FramingError``."""
-        self._framing = Framing()
+        self._framing = Framing(self._client.receiver.make_walk)
         self._exchange = exchange
         self._ended = self._loop.create_future()
         try:
             await self._write(exchange, request)
             await self._ended
         finally:
+            self._store(exchange)
             self._exchange = None
+            if self.closed:
+                self._inbox.free()
+            else:
+                self._inbox.loud(True)
             self.idle_since = time.monotonic()
 
     async def _write(self, exchange: Exchange, request: bytes) -> None:
@@ -262,52 +235,40 @@ class _Connection:
             finally:
                 self._loop.remove_writer(self._sock.fileno())
 
-    def _on_readable(self) -> None:
-        try:
-            data, ancillary, _, _ = self._recvmsg(READ_BYTES, ANCILLARY_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._over(_ClosedError(os.strerror(error.errno or 0)))
-            return
-        now = time_ns()
-        exchange = self._exchange
+    def noticed(self, data: bytes, gone: str) -> None:
+        """``receive.Watcher``'s."""
+        exchange, framing = self._exchange, self._framing
         if exchange is None:  # the server closes an idle connection, or speaks without being asked
             self.close()
             return
-        if not data:
-            self._end_of_stream()
-            return
-        self._client.reads += 1
-        if ancillary:
-            exchange.reads.append((now, ancillary[0][2], data))
-        else:
-            exchange.reads.append((now, TIMESPEC.pack(now // 1_000_000_000, now % 1_000_000_000), data))
-            exchange.kernel_stamped = False
         exchange.held += len(data)
         try:
-            complete = self._framing.feed(data)
+            complete = framing.feed(data) if data else False
+            if not complete and exchange.held > SPILL_BYTES:
+                framing.settle()
+                self._store(exchange)
         except FramingError as error:
             self._over(error)
             return
+        head = framing.head
         if complete:
             self._over(None)
-        elif exchange.held > SPILL_BYTES:
-            self._framing.settle()
-            self._client.spool.put(exchange)
-        if not complete and DONE_LINE in data:
+        elif gone == END_OF_STREAM and head is not None and not head.chunked and head.length is None:
+            self._over(None)  # a body without a length ends with the connection
+        elif gone:
+            self._over(_ClosedError(gone))
+        elif DONE_LINE in data:
             self._loop.call_later(DRAIN_S, self._give_up, exchange)
+        if head is not None and head.chunked:
+            self._inbox.loud(False)
+
+    def _store(self, exchange: Exchange) -> None:
+        self._inbox.store(exchange)
+        exchange.held = 0
 
     def _give_up(self, exchange: Exchange) -> None:
         if self._exchange is exchange:
             self._over(None)
-
-    def _end_of_stream(self) -> None:
-        framing = self._framing
-        if framing.head is not None and not framing.head.chunked and framing.head.length is None:
-            self._over(None)  # a body without a length ends with the connection
-        else:
-            self._over(_ClosedError("the end of the stream"))
 
     def _over(self, error: Exception | None) -> None:
         """The answer has ended, well or not."""

@@ -7,10 +7,7 @@ for machines without one, and bears about a tenth of the load. Both write the sa
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-log = logging.getLogger(__name__)
+from toolkit.loadgen.compiled import build
 
 SOURCE = Path(__file__).with_name("server.c")
 START_S = 20.0
@@ -85,7 +82,7 @@ def running(schedule: Schedule, compiled: bool = True, cpu: int = -1) -> Iterato
         compiled: use the compiled server where a C compiler is found.
         cpu: core to stay on; -1: any.
     """
-    program = compile_server() if compiled else None
+    program = build(SOURCE) if compiled else None
     with tempfile.TemporaryDirectory(prefix="exact-") as folder:
         truth = Path(folder) / "truth"
         times = [str(round(ms * 1000)) for ms in (schedule.ttft_ms, schedule.itl_ms, schedule.grid_ms)]
@@ -107,28 +104,6 @@ def running(schedule: Schedule, compiled: bool = True, cpu: int = -1) -> Iterato
             if process.poll() is None:
                 process.kill()
             process.wait()
-
-
-def compile_server() -> Path | None:
-    """The compiled server, made if need be; None where there is no C compiler, or it fails (the log says why)."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        log.info("no C compiler: the exact-schedule server runs in Python")
-        return None
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wideep-toolkit"
-    program = cache / f"exact-server-{digest}"
-    if program.is_file():
-        return program
-    part = program.with_name(f"{program.name}.{os.getpid()}.part")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        subprocess.run([compiler, "-O2", "-o", str(part), str(SOURCE)], check=True, capture_output=True, text=True)
-        part.replace(program)
-    except (OSError, subprocess.CalledProcessError) as error:
-        log.warning("the exact-schedule server cannot be compiled (%s) and runs in Python", error)
-        return None
-    return program
 
 
 def _seconds(nanoseconds: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -1,0 +1,39 @@
+"""C files of the load generator, compiled with the system's compiler when first needed and kept in the user's cache.
+
+What needs one has a slower twin in Python: machines without a compiler can do everything, with less load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+def build(source: Path, shared: bool = False) -> Path | None:
+    """The program made of ``source``, or the shared library; None where there is no compiler, or it fails (logged)."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    name = f"{source.parent.name}-{source.stem}"
+    if not compiler:
+        log.info("no C compiler: %s runs in Python", name)
+        return None
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wideep-toolkit"
+    made = cache / f"{name}-{digest}{'.so' if shared else ''}"
+    if made.is_file():
+        return made
+    part = made.with_name(f"{made.name}.{os.getpid()}.part")
+    options = ["-O2", "-Wall", *(["-shared", "-fPIC"] if shared else [])]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        subprocess.run([compiler, *options, "-o", str(part), str(source)], check=True, capture_output=True, text=True)
+        part.replace(made)
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.warning("%s cannot be compiled (%s) and runs in Python", name, error)
+        return None
+    return made
