@@ -21,7 +21,7 @@ from toolkit.engine.prepare import prepare
 from toolkit.records import read_experts
 
 REQUESTS, PROMPT, OUTPUT = 6, 40, 48
-TIE = 0.05  # logprobs nearer than this are a tie, which another order of adding up in bf16 may tip over
+TIE = 0.15  # logprobs nearer than this are a tie, which another order of adding up in bf16 may tip over
 
 Text = list[int]
 
