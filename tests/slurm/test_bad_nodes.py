@@ -59,15 +59,15 @@ def test_a_bad_node_is_named_and_the_job_submitted_without_it(cluster: Cluster, 
 @pytest.mark.slow
 @pytest.mark.usefixtures("node_without_the_disk")
 def test_every_component_of_a_heterogeneous_job_does_without_it(cluster: Cluster, tmp_path: Path) -> None:
-    """Frontend on one node, ranks on two others: which component gets node 2 first is Slurm's choice."""
-    run = Run(tmp_path, *TWO, "+cluster.pools.frontend.exclude=node1")
+    """Frontend on node 1; the ranks' component, which comes after it, gets the next two."""
+    run = Run(tmp_path, *TWO, "+cluster.pools.frontend.nodelist=node1", "+cluster.pools.agg.exclude=node9")
     code, output = run.end()
     assert code == 0, output + run.story()
     is_left_out(run.folder)
     again = (run.folder / "launch/run-again-1.sbatch").read_text()
     assert [line for line in again.splitlines() if "exclude=" in line] == [
-        f"#SBATCH --exclude=node1,node{BAD}",
         f"#SBATCH --exclude=node{BAD}",
+        f"#SBATCH --exclude=node9,node{BAD}",
     ]
 
 

@@ -81,7 +81,8 @@ def test_loads_of_one_deployment_share_a_job_and_its_processes(cluster: Cluster,
     assert served[0]["processes"] == served[1]["processes"] == served[2]["processes"], "started once: the same pids"
     for folder in folders:
         assert records.read_status(folder).state == "done"
-        assert (folder / "report.html").exists() and not any(path.is_symlink() for path in folder.rglob("*"))
+        links = [path for path in folder.rglob("*") if path.is_symlink() and path.parent.name != "submitit"]
+        assert (folder / "report.html").exists() and not links
     in_order = [folder for _, folder in sorted(zip([one["loads_before"] for one in served], folders))]
     for earlier, later in pairwise(in_order):
         assert records.read_steps(earlier).t_begin.max() < records.read_requests(later).t_send.min()
