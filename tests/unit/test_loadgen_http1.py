@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.loadgen.http1 import ChunkWalk, Framing, FramingError, open_answer, parse_head, plain_stream
+from toolkit.loadgen.http1 import ChunkWalk, Framing, FramingError, Walk, open_answer, parse_head, plain_stream
+from toolkit.loadgen.receive import native
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 # Chunks that end as the last one does, an extension, a trailer.
@@ -22,18 +25,26 @@ def cut(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
-@given(st.lists(st.integers(0, 10_000), max_size=30))
-def test_the_end_is_found_at_the_last_byte(cuts: list[int]) -> None:
+def walks() -> list[Callable[[], Walk]]:
+    """Both ways to find the end, or the one that this machine has."""
+    compiled = native.library()
+    return [ChunkWalk, *([functools.partial(native.NativeWalk, compiled)] if compiled else [])]
+
+
+@pytest.mark.parametrize("walk", walks())
+@given(cuts=st.lists(st.integers(0, 10_000), max_size=30))
+def test_the_end_is_found_at_the_last_byte(walk: Callable[[], Walk], cuts: list[int]) -> None:
     for whole in (HEAD + BODY, LENGTH, b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD + BODY):
-        framing = Framing()
+        framing = Framing(walk)
         pieces = cut(whole, cuts)
         assert [framing.feed(piece) for piece in pieces] == [False] * (len(pieces) - 1) + [True]
         assert framing.reusable
 
 
-@given(st.lists(st.integers(0, 10_000), max_size=30))
-def test_settling_at_any_time_changes_nothing(cuts: list[int]) -> None:
-    framing = Framing()
+@pytest.mark.parametrize("walk", walks())
+@given(cuts=st.lists(st.integers(0, 10_000), max_size=30))
+def test_settling_at_any_time_changes_nothing(walk: Callable[[], Walk], cuts: list[int]) -> None:
+    framing = Framing(walk)
     for piece in cut(HEAD + BODY, cuts):
         assert not framing.complete
         framing.feed(piece)
@@ -60,8 +71,9 @@ def test_a_broken_answer_gives_what_came(end: int) -> None:
     assert b"".join(PARTS).startswith(b"".join(data for data, _ in pieces))
 
 
-def test_a_connection_is_used_again_only_after_an_exact_end() -> None:
-    extra, closing = Framing(), Framing()
+@pytest.mark.parametrize("walk", walks())
+def test_a_connection_is_used_again_only_after_an_exact_end(walk: Callable[[], Walk]) -> None:
+    extra, closing = Framing(walk), Framing(walk)
     extra.feed(HEAD + BODY + b"HTTP/1.1 ...\r\n\r\n")
     assert extra.complete
     assert not extra.reusable
@@ -72,10 +84,17 @@ def test_a_connection_is_used_again_only_after_an_exact_end() -> None:
     assert not until_close.feed(b"HTTP/1.0 200 OK\r\n\r\nwhatever\r\n\r\n")
 
 
-@pytest.mark.parametrize("bad", [b"SSH-2.0-OpenSSH\r\n\r\n", HEAD + b"zz\r\n\r\n", HEAD + b"-5\r\n\r\n"])
-def test_what_is_not_http_is_refused(bad: bytes) -> None:
+@pytest.mark.parametrize("walk", walks())
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"SSH-2.0-OpenSSH\r\n\r\n", HEAD + b"zz\r\n\r\n", HEAD + b"-5\r\n\r\n", HEAD + b"\r\n\r\n",
+        HEAD + b"5 5\r\n\r\n",
+    ],
+)  # fmt: skip
+def test_what_is_not_http_is_refused(walk: Callable[[], Walk], bad: bytes) -> None:
     with pytest.raises(FramingError):
-        Framing().feed(bad)
+        Framing(walk).feed(bad)
     with pytest.raises(FramingError):
         open_answer(bad)
 
@@ -83,8 +102,11 @@ def test_what_is_not_http_is_refused(bad: bytes) -> None:
 def test_endless_heads_and_size_lines_are_refused() -> None:
     with pytest.raises(FramingError, match="head is longer"):
         Framing().feed(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000)
-    with pytest.raises(FramingError, match="no end"):
-        ChunkWalk().feed(b"0" * 5000)
+    for walk in walks():
+        with pytest.raises(FramingError, match="no end"):
+            walk().feed(b"0" * 5000)
+        with pytest.raises(FramingError, match=r"size is b'zz\\r'"):
+            walk().feed(b"zz\r\n")
     with pytest.raises(FramingError, match="Content-Length"):
         _ = parse_head(b"HTTP/1.1 200 OK\r\nContent-Length: ten").length
 

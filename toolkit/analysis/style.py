@@ -74,6 +74,15 @@ def latency_axis(ax: Axes, values: NDArray[np.float64]) -> None:
         ax.set_ylim(0, 1.08 * positive.max() if len(positive) else 1)
 
 
+def spans(panels: Sequence[Axes], named: Sequence[tuple[float, float, str]]) -> None:
+    """Stretches of a shared x axis (begin, end, name): a line where each begins, its name above the first panel."""
+    for begin, end, name in named:
+        for ax in panels:
+            ax.axvline(begin, color=MUTED, linewidth=0.7)
+        panels[0].annotate(name, ((begin + end) / 2, 1.0), xycoords=("data", "axes fraction"), ha="center",
+                           xytext=(0, 3), textcoords="offset points", fontsize=8)  # fmt: skip
+
+
 def plain_numbers(axis: Any) -> None:
     """50 and 2000 instead of 10^1.7 on a log axis, at 1, 2, 3 and 5 of each decade."""
     axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5)))

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,6 @@ def main() -> int:
 
         print(help.text(CONF))  # noqa: T201
         return 0
-    if "-m" in words:  # Hydra's parser wants its options before the overrides; people do not
-        sys.argv[1:] = ["--multirun", *(word for word in words if word != "-m")]
     set_up_logging()
     saved = [word for word in words if word.startswith(SAVED)]
     if saved:
@@ -48,7 +47,12 @@ def main() -> int:
     if mistakes:
         return _refuse(mistakes)
     try:
-        composed = compose()
+        with tempfile.TemporaryDirectory(prefix="hydra-") as scratch:
+            if "-m" in words:  # Hydra's parser wants its options before the overrides; people do not
+                # what its sweeper leaves behind would lie in the user's folder
+                others = (word for word in words if word != "-m")
+                sys.argv[1:] = ["--multirun", *others, f"hydra.sweep.dir={scratch}"]
+            composed = compose()
     except SystemExit as error:  # Hydra has printed why
         return USER_ERROR if error.code == 1 else int(error.code or 0)
     return launch(composed)

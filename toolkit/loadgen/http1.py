@@ -7,8 +7,9 @@ looks at as little as it can; ``open_answer`` runs afterwards. Read next: ``sock
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 HEAD_END = b"\r\n\r\n"
 MAX_HEAD = 1 << 16
@@ -65,13 +66,26 @@ def parse_head(head: bytes) -> Head:
     return Head(int(status), reason, headers)
 
 
-class ChunkWalk:
-    """Steps over the chunks of a chunked body, however its bytes are cut, to find where the body ends.
+class Walk(Protocol):
+    """Steps over the chunks of a chunked body, however its bytes are cut, to find where the body ends."""
 
-    Attributes:
-        ended: the last chunk and the trailers after it have come.
-        extra: bytes that follow the end.
-    """
+    @property
+    def ended(self) -> bool:
+        """The last chunk and the trailers after it have come."""
+        ...
+
+    @property
+    def extra(self) -> int:
+        """Bytes that follow the end."""
+        ...
+
+    def feed(self, data: bytes) -> None:
+        """Raises ``FramingError`` when a chunk's size is not a number, or its line has no end."""
+        ...
+
+
+class ChunkWalk:
+    """``Walk`` in Python; ``receive/native.py`` has one in C."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -80,8 +94,7 @@ class ChunkWalk:
         self._rest = b""  # of a size line, or of the trailers, that is not whole
         self._trailers = False
 
-    def feed(self, data: bytes | bytearray) -> None:
-        """Raises ``FramingError`` when a chunk's size is not a number."""
+    def feed(self, data: bytes) -> None:
         at, size = 0, len(data)
         if self._rest:
             data, self._rest = self._rest + data, b""
@@ -107,7 +120,7 @@ class ChunkWalk:
                 self._trailers = True
         self.extra += size - at
 
-    def _end(self, data: bytes | bytearray, at: int) -> int:
+    def _end(self, data: bytes, at: int) -> int:
         """One line of the trailers; the empty one is the end."""
         stop = data.find(b"\n", at)
         if stop < 0:
@@ -116,20 +129,20 @@ class ChunkWalk:
         self.ended = not data[at:stop].strip()
         return stop + 1
 
-    def _keep(self, rest: bytes | bytearray) -> None:
+    def _keep(self, rest: bytes) -> None:
         if len(rest) > MAX_SIZE_LINE:
             raise FramingError("a chunk's size line has no end")
-        self._rest = bytes(rest)
+        self._rest = rest
 
 
-def chunk_size(line: bytes | bytearray) -> int:
+def chunk_size(line: bytes) -> int:
     """The number in a chunk's size line, whatever extension follows it."""
     try:
         if line[:1].isalnum():  # no sign; a line end behind it is no matter to int
             return int(line if b";" not in line else line.partition(b";")[0], 16)
     except ValueError:
         pass
-    raise FramingError(f"a chunk's size is {bytes(line[:40])!r}")
+    raise FramingError(f"a chunk's size is {line[:40]!r}")
 
 
 class Framing:
@@ -139,12 +152,13 @@ class Framing:
     or when ``settle`` says that the bytes so far are about to leave memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make_walk: Callable[[], Walk] = ChunkWalk) -> None:
         self.head: Head | None = None
+        self._make_walk = make_walk
         self.complete = False
         self._start = b""
         self._left: int | None = None  # body bytes to come, where the head says how many
-        self._walk: ChunkWalk | None = None
+        self._walk: Walk | None = None
         self._unwalked: list[bytes] = []
 
     def feed(self, data: bytes) -> bool:
@@ -185,7 +199,7 @@ class Framing:
                 continue  # 100 Continue and the like: the answer is still to come
             self.head, self._left = head, head.length
             if head.chunked:
-                self._walk = ChunkWalk()
+                self._walk = self._make_walk()
             return rest
         if len(self._start) > MAX_HEAD:
             raise FramingError(f"the answer's head is longer than {MAX_HEAD} bytes")

@@ -199,7 +199,7 @@ class _Connection:
 
     async def talk(self, exchange: Exchange, request: bytes) -> None:
         """Writes the request and waits for the end of its answer. Raises ``OSError`` or ``FramingError``."""
-        self._framing = Framing()
+        self._framing = Framing(self._client.receiver.make_walk)
         self._exchange = exchange
         self._ended = self._loop.create_future()
         try:

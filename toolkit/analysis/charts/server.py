@@ -37,15 +37,10 @@ def draw_server_metrics(run: Run) -> Figure:
                 label = f"{one.name} ({urlsplit(one.url).netloc})"
                 ax.plot(one.times - begin, one.values, linewidth=1.3, color=look["color"],
                         linestyle=look["linestyle"], label=label)  # fmt: skip
-        for phase in points:
-            ax.axvline(phase.begin - begin, color=style.MUTED, linewidth=0.7)
         style.axes(ax, "seconds since the first request" if ax is panels[-1] else "", figure.title)
         ax.set_ylim(0, 105 if figure.key == "kv_use" else max(1.0, ax.get_ylim()[1]))
         ax.legend(fontsize=7, frameon=False, loc="upper left")
-    for phase in points:
-        middle = (phase.begin + phase.end) / 2 - begin
-        panels[0].annotate(f"{phase.concurrency}", (middle, 1.0), xycoords=("data", "axes fraction"), ha="center",
-                           xytext=(0, 3), textcoords="offset points", fontsize=8)  # fmt: skip
+    style.spans(list(panels), [(phase.begin - begin, phase.end - begin, f"{phase.concurrency}") for phase in points])
     if points:
         panels[0].set_xlim(0, max(phase.end for phase in points) - begin)
     return fig

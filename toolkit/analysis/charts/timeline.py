@@ -24,7 +24,7 @@ def draw_timeline(run: Run) -> Figure:
     data = timeline(run)
     at = data.edges[:-1] - data.edges[0] + data.bin_s / 2
     fig = style.figure(f"Timeline, bins of {data.bin_s:.3g} s", run.name, width=10, height=8.4)
-    flight, tokens, running, cache = fig.subplots(4, 1, sharex=True)
+    flight, tokens, running, cache = panels = fig.subplots(4, 1, sharex=True)
     flight.plot(at, data.in_flight, color=style.BLUE, linewidth=1.3)
     style.axes(flight, "", "requests\nin flight")
     tokens.plot(at, data.output_tok_s, color=style.BLUE, linewidth=1.3)
@@ -37,16 +37,13 @@ def draw_timeline(run: Run) -> Figure:
     _events(cache, at, data)
     for ax in (flight, tokens, running):
         ax.set_ylim(bottom=0)
-    for ax in (flight, tokens, running, cache):
+    for ax in panels:
         for phase in data.phases:
-            ax.axvline(phase.begin - data.edges[0], color=style.MUTED, linewidth=0.7)
             if np.isfinite(phase.steady[0]):
                 begin, end = (moment - data.edges[0] for moment in phase.steady)
                 ax.axvspan(begin, end, color=style.BLUE, alpha=0.08, linewidth=0)
-    for phase in data.phases:
-        middle = (phase.begin + phase.end) / 2 - data.edges[0]
-        flight.annotate(f"{phase.concurrency}", (middle, 1.0), xycoords=("data", "axes fraction"), ha="center",
-                        xytext=(0, 3), textcoords="offset points", fontsize=8)  # fmt: skip
+    zero = data.edges[0]
+    style.spans(list(panels), [(phase.begin - zero, phase.end - zero, f"{phase.concurrency}") for phase in data.phases])
     flight.set_xlim(0, data.edges[-1] - data.edges[0])
     return fig
 

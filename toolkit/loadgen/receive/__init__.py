@@ -1,8 +1,9 @@
 """How bytes get from sockets to the spool, with the kernel's time of each read: the inner loop of the load generator.
 
 Two ways with one behaviour: ``native.py`` reads all sockets in one call of a compiled function, ``python.py`` does the
-same where there is no C compiler. Neither knows HTTP: a connection is told of reads that may matter to it
-(``Watcher.noticed``), all others are only kept. A read that returns several packets has the stamp of the last.
+same where there is no C compiler. Neither knows more of HTTP than what a chunk is: a connection is told of reads that
+may matter to it (``Watcher.noticed``), all others are only kept. A read that returns several packets has the stamp of
+the last.
 
 Read next: ``poller.py``, which decides when to read, and ``sockets.py``, whose connections are told.
 """
@@ -14,6 +15,7 @@ import socket
 from typing import Protocol
 
 from toolkit.loadgen.exchange import Exchange, Spool
+from toolkit.loadgen.http1 import Walk
 
 READ_BYTES = 1 << 14
 SO_TIMESTAMPNS = 35  # asm-generic/socket.h; Python's socket module does not name it
@@ -64,6 +66,10 @@ class Receiver(Protocol):
     def reads(self) -> int: ...
 
     def add(self, sock: socket.socket, watcher: Watcher) -> Inbox: ...
+
+    def make_walk(self) -> Walk:
+        """What finds the end of a chunked answer."""
+        ...
 
     def drain(self) -> int:
         """Reads once from every socket that has something; returns how many had."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from toolkit.loadgen.compiled import build
 from toolkit.loadgen.exchange import SPILL_BYTES, Exchange, Spool
+from toolkit.loadgen.http1 import MAX_SIZE_LINE, FramingError
 from toolkit.loadgen.receive import END_OF_STREAM, READ_BYTES, Watcher
 
 SOURCE = Path(__file__).with_name("receive.c")
@@ -42,6 +43,19 @@ class Spooled(ctypes.Structure):
     )
 
 
+class WalkState(ctypes.Structure):
+    """``struct walk``."""
+
+    _fields_ = (
+        ("skip", ctypes.c_int64),
+        ("extra", ctypes.c_int64),
+        ("trailers", ctypes.c_int32),
+        ("ended", ctypes.c_int32),
+        ("kept", ctypes.c_int32),
+        ("line", ctypes.c_char * MAX_SIZE_LINE),
+    )
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """``receive.c``, compiled; None where it cannot be."""
@@ -61,6 +75,7 @@ def library() -> ctypes.CDLL | None:
         "reader_loud": (None, reader, number, number),
         "reader_drain": (number, reader, pointer(number)),
         "reader_spool": (number, reader, number, number, pointer(Spooled)),
+        "walk_feed": (number, pointer(WalkState), ctypes.c_char_p, ctypes.c_int64),
     }
     for name, (result, *arguments) in signatures.items():
         function = getattr(lib, name)
@@ -97,6 +112,9 @@ class NativeReceiver:
     def remove(self, line: int) -> None:
         self.lib.reader_stop(self.reader, line)
         del self._watchers[line]
+
+    def make_walk(self) -> NativeWalk:
+        return NativeWalk(self.lib)
 
     def drain(self) -> int:
         count: int = self.lib.reader_drain(self.reader, self._told_at)
@@ -146,3 +164,28 @@ class NativeInbox:
     def free(self) -> None:
         if self._receiver.reader:
             self._receiver.lib.reader_free(self._receiver.reader, self._line)
+
+
+class NativeWalk:
+    """See ``http1.Walk``."""
+
+    __slots__ = ("_feed", "_state")
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        self._feed = lib.walk_feed
+        self._state = WalkState()
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._state.ended)
+
+    @property
+    def extra(self) -> int:
+        return int(self._state.extra)
+
+    def feed(self, data: bytes) -> None:
+        failed = self._feed(self._state, data, len(data))
+        if failed == 1:
+            raise FramingError(f"a chunk's size is {bytes(self._state.line[: self._state.kept])!r}")
+        if failed:
+            raise FramingError("a chunk's size line has no end")

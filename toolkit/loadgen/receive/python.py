@@ -8,6 +8,7 @@ import socket
 from time import time_ns
 
 from toolkit.loadgen.exchange import SPILL_BYTES, TIMESPEC, Exchange, Spool
+from toolkit.loadgen.http1 import ChunkWalk, Walk
 from toolkit.loadgen.receive import DONE_LINE, END_OF_STREAM, READ_BYTES, Watcher
 from toolkit.loadgen.receive.stamps import ANCILLARY_BYTES
 
@@ -30,6 +31,9 @@ class PythonReceiver:
     def remove(self, fd: int) -> None:
         self.epoll.unregister(fd)
         del self._inboxes[fd]
+
+    def make_walk(self) -> Walk:
+        return ChunkWalk()
 
     def drain(self) -> int:
         events = self.epoll.poll(0)

@@ -198,3 +198,63 @@ int reader_spool(struct reader *r, int i, int file, struct spooled *out) {
     l->unstamped = 0;
     return 0;
 }
+
+/* Steps over the chunks of a chunked body: http1.ChunkWalk in C. */
+#define SIZE_LINE 4096
+struct walk {
+    int64_t skip;  /* bytes until the next size line: of the chunk's data and the line end behind it */
+    int64_t extra; /* bytes that follow the end */
+    int32_t trailers, ended, kept;
+    char line[SIZE_LINE]; /* a size line, or one of the trailers, that is not whole */
+};
+
+static int64_t chunk_size(const char *line, int size) {
+    int64_t value = 0;
+    int i = 0;
+    for (; i < size && i < 16; i++) {
+        char c = line[i] | 0x20;
+        if (c >= '0' && c <= '9') value = 16 * value + c - '0';
+        else if (c >= 'a' && c <= 'f') value = 16 * value + c - 'a' + 10;
+        else break;
+    }
+    if (!i || value < 0) return -1;
+    while (i < size && (line[i] == ' ' || line[i] == '\t' || line[i] == '\r')) i++;
+    return i == size || line[i] == ';' ? value : -1;
+}
+
+/* Returns 0, 1: a chunk's size is not a number (it is in line), 2: a size line has no end. */
+int walk_feed(struct walk *w, const char *data, int64_t size) {
+    int64_t at = 0;
+    while (!w->ended) {
+        at += w->skip;
+        if (at >= size) {
+            w->skip = at - size;
+            return 0;
+        }
+        w->skip = 0;
+        const char *end = memchr(data + at, '\n', size - at), *line = data + at;
+        int64_t length = (end ? end : data + size) - line;
+        if (w->kept || !end) {
+            if (w->kept + length > SIZE_LINE) return 2;
+            memcpy(w->line + w->kept, line, length);
+            w->kept += length;
+            if (!end) return 0;
+            line = w->line, length = w->kept, w->kept = 0;
+        }
+        at = end + 1 - data;
+        if (w->trailers) {
+            w->ended = !length || (length == 1 && line[0] == '\r');
+            continue;
+        }
+        int64_t chunk = length > SIZE_LINE ? -1 : chunk_size(line, length);
+        if (chunk < 0) {
+            w->kept = length < 40 ? length : 40;
+            memmove(w->line, line, w->kept);
+            return 1;
+        }
+        w->skip = chunk ? chunk + 2 : 0;
+        w->trailers = !chunk;
+    }
+    w->extra += size - at;
+    return 0;
+}
