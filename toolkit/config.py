@@ -168,6 +168,9 @@ class DeployConfig:
     migration_limit: int = opt(3, "how often a request moves on when a worker or a transfer fails")
     transfer_timeout_s: float = opt(30.0, "a transfer without an end for so long has failed")
     worker_timeout_s: float = opt(60.0, "disagg: a worker that says nothing for so long is given up until it speaks")
+    restart_workers: int = opt(
+        0, "disagg: how often a worker whose processes have ended is started anew; 0: its end ends the run"
+    )
     host: str = opt("127.0.0.1", "address the frontend binds; loopback unless told otherwise")
     router: str = opt("round_robin", "which DP rank takes a request: round_robin")
     api_key_env: str = opt("", "environment variable that holds the API key clients must send; empty: none")

@@ -168,6 +168,14 @@ class ModelRunner:
         if self.device != "cpu":
             torch.cuda.current_stream().synchronize()
 
+    def fence(self) -> Callable[[], bool]:
+        """What tells whether the device has done all that was launched until now."""
+        if self.device == "cpu":
+            return lambda: True
+        event = torch.cuda.Event()
+        event.record()
+        return event.query
+
     def step(self, batch: Batch, ctx: StepContext) -> Sampled:
         """``launch`` and wait."""
         return self.launch(batch, ctx).result()
