@@ -94,7 +94,7 @@ def _push_kernel(
     k = tl.arange(0, K_BLOCK)
     for row in range(tl.program_id(0), step_rows, tl.num_programs(0)):
         at = rank * step_rows + row
-        slots = tl.load(slots_ptr + row * K + k, mask=(k < K) & (row < rows), other=-1).to(tl.int32)
+        slots = tl.load(slots_ptr + row * K + k, mask=(k < K) & (row * K + k < rows * K), other=-1).to(tl.int32)
         tl.store(ids_out + at * K + k, slots, mask=k < K)
         if tl.max(((slots >= to * e) & (slots < (to + 1) * e)).to(tl.int32), 0) > 0:
             weights = tl.load(weights_ptr + row * K + k, mask=k < K, other=0.0)

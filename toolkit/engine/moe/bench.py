@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from toolkit.config import EngineConfig, ParallelConfig
+from toolkit.engine import device as devices
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.moe.dispatch import Dispatched, ExpertShape, StepRows, TokenDispatcher, make_dispatcher
 from toolkit.engine.moe.gemm import ExpertGemm, ExpertWeights, make_gemm
@@ -103,7 +104,7 @@ DEFAULT = (
 
 def _rank(rank: int, options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
-    torch.cuda.set_device(rank)
+    devices.use("cuda", rank)
     n = options.ranks
     dims = ParallelDims.of(ParallelConfig(n, n, n, enable_dp_attention=True))
     groups = Groups.connect(dims, rank, "127.0.0.1", options.port, "cuda")
