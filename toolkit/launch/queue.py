@@ -167,11 +167,8 @@ def submit(script: Path) -> str:
     return call("sbatch", "--parsable", str(script), env=env).strip().partition(";")[0]
 
 
-def requeue(job_id: str, excluded: Mapping[str, Sequence[str]]) -> None:
-    """Starts the job again, later; each of its components (its own id, or ``17+1``) without its ``excluded`` nodes."""
+def requeue(job_id: str) -> None:
     call("scontrol", "requeue", job_id)
-    for component, names in excluded.items():
-        call("scontrol", "update", f"JobId={component}", f"ExcNodeList={','.join(names)}")
 
 
 def _accounted(job_id: str) -> JobState:
