@@ -249,7 +249,8 @@ class ClusterConfig:
     container_python: str = opt("python3", "interpreter inside the container")
     pack: Literal["auto", "allocation", "array"] = opt(
         "auto",
-        "-m on Slurm: auto: one allocation for points of the same deployment, else an array; or always one of these",
+        "-m on Slurm: auto: an array with a task for each deployment, which runs all of its loads; allocation: one job "
+        "for all runs, one after the other; array: a task for each run",
     )
     follow: bool = opt(True, "stay and show the job's progress; false: submit and return")
 

@@ -329,14 +329,17 @@ def read_streams(folder: Path, record: type) -> pa.Table | None:
     import pyarrow as pa
 
     files = sorted(folder.glob("*.arrows"))
-    if not files:
-        return None
+    return pa.concat_tables([read_stream(path, record) for path in files]) if files else None
+
+
+def read_stream(path: Path, record: type) -> pa.Table:
+    """The rows of one Arrow stream; see ``read_streams``."""
+    import pyarrow as pa
+
     schema = schema_of(record)
     batches: list[Any] = []
-    for path in files:
-        with pa.memory_map(str(path)) as source:
-            if not source.size():
-                continue
+    with pa.memory_map(str(path)) as source:
+        if source.size():
             stream = pa.ipc.open_stream(source)
             if stream.schema.names != schema.names:
                 raise ValueError(f"{path.name} has columns {stream.schema.names}, not {schema.names}")
@@ -344,6 +347,14 @@ def read_streams(folder: Path, record: type) -> pa.Table | None:
                 while True:
                     batches.append(stream.read_next_batch())
     return pa.Table.from_batches(batches, schema=schema)
+
+
+def write_stream(path: Path, table: pa.Table) -> None:
+    """An Arrow stream of rows that are all there already."""
+    import pyarrow as pa
+
+    with replacing(path, "wb") as out, pa.ipc.new_stream(out, table.schema) as stream:
+        stream.write_table(table)
 
 
 # --- tables -----------------------------------------------------------------------------------------

@@ -14,20 +14,20 @@ from toolkit.engine.eplb.planner import plan
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 4000))
-def test_every_token_goes_to_a_replica_of_its_expert(seed: int, tokens: int) -> None:
+@given(st.integers(0, 10**6), st.integers(0, 4000), st.sampled_from([16, 20, 24, 40]))
+def test_every_token_goes_to_a_replica_of_its_expert(seed: int, tokens: int, slots: int) -> None:
     rng = np.random.default_rng(seed)
-    phy2log, log2phy, _ = plan(skewed(1, 16, seed=seed), 24, num_gpus=4).maps()
+    phy2log = plan(skewed(1, 16, seed=seed), slots, num_gpus=4).phy2log_LR[0]
+    table = weighted.make_table(phy2log, 16, 4, turn=seed % 3)
     ids = rng.integers(-1, 16, tokens)
     counts = np.bincount(ids[ids >= 0], minlength=16)
-    split = weighted.split(counts, log2phy[0], 4, 6)
-    assert (split.sum(1) == counts).all() and (split >= 0).all()
-    assert (split[log2phy[0] < 0] == 0).all()
-    chosen = weighted.choose(ids, split, log2phy[0])
+    split = weighted.split(counts, table)
+    assert (np.add.reduceat(split, table.first_E) == counts).all() and (split >= 0).all()
+    chosen = weighted.choose(ids, split, table)
     assert (chosen[ids < 0] == -1).all()
-    assert (phy2log[0][chosen[ids >= 0]] == ids[ids >= 0]).all()
-    loads = np.bincount(chosen[ids >= 0] // 6, minlength=4)
-    assert (loads == weighted.split_loads(split, log2phy[0], 4, 6)).all()
+    assert (phy2log[chosen[ids >= 0]] == ids[ids >= 0]).all()
+    loads = np.bincount(chosen[ids >= 0] // (slots // 4), minlength=4)
+    assert (loads == weighted.split_loads(split, table)).all()
 
 
 @pytest.mark.parametrize("exponent", [0.3, 0.6, 1.0])
@@ -38,7 +38,8 @@ def test_close_to_the_optimum_and_better_than_an_even_split(exponent: float) -> 
     rng, gained = np.random.default_rng(0), []
     for layer in range(4):
         counts = rng.multinomial(8192, load[layer] / load[layer].sum())
-        loads = weighted.split_loads(weighted.split(counts, log2phy[layer], 32, 9), log2phy[layer], 32, 9)
+        table = weighted.make_table(phy2log[layer], 256, 32)
+        loads = weighted.split_loads(weighted.split(counts, table), table)
         best = 256 / lp_optimum(counts, log2phy[layer], 32, 9)
         even = (counts / logcnt[layer])[phy2log[layer]].reshape(32, 9).sum(1)
         assert best - 0.01 <= 256 / loads.max() <= best + 1e-6

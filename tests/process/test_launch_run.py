@@ -21,7 +21,7 @@ from tests.unit.launch_experiment import experiment
 from tests.unit.loadgen_server import ScriptedServer, tokens
 from toolkit import config, records
 from toolkit.config import ExpConfig
-from toolkit.launch import load, ports, run
+from toolkit.launch import deployment, load, ports, run
 from toolkit.launch.adapters import Processes
 from toolkit.launch.check import check
 from toolkit.launch.health import LoadingBars, RankProgress, wait_ready
@@ -40,18 +40,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response({status})
         self.end_headers()
         self.wfile.write(body)
+    def do_POST(self):
+        self.send_response({flush})
+        self.end_headers()
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 LOADING = {"state": "loading", "ranks": [{"rank": 0, "stage": "load", "done": 3, "total": 10}]}
 SLEEP = "import time; time.sleep(600)"
 
 
-def deploy(monkeypatch: pytest.MonkeyPatch, status: int, answer: object, rank: str) -> None:
-    """Puts in the engine's place a frontend that always gives ``answer``, and one rank that runs ``rank``."""
-    code = FRONTEND.format(status=status, answer=answer)
+def deploy(monkeypatch: pytest.MonkeyPatch, status: int, answer: object, rank: str, flush: int = 200) -> None:
+    """Puts in the engine's place a frontend that always gives ``answer``, and one rank that runs ``rank``.
 
-    def processes(deployment: DeploymentPlan, cfg: ExpConfig, hosts: Sequence[str], run_dir: Path) -> Processes:
-        port = str(deployment.frontend.http_port)
+    ``flush``: the status with which it answers what is asked of it by POST.
+    """
+    code = FRONTEND.format(status=status, answer=answer, flush=flush)
+
+    def processes(plan: DeploymentPlan, cfg: ExpConfig, hosts: Sequence[str], run_dir: Path) -> Processes:
+        port = str(plan.frontend.http_port)
         frontend = ProcessSpec("frontend", 0, (sys.executable, "-c", code, port))
         return Processes((ProcessSpec("rank", 0, (sys.executable, "-c", rank)), frontend), {})
 
@@ -60,7 +66,7 @@ def deploy(monkeypatch: pytest.MonkeyPatch, status: int, answer: object, rank: s
         table.register("native")(processes)
         return table
 
-    monkeypatch.setattr(run, "adapters", adapters)
+    monkeypatch.setattr(deployment, "adapters", adapters)
 
 
 def execute(tmp_path: Path, **deploy_keys: float) -> tuple[int, Path, str]:
@@ -202,9 +208,8 @@ def test_the_load_generator_gets_every_key(tmp_path: Path) -> None:
     from toolkit.loadgen.options import parse
 
     cfg = experiment(load={"concurrency": [1, 3], "ignore_eos": False})
-    deployment = plan(cfg, 25_000)
     (tmp_path / "launch").mkdir()
-    options = parse(load.command(cfg, deployment, [Node("127.0.0.1", 25_000)], tmp_path, "")[3:])
+    options = parse(load.command(cfg, plan(cfg, 25_000), [Node("127.0.0.1", 25_000)], tmp_path, "")[3:])
     assert options.url == "http://127.0.0.1:25000"
     assert (options.model, options.tokenizer, options.num_gpus, options.out) == ("m", "bytes", 4, str(tmp_path))
     for key, value in config.to_mapping(cfg.load).items():
@@ -215,8 +220,8 @@ def test_a_load_generator_on_several_nodes(tmp_path: Path) -> None:
     """A server where the frontend would be; one process leads, the other joins it."""
     port = ports.free_range(5)
     cfg = experiment(load={"concurrency": [4], "nodes": 2, "osl": 3}, cluster={"port": port})
-    deployment = plan(cfg, port)
-    assert deployment.ports()[0, deployment.loadgen.port] == "load generator"
+    planned = plan(cfg, port)
+    assert planned.ports()[0, planned.loadgen.port] == "load generator"
     (tmp_path / "launch").mkdir()
     (tmp_path / "logs").mkdir()
     server, launcher = ScriptedServer(), LocalLauncher(port)
@@ -226,11 +231,11 @@ def test_a_load_generator_on_several_nodes(tmp_path: Path) -> None:
     try:
         with server.running(port), Interrupts() as interrupts:
             nodes = [Node("127.0.0.1", port)]
-            load.run_load(cfg, deployment, nodes, tmp_path, launcher, Watch(job, tmp_path), interrupts)
+            load.run_load(cfg, planned, nodes, tmp_path, launcher, Watch(job, tmp_path), interrupts)
     finally:
         job.stop(5)
     status = records.read_status(tmp_path)
-    assert status.state == "done"
+    assert (status.state, status.points[0].state) == ("running", "done"), "the run's end is the launcher's to say"
     assert status.points[0].client is not None and status.points[0].client.workers == 2
     assert "joined 127.0.0.1" in (tmp_path / "logs/loadgen-1.log").read_text()
 

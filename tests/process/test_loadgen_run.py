@@ -77,6 +77,14 @@ def test_text_is_left_out_when_asked(server: ScriptedServer, tmp_path: Path) -> 
     assert set(records.read_requests(tmp_path)["output_text"]) == {""}
 
 
+def test_under_a_launcher_a_run_that_failed_is_the_launchers_to_say(server: ScriptedServer, tmp_path: Path) -> None:
+    server.behaviours = [reply(503, "queue is full")]
+    assert main(words(server, tmp_path, "concurrency=1", "deployment=its-key")) == 1
+    status = records.read_status(tmp_path)
+    assert (status.state, [p.state for p in status.points]) == ("running", ["failed"])
+    assert "failed" in status.reason, "what the launcher passes on"
+
+
 def test_a_point_where_everything_fails(
     server: ScriptedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,7 +56,6 @@ def test_a_wrong_choice_is_refused(engine: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ({"ep_dispatch_algorithm": "weighted"}, "ep_dispatch_algorithm=weighted splits each batch on the host"),
         ({"expert_distribution_recorder_mode": "per_token"}, "sees no token inside a CUDA graph"),
     ],
 )

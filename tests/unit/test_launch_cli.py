@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ from toolkit.launch.__main__ import explain, override_names
 ROOT = Path(__file__).parents[2]
 
 
-def launch(*words: str) -> subprocess.CompletedProcess[str]:
+def launch(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "toolkit.launch", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, check=False, timeout=120)
 
 
 def test_help_teaches() -> None:
@@ -60,6 +62,13 @@ def test_dry_run_shows_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     assert next(line.split()[:3] for line in lines if line.startswith("  rank-9 ")) == ["rank-9", "1", "1"]
     assert sum("-m toolkit.engine.worker" in line for line in lines) == 16
     assert any("experts" in line and "81.7" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_leaves_nothing_in_the_users_folder(tmp_path: Path) -> None:
+    done = launch("-m", "+exp=smoke", "load.osl=4,8", "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "osl 4" in done.stdout and "osl 8" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

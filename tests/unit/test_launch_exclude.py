@@ -25,12 +25,13 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found(folder, "node3")
     points = [PointStatus(1, "done"), PointStatus(2, "cancelled", "preflight")]
     records.write_status(folder, RunStatus("failed", "preflight: 1 bad node", points))
-    (folder / STATE_DIR / "run.sbatch").write_text("#!/bin/sh\n")
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
-    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\necho "43;cluster"\n')
+    sbatch.write_text(f'#!/bin/sh\necho "$@" "$SLURM_JOB_ID$SLURM_CONF" >> {tmp_path}/called\necho "43;cluster"\n')
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.setenv("SLURM_CONF", "/etc/x")
     return folder
 
 
@@ -41,9 +42,8 @@ def found(folder: Path, *hosts: str) -> None:
 
 def again(run_dir: Path, **cluster: Any) -> str:
     values = config.to_mapping(experiment())
-    values["cluster"] |= {"exclude_bad_nodes": True, **cluster}
-    cfg = config.from_mapping(values, ExpConfig)
-    return exclude.submit_again(cfg, run_dir, [], run_dir / STATE_DIR / "run.sbatch")
+    values["cluster"] |= {"exclude_bad_nodes": True, "launcher": "slurm", **cluster}
+    return exclude.submit_again(config.from_mapping(values, ExpConfig), run_dir, [])
 
 
 def calls(run_dir: Path) -> list[str]:
@@ -51,9 +51,15 @@ def calls(run_dir: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
+def left_out(run_dir: Path, number: int) -> list[str]:
+    script = (run_dir / STATE_DIR / f"run-again-{number}.sbatch").read_text()
+    return [line for line in script.splitlines() if "--exclude=" in line]
+
+
 def test_the_bad_node_is_left_out_beside_those_of_the_user(run_dir: Path) -> None:
-    assert again(run_dir, exclude="node9") == "43"
-    assert calls(run_dir) == [f"--parsable --exclude=node9,node3 {run_dir}/launch/run.sbatch"]
+    assert again(run_dir, exclude="node9", pools={"frontend": {"exclude": "cpu1"}}) == "43"
+    assert calls(run_dir) == [f"--parsable {run_dir}/launch/run-again-1.sbatch /etc/x"], "and nothing of job 42"
+    assert left_out(run_dir, 1) == ["#SBATCH --exclude=cpu1,node3", "#SBATCH --exclude=node9,node3"]
     status, note = records.read_status(run_dir), job_file.read(run_dir)
     assert (status.state, [p.state for p in status.points]) == ("queued", ["done", "pending"])
     assert note is not None and note.job_id == "43"
@@ -63,7 +69,7 @@ def test_nodes_found_before_stay_out_and_it_ends_some_time(run_dir: Path) -> Non
     assert again(run_dir) == "43"
     found(run_dir, "node5")
     assert again(run_dir) == "43"
-    assert "--exclude=node3,node5 " in calls(run_dir)[1]
+    assert left_out(run_dir, 2) == ["#SBATCH --exclude=node3,node5"]
     assert again(run_dir) == "43"
     assert again(run_dir) == "", "a fault of all nodes is none of any node"
     assert len(calls(run_dir)) == exclude.MOST

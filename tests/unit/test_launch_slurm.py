@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 from tests.unit.launch_experiment import experiment
 from toolkit import config
 from toolkit.config import ClusterConfig, ExpConfig
-from toolkit.launch import check_slurm, estimate, node, ports, queue, sbatch, srun
+from toolkit.launch import check_slurm, estimate, inside, node, ports, queue, sbatch, srun
 from toolkit.launch.launcher import Node, ProcessSpec, with_environment
 from toolkit.launch.plan import AGG, FRONTEND, plan, pools
 from toolkit.launch.slurm import Allocation
+from toolkit.launch.standing import may_share
 from toolkit.launch.submit import Experiment, groups
 from toolkit.launch.watch import RunFailed
 
@@ -29,8 +31,8 @@ def on_slurm(parallel: dict[str, Any] | None = None, **cluster: Any) -> ExpConfi
     return experiment(cluster=keys, parallel=parallel or FOUR_BY_EIGHT)
 
 
-def lines(cfg: ExpConfig, *run_dirs: Path, array: bool = False) -> list[str]:
-    return sbatch.script(cfg, run_dirs or (RUN,), array).splitlines()
+def lines(cfg: ExpConfig, *tasks: list[Path], excluding: Sequence[str] = ()) -> list[str]:
+    return sbatch.script(cfg, tasks or [[RUN]], excluding).splitlines()
 
 
 # --- the job script ---------------------------------------------------------------------------------
@@ -95,10 +97,21 @@ def test_a_pool_of_its_own_makes_a_heterogeneous_job() -> None:
     assert "--partition=gpu" in second and "--nodes=4" in second and "--gpus-per-node=8" in second
 
 
-def test_an_array_gives_each_task_its_run() -> None:
-    text = lines(on_slurm(), RUN, RUN.with_name("b"), array=True)
+def test_nodes_to_be_left_out_are_left_out_of_every_component() -> None:
+    cfg = on_slurm(exclude="node9", pools={FRONTEND: {"exclude": "cpu1"}})
+    found = [line for line in lines(cfg, excluding=["node2", "node3"]) if "exclude" in line]
+    assert found == ["#SBATCH --exclude=cpu1,node2,node3", "#SBATCH --exclude=node9,node2,node3"]
+
+
+def test_an_array_gives_each_task_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [RUN.with_name("b"), RUN.with_name("c")]
+    text = lines(on_slurm(), [RUN], others)
     assert "#SBATCH --array=0-1" in text
-    assert text[-1] == f"exec {sys.executable} -u -m toolkit.launch.inside --array {RUN} {RUN.with_name('b')}"
+    words = [str(RUN), "--next-task", *map(str, others)]
+    assert text[-1] == f"exec {sys.executable} -u -m toolkit.launch.inside {' '.join(words)}"
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert inside.mine(words) == others
+    assert inside.mine(words[2:]) == others
 
 
 # --- job steps --------------------------------------------------------------------------------------
@@ -215,20 +228,36 @@ def test_a_node_alone_is_reached_on_loopback_and_an_unknown_interface_is_named()
 # --- who shares an allocation -----------------------------------------------------------------------
 
 
-def kinds(*cfgs: ExpConfig) -> list[tuple[int, bool]]:
-    return [(len(members), array) for members, array in groups([Experiment(cfg, []) for cfg in cfgs])]
+def kinds(*cfgs: ExpConfig) -> list[list[int]]:
+    """Of each job the number of runs of each of its tasks."""
+    return [[len(task) for task in job] for job in groups([Experiment(cfg, []) for cfg in cfgs])]
+
+
+def changed(cfg: ExpConfig, group: str, **keys: Any) -> ExpConfig:
+    return dataclasses.replace(cfg, **{group: dataclasses.replace(getattr(cfg, group), **keys)})
 
 
 def test_loads_of_one_deployment_share_an_allocation_and_deployments_are_an_array() -> None:
     base = on_slurm()
-    load = dataclasses.replace(base, load=dataclasses.replace(base.load, osl=7))
-    engine = dataclasses.replace(base, engine=dataclasses.replace(base.engine, page_size=32))
+    load, engine = changed(base, "load", osl=7), changed(base, "engine", page_size=32)
     larger = on_slurm({**FOUR_BY_EIGHT, "tp_size": 64, "dp_size": 64, "moe_dp_size": 8})
-    assert kinds(base, load) == [(2, False)]
-    assert kinds(base, engine) == [(2, True)]
-    assert kinds(base, engine, larger, load) == [(3, True), (1, False)]
-    packed = [dataclasses.replace(c, cluster=dataclasses.replace(c.cluster, pack="allocation")) for c in (base, engine)]
-    assert kinds(*packed) == [(2, False)]
+    assert kinds(base, load) == [[2]]
+    assert kinds(base, engine) == [[1, 1]]
+    assert kinds(base, engine, larger, load, changed(load, "engine", page_size=32)) == [[2, 2], [1]]
+    cfgs = base, engine, load
+    assert kinds(*(changed(c, "cluster", pack="allocation") for c in cfgs)) == [[3]]
+    assert kinds(*(changed(c, "cluster", pack="array") for c in cfgs)) == [[1, 1, 1]]
+    packed = groups([Experiment(changed(c, "cluster", pack="allocation"), []) for c in cfgs])
+    assert [e.cfg.engine.page_size for e in packed[0][0]] == [16, 16, 32], "those of one deployment side by side"
+
+
+def test_what_may_be_loaded_on_the_processes_of_the_run_before() -> None:
+    base = on_slurm()
+    assert may_share(base, changed(base, "load", osl=7, nodes=2))
+    assert not may_share(base, changed(base, "engine", page_size=32))
+    assert not may_share(base, changed(base, "cluster", env={"NCCL_DEBUG": "WARN"}))
+    moving = changed(base, "engine", enable_eplb=True)
+    assert not may_share(moving, moving), "experts would begin where the load before has left them"
 
 
 # --- checks -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,6 @@ def main() -> int:
 
         print(help.text(CONF))  # noqa: T201
         return 0
-    if "-m" in words:  # Hydra's parser wants its options before the overrides; people do not
-        sys.argv[1:] = ["--multirun", *(word for word in words if word != "-m")]
     set_up_logging()
     saved = [word for word in words if word.startswith(SAVED)]
     if saved:
@@ -48,7 +47,12 @@ def main() -> int:
     if mistakes:
         return _refuse(mistakes)
     try:
-        composed = compose()
+        with tempfile.TemporaryDirectory(prefix="hydra-") as scratch:
+            if "-m" in words:  # Hydra's parser wants its options before the overrides; people do not
+                # what its sweeper leaves behind would lie in the user's folder
+                others = (word for word in words if word != "-m")
+                sys.argv[1:] = ["--multirun", *others, f"hydra.sweep.dir={scratch}"]
+            composed = compose()
     except SystemExit as error:  # Hydra has printed why
         return USER_ERROR if error.code == 1 else int(error.code or 0)
     return launch(composed)
@@ -140,12 +144,27 @@ def begin(experiments: Sequence[Experiment], out: Console, console: Console) -> 
 
         run_dirs = submit(elsewhere, console)
         return follow(run_dirs, console) if first.cluster.follow else 0
-    from toolkit.launch.run import run
+    return run_here(experiments, console)
 
-    for experiment in experiments:
-        if code := run(experiment.cfg, experiment.overrides, console):
-            return code
-    return 0
+
+def run_here(experiments: Sequence[Experiment], console: Console) -> int:
+    """Runs all, on this machine or in this allocation; the worst exit code. Only a cancelled run ends the others.
+
+    Those of one deployment come one after the other and share its processes.
+    """
+    from toolkit.launch.run import EXIT_CODES, run
+    from toolkit.launch.standing import Standing, arranged
+
+    worst = 0
+    ordered = [experiment for group in arranged(experiments, lambda e: e.cfg) for experiment in group]
+    with Standing() as standing:
+        for experiment, following in zip(ordered, [*ordered[1:], None]):
+            standing.expect(following.cfg if following else None)
+            code = run(experiment.cfg, experiment.overrides, console, standing=standing)
+            worst = max(worst, code)
+            if code == EXIT_CODES["cancelled"]:
+                break
+    return worst
 
 
 def show_plan(cfg: config.ExpConfig, console: Any) -> None:

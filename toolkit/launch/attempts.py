@@ -21,7 +21,7 @@ import yaml
 from toolkit import config, heartbeat, point_files, records
 from toolkit.config import ExpConfig, to_mapping
 from toolkit.engine import pulse
-from toolkit.launch import provenance_files
+from toolkit.launch import provenance_files, share
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.loadgen import resume
 from toolkit.loadgen.options import Options
@@ -36,7 +36,7 @@ DEPLOY = (
 CLUSTER = ("device", "gpus_per_node", "cpu_threads_per_rank", "container_image")
 PULSES = f"{STATE_DIR}/{pulse.FOLDER}"
 MOVED = (records.STEPS, records.NODE_SAMPLES, records.EXPERTS, records.SERVER_METRICS, records.NODES, PULSES,
-         records.WORKERS, records.TRANSFERS, provenance_files.FOLDER)  # fmt: skip
+         records.WORKERS, records.TRANSFERS, provenance_files.FOLDER, share.FOLDER)  # fmt: skip
 
 
 def deployment_settings(cfg: ExpConfig) -> dict[str, Any]:
@@ -165,10 +165,11 @@ def _attempts(run_dir: Path) -> list[dict[str, Any]]:
 def _put_aside(run_dir: Path, aside: Path) -> None:
     """Renames, one by one: whatever ends this in the middle, every file is in one of the two places."""
     for name in (*MOVED, records.MANIFEST):
-        if (run_dir / name).exists():
+        if (run_dir / name).exists() or (run_dir / name).is_symlink():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             (run_dir / name).rename(aside / name)
-    for folder, pattern in ((records.LOGS, "*.log"), (STATE_DIR, "*-[0-9]*.json"), (STATE_DIR, "progress.json")):
+    states = ("*-[0-9]*.json", "*-args.json", "progress.json")
+    for folder, pattern in ((records.LOGS, "*.log"), *((STATE_DIR, pattern) for pattern in states)):
         for file in (run_dir / folder).glob(pattern):
             if not file.name.startswith(("launcher-", "slurm-")):  # their writers have them open
                 (aside / folder).mkdir(parents=True, exist_ok=True)

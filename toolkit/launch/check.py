@@ -296,11 +296,6 @@ def _experts(cfg: ExpConfig, arch: shapes.Arch, dims: ParallelDims) -> Iterator[
     engine = cfg.engine
     if engine.enable_eplb and importlib.util.find_spec("scipy") is None:
         yield "engine.enable_eplb=true needs scipy: pip install 'wideep-toolkit[eplb]' (numba, too, to plan fast)"
-    if engine.ep_dispatch_algorithm == "weighted" and cfg.cluster.device == "cuda":
-        yield (
-            "engine.ep_dispatch_algorithm=weighted splits each batch on the host, which on GPUs would stop every "
-            "layer: use dynamic, or static"
-        )
     mode = engine.expert_distribution_recorder_mode
     if mode == "per_token" and cfg.cluster.device == "cuda" and not engine.disable_cuda_graph:
         yield (

@@ -18,7 +18,8 @@ from toolkit import records
 from toolkit.launch import job_file, queue
 from toolkit.launch.inside import LOG
 from toolkit.launch.queue import JobState
-from toolkit.launch.run import EXIT_CODES, say
+from toolkit.launch.run import EXIT_CODES
+from toolkit.launch.show import say
 
 ASK_S = 2.0  # between two questions to Slurm, which a whole site shares
 LOOK_S = 0.25

@@ -1,7 +1,8 @@
 """What a submitted job does on its first node: run the experiments of its run folders, one after the other.
 
 ``python -m toolkit.launch.inside RUN_DIR...`` reads each folder's config.yaml. The same command in the same folder,
-after a requeue, goes on where the sweep was. Submitted by ``submit.py``; the run itself is ``run.py``'s.
+after a requeue, goes on where the sweep was. Submitted by ``submit.py``; the run itself is ``run.py``'s, what starts
+again, and where, ``exclude.py``'s.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from pathlib import Path
 import yaml
 
 from toolkit import records
-from toolkit.launch import exclude, job_file, preflight, queue
+from toolkit.launch import exclude, job_file, preflight
 from toolkit.launch.attempts import read_config
 from toolkit.launch.interrupts import NOTICE
-from toolkit.launch.launcher import STATE_DIR
 from toolkit.launch.run import EXIT_CODES, run
-from toolkit.launch.submit import SCRIPT
-from toolkit.launch.watch import LOST_NODE
+from toolkit.launch.sbatch import NEXT_TASK
+from toolkit.launch.standing import Standing
+from toolkit.launch.watch import lost_nodes
 
 LOG = records.log_name("launcher", 0)
 FRUITLESS = 3  # starts without a point done that are put down to preemption
@@ -30,35 +31,37 @@ CANCELLED = EXIT_CODES["cancelled"]
 
 def main() -> int:
     """Returns the worst of the runs' exit codes."""
-    words = sys.argv[1:]
-    array = words[:1] == ["--array"]
-    run_dirs = [Path(word) for word in words[array:]]
-    if array:
-        run_dirs = [run_dirs[int(os.environ["SLURM_ARRAY_TASK_ID"])]]
+    run_dirs = [folder for folder in mine(sys.argv[1:]) if records.read_status(folder).state != "done"]
     worst = 0
-    for index, run_dir in enumerate(run_dirs):
-        if records.read_status(run_dir).state == "done":
-            continue  # in an earlier life of this job
-        job_file.write(run_dir, job_file.of_this_process())  # somebody may have submitted the script by hand
-        done_before = points_done(run_dir)
-        preflight.forget(run_dir)
-        code = run_one(run_dir)
-        worst = max(worst, code)
-        script = run_dirs[0] / STATE_DIR / SCRIPT
-        with output_to(run_dir / LOG):
-            again = "" if array else exclude.submit_again(read_config(run_dir), run_dir, run_dirs[index + 1 :], script)
-        if again:
-            break  # the rest is the new job's
-        if goes_on(run_dir, done_before):
-            queue.requeue(os.environ["SLURM_JOB_ID"])
-            break
-        if code == CANCELLED:  # the job is being ended, not this run alone
-            never_begun(run_dirs[index + 1 :], "an earlier run of the same job was cancelled")
-            break
+    with Standing() as standing:
+        for index, run_dir in enumerate(run_dirs):
+            rest = run_dirs[index + 1 :]
+            job_file.write(run_dir, job_file.of_this_process())  # somebody may have submitted the script by hand
+            done_before = points_done(run_dir)
+            preflight.forget(run_dir)
+            standing.expect(read_config(rest[0]) if rest else None)
+            code = run_one(run_dir, standing)
+            worst = max(worst, code)
+            if starts_again(run_dir, rest, done_before):
+                break
+            if code == CANCELLED:  # the job is being ended, not this run alone
+                never_begun(rest, "an earlier run of the same job was cancelled")
+                break
     return worst
 
 
-def run_one(run_dir: Path) -> int:
+def mine(words: Sequence[str]) -> list[Path]:
+    """The run folders of this task, of those of all tasks of an array."""
+    tasks: list[list[Path]] = [[]]
+    for word in words:
+        if word == NEXT_TASK:
+            tasks.append([])
+        else:
+            tasks[-1].append(Path(word))
+    return tasks[int(os.environ["SLURM_ARRAY_TASK_ID"])] if len(tasks) > 1 else tasks[0]
+
+
+def run_one(run_dir: Path, standing: Standing) -> int:
     """The exit code of the run in ``run_dir``."""
     from rich.console import Console
 
@@ -68,10 +71,22 @@ def run_one(run_dir: Path) -> int:
         set_up_logging()
         overrides = yaml.safe_load((run_dir / records.OVERRIDES).read_text())
         try:
-            return run(read_config(run_dir), overrides, Console(stderr=True, width=160), run_dir)
+            return run(read_config(run_dir), overrides, Console(stderr=True, width=160), run_dir, standing)
         except Exception as error:  # its own faults are in status.json; this is one of ours or the disk's
             sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
             raise
+
+
+def starts_again(run_dir: Path, rest: Sequence[Path], done_before: int) -> bool:
+    """Whether another job, or this one once more, goes on with the run and those after it."""
+    cfg = read_config(run_dir)
+    with output_to(run_dir / LOG):
+        if exclude.submit_again(cfg, run_dir, rest):
+            return True
+        if goes_on(run_dir, done_before):
+            exclude.requeue(cfg, run_dir, lost_nodes(records.read_status(run_dir).reason))
+            return True
+    return False
 
 
 def goes_on(run_dir: Path, done_before: int) -> bool:
@@ -80,7 +95,7 @@ def goes_on(run_dir: Path, done_before: int) -> bool:
     Only as long as starts bring points. What Slurm ends itself, it requeues itself.
     """
     status = records.read_status(run_dir)
-    cause = status.reason.startswith(NOTICE) or (status.state == "failed" and LOST_NODE in status.reason)
+    cause = status.reason.startswith(NOTICE) or (status.state == "failed" and bool(lost_nodes(status.reason)))
     wanted = read_config(run_dir).cluster.requeue and cause
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return wanted and (points_done(run_dir) > done_before or restarts < FRUITLESS)

@@ -28,12 +28,13 @@ GRACE_S = 10.0  # between SIGTERM and SIGKILL of a process
 
 @dataclass(frozen=True)
 class Node:
-    """A node of a deployment: its address for the other nodes, the first of its ports that are ours, and the
-    network interface with that address (empty: not known)."""
+    """A node of a deployment: its address for the other nodes, the first of its ports that are ours, the network
+    interface with that address (empty: not known), and what the cluster calls it (empty: it calls itself something)."""
 
     host: str
     port: int
     interface: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,10 @@ PROGRESS = "progress.json"  # inside STATE_DIR
 GRACE_S = 20.0  # to write down what was measured
 
 
+class LoadFailed(RunFailed):
+    """The load generator, or a load point, failed; the deployment lives."""
+
+
 def processes(
     cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir: Path, attempt: int = 1
 ) -> list[ProcessSpec]:
@@ -86,8 +90,9 @@ def run_load(
     """Runs the sweep to its end.
 
     Raises:
-        RunFailed: the load generator failed, or a process of the deployment ended. The load generator is then
-            ended too, after it had time to write what it has.
+        LoadFailed: the load generator failed, or a load point did.
+        RunFailed: a process of the deployment ended. The load generator is then ended too, after it had time to write
+            what it has.
     """
     from toolkit.loadgen.progress import ProgressBars
 
@@ -110,7 +115,7 @@ def run_load(
             watch.wait_for_death(SERVER_GONE_S if state.returncode == SERVER_GONE else POLL_S)
         watch.check()
         if state.returncode != 0:
-            raise RunFailed(_reason(run_dir, state), run_dir / specs[0].log)
+            raise LoadFailed(_reason(run_dir, state), run_dir / specs[0].log)
     finally:
         with interrupts.ignored():
             if job is not None:
@@ -124,7 +129,7 @@ def _show(progress: Path, bars: ProgressBars) -> None:
 
 
 def _reason(run_dir: Path, state: ProcessState) -> str:
-    """Why the load generator failed: its own words in status.json, which it keeps, or else its exit code."""
+    """Why the load generator failed: its own words, which it leaves in status.json, or else its exit code."""
     try:
         status = records.read_status(run_dir)
     except (OSError, msgspec.DecodeError):

@@ -36,7 +36,7 @@ NODES_FILE = "nodes.json"  # of the run folder: every node's hardware, as it rep
 
 
 class BadNode(msgspec.Struct, frozen=True):
-    """A node that ranks must not be started on: its index among the launcher's nodes, what it calls itself, and why."""
+    """A node that ranks must not be started on: its index in the launcher's nodes, the cluster's name for it, why."""
 
     node: int
     host: str
@@ -50,6 +50,14 @@ class BadNodes(RunFailed):
         self.nodes = list(nodes)
         told = "; ".join(f"{bad.host}: {', '.join(bad.reasons)}" for bad in nodes)
         super().__init__(f"preflight: {len(nodes)} bad node{'s' if len(nodes) > 1 else ''}: {told}")
+
+
+def bad_nodes(run_dir: Path, found: Sequence[BadNode]) -> BadNodes:
+    """The error to raise for ``found``; they are in bad.json then."""
+    folder = run_dir / STATE_DIR / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    records.write_json(folder / BAD, msgspec.to_builtins(list(found)))
+    return BadNodes(found)
 
 
 def read_bad(run_dir: Path) -> list[BadNode]:
@@ -78,14 +86,13 @@ def preflight(
         reports = _wait(job.specs, folder, lambda: any(state.alive for state in job.poll()))
     finally:
         job.stop(GRACE_S)
-    names = {i: reports[i].host if i in reports else node.host for i, node in enumerate(nodes)}
+    names = {i: node.name or (reports[i].host if i in reports else node.host) for i, node in enumerate(nodes)}
     bad = {i: [*report.problems, *compare(i, reports)] for i, report in reports.items()}
     bad |= {i: [_silent(run_dir, spec)] for i, spec in enumerate(job.specs) if i not in reports}
     records.write_json(run_dir / NODES_FILE, [msgspec.to_builtins(report) for _, report in sorted(reports.items())])
     found = [BadNode(i, names[i], reasons) for i, reasons in sorted(bad.items()) if reasons]
-    records.write_json(folder / BAD, msgspec.to_builtins(found))
     if found:
-        raise BadNodes(found)
+        raise bad_nodes(run_dir, found)
     return [f"{names[i]}: {text}" for i, report in sorted(reports.items()) for text in report.warnings]
 
 

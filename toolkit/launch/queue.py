@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +59,11 @@ def here() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("srun") is not None
 
 
-def call(*argv: str) -> str:
+def call(*argv: str, env: Mapping[str, str] | None = None) -> str:
     """Standard output of a Slurm command. Raises ``SlurmError``."""
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
+            argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL, env=env
         )
     except FileNotFoundError:
         raise SlurmError(f"{argv[0]} is not installed here: run this on a login node of the cluster") from None
@@ -161,8 +161,17 @@ def cancel(job_id: str) -> None:
     call("scancel", job_id)
 
 
-def requeue(job_id: str) -> None:
+def submit(script: Path) -> str:
+    """The id of a new job. Nothing of the job that this process may be in gets into it."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+    return call("sbatch", "--parsable", str(script), env=env).strip().partition(";")[0]
+
+
+def requeue(job_id: str, excluded: Mapping[str, Sequence[str]]) -> None:
+    """Starts the job again, later; each of its components (its own id, or ``17+1``) without its ``excluded`` nodes."""
     call("scontrol", "requeue", job_id)
+    for component, names in excluded.items():
+        call("scontrol", "update", f"JobId={component}", f"ExcNodeList={','.join(names)}")
 
 
 def _accounted(job_id: str) -> JobState:

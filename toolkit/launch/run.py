@@ -2,14 +2,13 @@
 
 Whatever happens on the way (a dead rank, Ctrl-C, SIGTERM, a bug), every process is ended, ``status.json`` says how
 the run ended and why, and what was measured stays. Knows the order of things and nothing of how each is done.
-Read next: ``launcher.py``, ``health.py``, ``load.py``.
+Read next: ``deployment.py``, ``standing.py``, ``load.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,20 +19,16 @@ from rich.console import Console
 
 from toolkit import point_files, records
 from toolkit.config import ExpConfig, to_mapping
-from toolkit.engine.args import TOKEN_ENV
 from toolkit.heartbeat import beating
 from toolkit.launch import attempts, child, job_file, provenance, provenance_files, queue, sampler
-from toolkit.launch.adapters import adapters
 from toolkit.launch.check import check_model, will_build
-from toolkit.launch.health import LoadingBars, http, wait_ready
 from toolkit.launch.interrupts import Cancelled, Interrupts
-from toolkit.launch.launcher import STATE_DIR, launchers, with_environment
-from toolkit.launch.load import run_load
-from toolkit.launch.plan import num_ports, plan, pools
-from toolkit.launch.preflight import preflight
-from toolkit.launch.restarts import RestartingJob
-from toolkit.launch.stall import StallWatch
-from toolkit.launch.watch import LOST_NODE, RunFailed, Watch, exit_text
+from toolkit.launch.launcher import STATE_DIR
+from toolkit.launch.load import LoadFailed, run_load
+from toolkit.launch.preflight import BadNodes
+from toolkit.launch.show import say
+from toolkit.launch.standing import Standing
+from toolkit.launch.watch import RunFailed, exit_text
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +36,18 @@ STOP_GRACE_S = 10.0
 EXIT_CODES: dict[records.RunState, int] = {"done": 0, "failed": 1, "cancelled": 130}
 
 
-def run(cfg: ExpConfig, overrides: Sequence[str], console: Console, run_dir: Path | None = None) -> int:
+def run(
+    cfg: ExpConfig,
+    overrides: Sequence[str],
+    console: Console,
+    run_dir: Path | None = None,
+    standing: Standing | None = None,
+) -> int:
     """Runs ``cfg``, which ``check`` has found sound, and returns the exit code.
 
     Args:
         run_dir: a folder that ``create_folder`` made before; None: a new one.
+        standing: where the deployment comes from and may stay, when other runs come before or after; None: neither.
 
     Raises:
         ValueError: a user's mistake that only shows now; nothing has been started.
@@ -60,7 +62,9 @@ def run(cfg: ExpConfig, overrides: Sequence[str], console: Console, run_dir: Pat
                     job_file.write(run_dir, job_file.of_this_process())
             with beating(run_dir):
                 if anything_to_do(cfg, run_dir, console):
-                    deploy_and_load(cfg, run_dir, interrupts, console)
+                    with contextlib.ExitStack() as stack:
+                        own = standing or stack.enter_context(Standing())
+                        deploy_and_load(cfg, run_dir, own, interrupts, console)
         except (Exception, Cancelled) as error:
             if run_dir is None and isinstance(error, ValueError):
                 raise
@@ -135,65 +139,37 @@ def anything_to_do(cfg: ExpConfig, run_dir: Path, console: Console) -> bool:
     return left > 0
 
 
-def deploy_and_load(cfg: ExpConfig, run_dir: Path, interrupts: Interrupts, console: Console) -> None:
-    """Starts the deployment, runs the sweep against it, and ends every process, however it goes."""
+def deploy_and_load(
+    cfg: ExpConfig, run_dir: Path, standing: Standing, interrupts: Interrupts, console: Console
+) -> None:
+    """Starts the deployment, or takes the one that stands, runs the sweep against it, and gives it back."""
     made_of = provenance.manifest(sys.orig_argv) | {"container": provenance_files.container(cfg.cluster)}
     attempt = attempts.begin(run_dir, made_of)
     provenance_files.write(run_dir, Path(__file__).parent)
-    launcher, job = launchers()[cfg.cluster.launcher](cfg), None
     say(console, f"Run folder: {run_dir}")
+    deployment = standing.take(cfg, run_dir, console)
+    healthy = False
     try:
-        nodes = launcher.nodes(pools(cfg), num_ports(cfg), run_dir)
-        attempts.note(run_dir, hosts=[node.host for node in nodes])
-        deployment = plan(cfg, [node.port for node in nodes])
-        records.write_json(run_dir / records.PLAN, deployment.to_json())
-        processes = adapters()[cfg.engine.backend](deployment, cfg, [node.host for node in nodes], run_dir)
-        for name, content in processes.files.items():
-            (run_dir / name).write_bytes(content)
-        if cfg.health.preflight:
-            for text in preflight(cfg, deployment, nodes, run_dir, launcher):
-                log.warning("preflight: %s", text)
-        specs = with_environment(processes.specs, cfg, nodes)
-        url = f"http://{deployment.frontend.client_host}:{deployment.frontend.http_port}"
-        say(console, f"Starting {len(specs)} processes: {deployment.mapping}, frontend at {url}")
-        with interrupts.held():
-            specs = (*specs, *with_environment(sampler.specs(cfg, deployment.num_nodes, run_dir), cfg, nodes))
-            token = {TOKEN_ENV: secrets.token_hex(16)}
-            limit = cfg.deploy.restart_workers if cfg.deploy.mode == "disagg" else 0
-            job = RestartingJob(launcher.start(specs, run_dir, token), launcher, run_dir, token, limit)
-        watch = Watch(job, run_dir, StallWatch(job.specs, run_dir, cfg.health.stall_s))
-        with LoadingBars(console, deployment.num_gpus) as bars:
-            wait_ready(url, watch, cfg.health.stall_s, bars)
-        job.arm()
+        if not deployment.loads:
+            deployment.start(run_dir, interrupts, console)
+        deployment.serve(run_dir)
+        plan, launcher = deployment.plan(cfg), deployment.launcher
         try:
-            run_load(cfg, deployment, nodes, run_dir, launcher, watch, interrupts, attempt)
+            run_load(cfg, plan, deployment.nodes, run_dir, launcher, deployment.watch, interrupts, attempt)
+            healthy = True
+        except LoadFailed:
+            healthy = True
+            raise
         finally:
-            collect_experts(cfg, url, watch, run_dir)
-    except RunFailed as error:
-        if lost := launcher.silent():  # its ranks' peers fail first, and say nothing of it
-            raise RunFailed(f"{LOST_NODE} {', '.join(lost)}; {error}", error.log, error.log_tail) from None
+            deployment.collect_experts()
+    except BadNodes:
         raise
+    except RunFailed as error:
+        raise deployment.explained(error) from None
     finally:
         with interrupts.ignored():
-            if job is not None:
-                job.stop(STOP_GRACE_S)
-            launcher.close()
+            standing.give_back(run_dir, healthy)
             collect_nodes(run_dir)
-
-
-def collect_experts(cfg: ExpConfig, url: str, watch: Watch, run_dir: Path) -> None:
-    """Has rank 0 write experts.npz. Its lack is a gap in the report, not a failed run."""
-    if cfg.engine.expert_distribution_recorder_mode is None or not watch.all_alive():
-        return
-    key = os.environ.get(cfg.deploy.api_key_env, "") if cfg.deploy.api_key_env else ""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        status, body = http(f"{url}/dump_expert_distribution_record", {}, headers)
-    except OSError as error:
-        log.warning("no %s: the frontend did not answer: %s", records.EXPERTS, error)
-        return
-    if status != 200 or not (run_dir / records.EXPERTS).exists():
-        log.warning("no %s: HTTP %d %s", records.EXPERTS, status, body[:500].decode(errors="replace"))
 
 
 def collect_nodes(run_dir: Path) -> None:
@@ -253,7 +229,3 @@ def tell(console: Console, error: BaseException) -> None:
             say(console, f"  {line}")
     elif not isinstance(error, (RunFailed, Cancelled)):
         log.error("this is a fault of the launcher", exc_info=error)
-
-
-def say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

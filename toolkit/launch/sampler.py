@@ -31,7 +31,7 @@ from toolkit.records import HOST, NodeSample
 
 log = logging.getLogger("toolkit.launch.sampler")
 
-FLUSH_S = 5.0  # how much a crash may lose
+FLUSH_S = 1.0  # how much a crash, or the end of a load on a deployment that goes on, may lose
 RDMA = Path("/sys/class/infiniband")
 RAPL = Path("/sys/class/powercap")
 RDMA_WORD = 4  # bytes: InfiniBand counts data in words of four

@@ -23,16 +23,19 @@ from toolkit.launch.srun import ROOT
 
 LOG = "logs/slurm-%j.log"
 ARRAY_LOG = "logs/slurm-%A_%a.log"
+NEXT_TASK = "--next-task"  # between the run folders of two tasks of an array
 
 
-def script(cfg: ExpConfig, run_dirs: Sequence[Path], array: bool = False) -> str:
-    """The script that runs ``run_dirs``, one after the other, or each as a task of an array of jobs.
+def script(cfg: ExpConfig, tasks: Sequence[Sequence[Path]], excluding: Sequence[str] = ()) -> str:
+    """The script of a job whose every task runs its run folders one after the other; several tasks are an array.
 
-    ``cfg`` is any of their configs: all ask the same of Slurm.
+    Args:
+        cfg: of any of the runs: all ask the same of Slurm.
+        excluding: nodes that no component of the job may have, beside those of ``cluster.exclude``.
     """
-    parts = [_header(cfg, pool, run_dirs, array) for pool in pools(cfg)]
+    parts = [_header(cfg, pool, tasks, excluding) for pool in pools(cfg)]
     head = "\n#SBATCH hetjob\n".join(parts)
-    return f"#!/bin/bash\n{head}\n\n{_body(cfg.cluster, run_dirs, array)}"
+    return f"#!/bin/bash\n{head}\n\n{_body(cfg.cluster, tasks)}"
 
 
 def pool_cluster(cfg: ExpConfig, pool: PoolPlan) -> ClusterConfig:
@@ -45,14 +48,15 @@ def allocation_key(cfg: ExpConfig) -> Any:
     return to_mapping(cfg.cluster) | {"nodes": [dataclasses.astuple(pool) for pool in pools(cfg)]}
 
 
-def _header(cfg: ExpConfig, pool: PoolPlan, run_dirs: Sequence[Path], array: bool) -> str:
+def _header(cfg: ExpConfig, pool: PoolPlan, tasks: Sequence[Sequence[Path]], excluding: Sequence[str]) -> str:
     """The #SBATCH lines of one component."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     cluster = pool_cluster(cfg, pool)
+    cluster = dataclasses.replace(cluster, exclude=",".join(filter(None, [cluster.exclude, *excluding])))
     text = _make_sbatch_string(
-        command="", folder=run_dirs[0] / STATE_DIR, use_srun=False, wckey=None, stderr_to_stdout=True,
-        additional_parameters=_additional(cfg, cluster, pool, run_dirs, array), **_parameters(cfg, cluster, pool),
+        command="", folder=tasks[0][0] / STATE_DIR, use_srun=False, wckey=None, stderr_to_stdout=True,
+        additional_parameters=_additional(cluster, pool, tasks), **_parameters(cfg, cluster, pool),
     )  # fmt: skip
     return "\n".join(line for line in text.splitlines() if line.startswith("#SBATCH"))
 
@@ -81,15 +85,14 @@ def _parameters(cfg: ExpConfig, cluster: ClusterConfig, pool: PoolPlan) -> dict[
     }
 
 
-def _additional(
-    cfg: ExpConfig, cluster: ClusterConfig, pool: PoolPlan, run_dirs: Sequence[Path], array: bool
-) -> dict[str, Any]:
+def _additional(cluster: ClusterConfig, pool: PoolPlan, tasks: Sequence[Sequence[Path]]) -> dict[str, Any]:
     """What it has none for."""
-    options: dict[str, Any] = {"output": str(run_dirs[0] / (ARRAY_LOG if array else LOG))}
+    array = len(tasks) > 1
+    options: dict[str, Any] = {"output": str(tasks[0][0] / (ARRAY_LOG if array else LOG))}
     options["signal"] = f"B:{ENDS_SOON.name.removeprefix('SIG')}@{cluster.signal_s}"
     options["requeue" if cluster.requeue else "no-requeue"] = True
     if array:
-        options["array"] = f"0-{len(run_dirs) - 1}"
+        options["array"] = f"0-{len(tasks) - 1}"
     if cluster.reservation:
         options["reservation"] = cluster.reservation
     if cluster.segment and pool.name != FRONTEND:
@@ -100,13 +103,13 @@ def _additional(
     return options
 
 
-def _body(cluster: ClusterConfig, run_dirs: Sequence[Path], array: bool) -> str:
+def _body(cluster: ClusterConfig, tasks: Sequence[Sequence[Path]]) -> str:
     """What runs on the first node, with the toolkit importable and the user's modules and environment."""
     lines = [*cluster.setup]
     lines += [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
     lines += [f"source {shlex.quote(cluster.venv)}/bin/activate"] if cluster.venv else []
     lines += [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"]
     python = "python" if cluster.venv else shlex.quote(sys.executable)
-    words = [*(["--array"] if array else []), *map(str, run_dirs)]
-    lines += [f"exec {python} -u -m toolkit.launch.inside {shlex.join(words)}", ""]
+    words = f" {NEXT_TASK} ".join(shlex.join(map(str, run_dirs)) for run_dirs in tasks)
+    lines += [f"exec {python} -u -m toolkit.launch.inside {words}", ""]
     return "\n".join(lines)

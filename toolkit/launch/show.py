@@ -1,4 +1,4 @@
-"""The plan as a person reads it: nodes, ranks, GPUs, ports, memory, and the command of every process."""
+"""What the terminal shows: plain lines, and the plan: nodes, ranks, GPUs, ports, memory, every process's command."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from toolkit.launch.plan import DeploymentPlan
 from toolkit.launch.pools import AGG
 
 GB = 10**9
+
+
+def say(console: Console, text: str) -> None:
+    """A line as it is: no markup, no colours of numbers, no breaks."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show(

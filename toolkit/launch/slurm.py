@@ -23,6 +23,7 @@ from toolkit.config import ClusterConfig, ExpConfig
 from toolkit.launch import node, queue, srun
 from toolkit.launch.launcher import STATE_DIR, Node, ProcessSpec, ProcessState
 from toolkit.launch.plan import PoolPlan
+from toolkit.launch.preflight import BadNode, bad_nodes
 from toolkit.launch.rank import SAYS, Step
 from toolkit.launch.watch import RunFailed
 
@@ -193,10 +194,11 @@ class SlurmLauncher:
         names = [name for name, _ in self._taken]
         ask = node.Ask(names, queue.addresses(names), num_ports, self._cluster.port, self._cluster.network_interface)
         answers = self._ask(ask, run_dir)
-        return [Node(answers[name].host, answers[name].port, answers[name].interface) for name in names]
+        return [Node(a.host, a.port, a.interface, name) for name in names if (a := answers[name])]
 
     def start(self, specs: Sequence[ProcessSpec], run_dir: Path, secrets: Mapping[str, str]) -> SlurmJob:
         assert self._taken, "nodes() comes first"
+        (run_dir / STATE_DIR / STEPS).mkdir(parents=True, exist_ok=True)
         steps: dict[str, tuple[RunningStep, list[ProcessSpec]]] = {}
         job = SlurmJob(specs, steps)
         for name, members in self._split(specs):
@@ -253,15 +255,22 @@ class SlurmLauncher:
                 for line in keeper.lines(node.SAYS):
                     answer = msgspec.json.decode(line, type=node.Answer)
                     if answer.error:
-                        raise RunFailed(f"node {answer.name}: {answer.error}")
+                        raise _bad(ask, [answer.name], answer.error, run_dir)
                     answers[answer.name] = answer
-            silent = ", ".join(name for name in ask.names if name not in answers)
+            silent = [name for name in ask.names if name not in answers]
             if silent and over:
-                raise RunFailed(f"job step on {silent} ended without a word: {over[0].messages()[-500:]}")
+                raise _bad(ask, silent, f"job step ended without a word: {over[0].messages()[-500:]}", run_dir)
             if silent and time.monotonic() > deadline:
-                raise RunFailed(f"no answer from node {silent} within {NODES_ANSWER_S:g} s")
+                raise _bad(ask, silent, f"no answer within {NODES_ANSWER_S:g} s", run_dir)
             time.sleep(0.02)
         return answers
+
+
+def _bad(ask: node.Ask, names: Sequence[str], reason: str, run_dir: Path) -> RunFailed:
+    """A fault of some nodes is theirs; one of all is of what they were asked."""
+    if len(names) == len(ask.names) > 1:
+        return RunFailed(f"nodes {', '.join(names)}: {reason}")
+    return bad_nodes(run_dir, [BadNode(ask.names.index(name), name, [reason]) for name in names])
 
 
 def _file(run_dir: Path, step: str) -> Path:

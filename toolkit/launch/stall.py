@@ -38,8 +38,14 @@ class StallWatch:
 
     def marks(self) -> object:
         """Where every rank is; changes as long as any of them gets on, while it warms up too."""
-        beats = [self._read(spec) for ranks in self._workers for spec in ranks]
-        return tuple((b.turn, b.step, b.collectives) for b in beats if b is not None)
+        return tuple((b.turn, b.step, b.collectives) for b in self._beats())
+
+    def requests(self) -> int:
+        """That the ranks hold, as of their last pulse."""
+        return sum(beat.requests for beat in self._beats())
+
+    def _beats(self) -> list[Beat]:
+        return [beat for ranks in self._workers for spec in ranks if (beat := self._read(spec)) is not None]
 
     def check(self) -> None:
         """Raises ``RunFailed`` when the ranks of a worker have stalled. Cheap: call it a few times a second."""

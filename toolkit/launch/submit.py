@@ -11,14 +11,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from rich.console import Console
 
-from toolkit.config import ExpConfig, to_mapping
+from toolkit.config import ExpConfig
 from toolkit.launch import attempts, job_file, queue, sbatch
 from toolkit.launch.launcher import STATE_DIR
+from toolkit.launch.show import say
+from toolkit.launch.standing import arranged
 
 SCRIPT = "run.sbatch"  # inside STATE_DIR of a job's first run folder
 
@@ -33,11 +34,14 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job on disk: its run folders, and its script in the first of them."""
+    """A job on disk: the run folders of each of its tasks (more than one: an array), its script in the first folder."""
 
-    run_dirs: list[Path]
-    array: bool
+    tasks: list[list[Path]]
     script: Path
+
+    @property
+    def run_dirs(self) -> list[Path]:
+        return [folder for task in self.tasks for folder in task]
 
 
 def prepare(experiments: Sequence[Experiment]) -> list[Prepared]:
@@ -47,19 +51,18 @@ def prepare(experiments: Sequence[Experiment]) -> list[Prepared]:
     prepared = []
     for experiment in experiments:
         _refuse_twice(experiment.cfg)
-    for group, array in groups(experiments):
-        run_dirs = [create_folder(e.cfg, e.overrides, "queued") for e in group]
-        file = run_dirs[0] / STATE_DIR / SCRIPT
-        file.write_text(sbatch.script(group[0].cfg, run_dirs, array))
+    for job in groups(experiments):
+        tasks = [[create_folder(e.cfg, e.overrides, "queued") for e in task] for task in job]
+        file = tasks[0][0] / STATE_DIR / SCRIPT
+        file.write_text(sbatch.script(job[0][0].cfg, tasks))
         file.chmod(0o755)
-        prepared.append(Prepared(run_dirs, array, file))
+        prepared.append(Prepared(tasks, file))
     return prepared
 
 
 def submit(experiments: Sequence[Experiment], console: Console) -> list[Path]:
     """Submits all and returns their run folders. Raises ``ValueError`` when Slurm refuses one."""
     from toolkit.launch.inside import never_begun
-    from toolkit.launch.run import say
 
     run_dirs: list[Path] = []
     for job in prepare(experiments):
@@ -68,29 +71,34 @@ def submit(experiments: Sequence[Experiment], console: Console) -> list[Path]:
         except queue.SlurmError as error:
             never_begun(job.run_dirs, f"Slurm did not take the job: {error}")
             raise ValueError(f"Slurm did not take the job: {error} (its script: {job.script})") from None
-        for index, folder in enumerate(job.run_dirs):
-            mine = f"{job_id}_{index}" if job.array else job_id
-            job_file.write(folder, job_file.by_slurm(mine))
-            say(console, f"Submitted job {mine}: {folder}")
+        for index, task in enumerate(job.tasks):
+            mine = f"{job_id}_{index}" if len(job.tasks) > 1 else job_id
+            for folder in task:
+                job_file.write(folder, job_file.by_slurm(mine))
+                say(console, f"Submitted job {mine}: {folder}")
         run_dirs += job.run_dirs
     return run_dirs
 
 
-def groups(experiments: Sequence[Experiment]) -> list[tuple[list[Experiment], bool]]:
-    """(experiments of one job, whether it is an array) for each job.
+def groups(experiments: Sequence[Experiment]) -> list[list[list[Experiment]]]:
+    """Jobs, each of tasks (more than one: an array), each of the experiments that it runs one after the other.
 
-    Experiments whose deployment is the same share an allocation, others are tasks of an array, as far as they ask the
-    same of Slurm; ``cluster.pack`` can insist on either.
+    A job is of experiments that ask the same of Slurm; those whose deployment is the same are one task of it, as far as
+    ``cluster.pack`` does not insist on one task for all, or for each.
     """
-    alike: dict[Any, list[Experiment]] = {}
+    alike: dict[bytes, list[Experiment]] = {}
     for experiment in experiments:
-        alike.setdefault(_hashable(sbatch.allocation_key(experiment.cfg)), []).append(experiment)
+        key = msgspec.json.encode(sbatch.allocation_key(experiment.cfg), order="deterministic")
+        alike.setdefault(key, []).append(experiment)
     jobs = []
     for members in alike.values():
-        pack = members[0].cfg.cluster.pack
-        same = len({_hashable(_deployment(e.cfg)) for e in members}) == 1
-        array = len(members) > 1 and (pack == "array" or (pack == "auto" and not same))
-        jobs.append((members, array))
+        tasks = arranged(members, lambda e: e.cfg)
+        match members[0].cfg.cluster.pack:
+            case "allocation":
+                tasks = [[experiment for task in tasks for experiment in task]]
+            case "array":
+                tasks = [[experiment] for experiment in members]
+        jobs.append(tasks)
     return jobs
 
 
@@ -130,12 +138,3 @@ def _said(error: str) -> str:
     """What sbatch said, without submitit's frame around it."""
     lines = [line.strip() for line in error.splitlines() if "sbatch: error" in line]
     return " ".join(line.partition("sbatch: error: ")[2] for line in lines) or error.strip()
-
-
-def _deployment(cfg: ExpConfig) -> Any:
-    """Everything but the load."""
-    return {name: value for name, value in to_mapping(cfg).items() if name not in ("load", "exp", "rehearsal")}
-
-
-def _hashable(value: Any) -> bytes:
-    return msgspec.json.encode(value, order="deterministic")

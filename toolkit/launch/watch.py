@@ -12,9 +12,17 @@ from toolkit.launch import stacks
 from toolkit.launch.launcher import Job, ProcessState, tail
 
 SETTLE_S = 0.5  # when one rank dies its peers fail within milliseconds; wait for them, then name the cause
+LOST_NODE = "no answer from slurmd on "  # begins a reason: nodes are down, or will be found to be
 
 
-LOST_NODE = "no answer from slurmd on"  # in a reason: a node is down, or will be found to be
+def lost(names: Sequence[str], reason: str) -> str:
+    """``reason``, which the loss of nodes may have brought about, with their names before it."""
+    return f"{LOST_NODE}{', '.join(names)}; {reason}"
+
+
+def lost_nodes(reason: str) -> list[str]:
+    """The names in a reason of ``lost``; none in another."""
+    return reason.removeprefix(LOST_NODE).partition("; ")[0].split(", ") if reason.startswith(LOST_NODE) else []
 
 
 class RunFailed(Exception):

@@ -1,11 +1,13 @@
 """The sweep's books: every load point's state, its row, its file; what an earlier attempt left is carried over.
 
-Owns status.json, sweep.csv and points/ of a sweep, and requests.parquet, which is made of the files when it ends. Runs
-nothing and judges nothing (``sweep.py``); what makes two points the same is ``resume.py``'s.
+Owns status.json, sweep.csv and points/ of a sweep, and requests.parquet, which is made of the files when it ends. How
+the run ended is the launcher's to say where there is one: status.json stays ``running`` until it does. Runs nothing and
+judges nothing (``sweep.py``); what makes two points the same is ``resume.py``'s.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -98,10 +100,11 @@ class Ledger:
             return
         if self._rows:
             write_sweep(self._folder, self.rows)
-        write_status(self._folder, self.status)
+        launched = bool(self._options.deployment)  # a sweep that is over is not yet a run that is over
+        write_status(self._folder, dataclasses.replace(self.status, state="running") if launched else self.status)
 
     def close(self, state: Literal["done", "failed", "cancelled"], reason: str) -> None:
-        """The last word: the run's state, also that of a point that was running; all points' requests in one file."""
+        """How the sweep ended, which is also the end of a point that was running; all points' requests in one file."""
         self.status.state, self.status.reason = state, reason
         for point in self.status.points:
             if point.state == "running":

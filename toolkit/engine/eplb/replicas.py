@@ -2,7 +2,7 @@
 
     static    one replica for each rank: on its own GPU, else on its node, else dealt evenly: least traffic
     dynamic   replicas in turn, row by row: an expert's load is shared evenly whatever rank its tokens come from
-    weighted  the batch's tokens split so that GPUs get equally much (weighted.py); needs the ids on the host
+    weighted  the batch's tokens split so that GPUs get equally much (weighted.py)
 
 Owns the maps that this needs, one row a layer, always changed in place: their addresses stay, so CUDA graphs stay
 valid. Knows no dispatchers and no weights. Source of the first two: SGLang's expert_location_dispatch.py.
@@ -64,13 +64,14 @@ class StaticChoice:
         self, layers: int, experts: int, slots: int, ep_rank: int, ep_size: int, nodes: int, device: str
     ) -> None:
         self._experts, self._rank, self._ranks, self._nodes = experts, ep_rank, ep_size, nodes
+        self._device = device
         self.table_LE = torch.full((layers, experts + 1), -1, dtype=torch.int64, device=device)
 
     def prepare(self, phy2log_R: Ints) -> Tensor:
-        return torch.from_numpy(nearest(phy2log_R, self._experts, self._ranks, self._nodes)[self._rank].copy())
+        return staged(nearest(phy2log_R, self._experts, self._ranks, self._nodes)[self._rank], self._device)
 
     def update(self, layer: int, prepared: Tensor) -> None:
-        self.table_LE[layer, :-1].copy_(prepared)
+        self.table_LE[layer, :-1].copy_(prepared, non_blocking=True)
 
     def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
         if fused.supported(ids_SK):
@@ -87,18 +88,18 @@ class DynamicChoice:
     def __init__(
         self, layers: int, experts: int, slots: int, ep_rank: int, ep_size: int, nodes: int, device: str
     ) -> None:
-        self._experts, self._rank, width = experts, ep_rank, slots - experts + 1
+        self._experts, self._rank, self._device, width = experts, ep_rank, device, slots - experts + 1
         self.slots_LEX = torch.full((layers, experts + 1, width), -1, dtype=torch.int64, device=device)
         self.count_LE = torch.ones((layers, experts + 1), dtype=torch.int64, device=device)
 
     def prepare(self, phy2log_R: Ints) -> tuple[Tensor, Tensor]:
         count, slots = _replicas(phy2log_R, self._experts)
-        return torch.from_numpy(count), torch.from_numpy(slots)
+        return staged(count, self._device), staged(slots, self._device)
 
     def update(self, layer: int, prepared: tuple[Tensor, Tensor]) -> None:
         count, slots = prepared
-        self.count_LE[layer, :-1].copy_(count)
-        self.slots_LEX[layer, :-1, : slots.shape[1]].copy_(slots)
+        self.count_LE[layer, :-1].copy_(count, non_blocking=True)
+        self.slots_LEX[layer, :-1, : slots.shape[1]].copy_(slots, non_blocking=True)
 
     def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
         turn_S = torch.arange(self._rank, self._rank + len(ids_SK), device=ids_SK.device)
@@ -106,11 +107,19 @@ class DynamicChoice:
 
 
 @ALGORITHMS.register("weighted")
-class WeightedChoice:
+def make_weighted(
+    layers: int, experts: int, slots: int, ep_rank: int, ep_size: int, nodes: int, device: str
+) -> ReplicaChoice:
     """Each rank levels its own batch over all GPUs; the sum of even loads is even.
 
     Ties go to the replica that comes first; each rank begins elsewhere, so that they do not all pick the same one.
     """
+    made = WeightedOnHost if device == "cpu" else WeightedOnDevice
+    return made(layers, experts, slots, ep_rank, ep_size, nodes, device)
+
+
+class WeightedOnHost:
+    """The split in numpy, of ids on the host."""
 
     capturable = False
 
@@ -119,26 +128,64 @@ class WeightedChoice:
     ) -> None:
         from toolkit.engine.eplb import weighted  # compiles with numba
 
-        self._split, self._choose = weighted.split, weighted.choose
-        self._experts, self._rank, self._ranks = experts, ep_rank, ep_size
-        self._slots = slots // ep_size
-        self._log2phy: list[Ints] = [np.empty((experts, 0), np.int64)] * layers
+        self._weighted, self._experts, self._rank, self._ranks = weighted, experts, ep_rank, ep_size
+        self._tables: list[Any] = [None] * layers
 
-    def prepare(self, phy2log_R: Ints) -> Ints:
-        count, slots = _replicas(phy2log_R, self._experts)
-        for expert in np.flatnonzero(count > 1):
-            slots[expert, : count[expert]] = np.roll(slots[expert, : count[expert]], self._rank)
-        return slots
+    def prepare(self, phy2log_R: Ints) -> Any:
+        return self._weighted.make_table(phy2log_R, self._experts, self._ranks, self._rank)
 
-    def update(self, layer: int, prepared: Ints) -> None:
-        self._log2phy[layer] = prepared
+    def update(self, layer: int, prepared: Any) -> None:
+        self._tables[layer] = prepared
 
     def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
-        log2phy, ids = self._log2phy[layer], ids_SK.flatten().cpu().numpy()
+        table, ids = self._tables[layer], ids_SK.flatten().numpy()
         counts = np.bincount(ids[ids >= 0], minlength=self._experts)
-        tokens = self._split(counts, log2phy, self._ranks, self._slots)
-        chosen = self._choose(ids, tokens, log2phy)
-        return torch.from_numpy(chosen).view(ids_SK.shape).to(ids_SK.device)
+        chosen = self._weighted.choose(ids, self._weighted.split(counts, table), table)
+        return torch.from_numpy(chosen).view(ids_SK.shape)
+
+
+class WeightedOnDevice:
+    """The same split by kernels that read a table of fixed size a layer."""
+
+    capturable = True
+
+    def __init__(
+        self, layers: int, experts: int, slots: int, ep_rank: int, ep_size: int, nodes: int, device: str
+    ) -> None:
+        from toolkit.engine.eplb import weighted
+        from toolkit.engine.kernels.replicas import weighted_slots
+
+        self._weighted, self._slots_of = weighted, weighted_slots
+        self._experts, self._rank, self._ranks, self._local = experts, ep_rank, ep_size, slots // ep_size
+        most = min(slots, 2 * (slots - experts))  # rows that experts with several replicas can have
+        self._rows, self._device = max(16, 1 << (most - 1).bit_length() if most else 0), device
+        self.table_L = torch.zeros((layers, 3 * experts + 3 * self._rows), dtype=torch.int32, device=device)
+
+    def prepare(self, phy2log_R: Ints) -> Tensor:
+        t = self._weighted.make_table(phy2log_R, self._experts, self._ranks, self._rank)
+        several = t.count_E > 1
+        only = np.where(several, -1, t.slot_R[t.first_E])
+        first = np.where(several, np.cumsum(t.count_E * several) - t.count_E, 0)
+        rows_E3 = np.full((3, self._rows), -1)
+        replicated_R = several.repeat(t.count_E)
+        rows_E3[:, : int(replicated_R.sum())] = (
+            np.arange(self._experts).repeat(t.count_E)[replicated_R], t.gpu_R[replicated_R], t.slot_R[replicated_R]
+        )  # fmt: skip
+        return staged(np.concatenate([only, first, t.count_E, rows_E3.ravel()]).astype(np.int32), self._device)
+
+    def update(self, layer: int, prepared: Tensor) -> None:
+        self.table_L[layer].copy_(prepared, non_blocking=True)
+
+    def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
+        table = self.table_L[layer]
+        slots: Tensor = self._slots_of(ids_SK, table, self._experts, self._local, self._weighted.ROUNDS)
+        return slots
+
+
+def staged(values: NDArray[Any], device: str) -> Tensor:
+    """A copy on the host from which a GPU can take it without the host waiting."""
+    copy = torch.from_numpy(values.copy())
+    return copy if device == "cpu" else copy.pin_memory()
 
 
 def nearest(phy2log_R: Ints, experts: int, ranks: int, nodes: int) -> Ints:

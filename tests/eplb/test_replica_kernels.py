@@ -1,0 +1,53 @@
+"""The kernels of the weighted choice, in Triton's interpreter, against the split on the host."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from toolkit.engine.eplb.planner import plan
+from toolkit.engine.eplb.replicas import WeightedOnDevice, WeightedOnHost
+
+SHAPES = [(16, 24, 4, 300), (16, 16, 4, 40), (64, 96, 8, 1400)]
+
+
+def both_ways(experts: int, slots: int, gpus: int, assignments: int) -> None:
+    """The same batches on the host and by the kernels: every id to a slot of its expert, GPUs equally level."""
+    rng = np.random.default_rng(experts + slots)
+    load = np.stack([rng.permutation(np.arange(1, experts + 1) ** -0.8) for _ in range(2)])
+    placed = plan(load, slots, num_gpus=gpus).phy2log_LR
+    for rank in (0, gpus - 1):
+        shape = (2, experts, slots, rank, gpus, 1, "cpu")
+        device, host = WeightedOnDevice(*shape), WeightedOnHost(*shape)
+        addresses = device.table_L.data_ptr()
+        for layer in (0, 1):
+            for choice in (device, host):
+                choice.update(layer, choice.prepare(placed[1 - layer]))
+                choice.update(layer, choice.prepare(placed[layer]))
+            chance = load[layer] / load[layer].sum()
+            ids = torch.from_numpy(rng.choice(experts, size=(assignments // 4, 4), p=chance))
+            ids[-3:] = -1
+            found, wanted = device(layer, ids), host(layer, ids)
+            assert (found[-3:] == -1).all() and found.shape == ids.shape
+            assert torch.equal(torch.from_numpy(placed[layer])[found[:-3]], ids[:-3])
+            loads = [np.bincount(slots_[:-3].numpy().ravel() // (slots // gpus), minlength=gpus)
+                     for slots_ in (found, wanted)]  # fmt: skip
+            assert np.abs(loads[0] - loads[1]).max() <= 2, "float32 and float64 may round a token differently"
+            assert (found == wanted).float().mean() > 0.98
+        assert device(0, ids[:0]).shape == (0, 4) and device.table_L.data_ptr() == addresses
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="pip install triton (1 GB): its interpreter runs the kernels here")
+def test_kernels_do_what_the_host_does() -> None:
+    """In a process of its own: the interpreter is chosen when the kernels are imported."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    code = f"from {__name__} import SHAPES, both_ways\nfor shape in SHAPES: both_ways(*shape)"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
