@@ -76,7 +76,7 @@ class EngineConfig:
 
     backend: str = opt("native", "engine adapter: native")
     attention_backend: str = opt("auto", "auto, sdpa; on GPUs: fa3, flash_mla (latent attention), varlen")
-    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all, deepep (GPU)")
+    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all; GPUs: deepep, nvlink (one host)")
     deepep_mode: Literal["auto", "normal", "low_latency"] = opt(
         "auto", "auto: low_latency for steps without prefill; normal waits for row counts, low_latency fits CUDA graphs"
     )
@@ -87,6 +87,9 @@ class EngineConfig:
     )
     moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch, grouped_mm, deep_gemm (GPU)")
     page_size: int = opt(16, "tokens a KV block")
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = opt(
+        "auto", "auto: the model's; fp8_e4m3: half the bytes, for latent attention (DeepSeek)"
+    )
     max_total_tokens: int = opt(8192, "KV cache capacity of one DP rank, tokens")
     mem_fraction_static: float = opt(
         0.0, "share of a GPU's memory that may be taken: after weights, buffers and graphs the KV cache gets the rest; "

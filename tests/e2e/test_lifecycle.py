@@ -83,15 +83,35 @@ def test_a_killed_rank_fails_the_run_by_name(run: Run) -> None:
     assert (rows.status == "ok").any(), "what was measured before is kept"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_is_cancelled_and_kept(run: Run, number: signal.Signals) -> None:
-    run.process.send_signal(number)
-    run.end()
-    assert run.process.returncode == 130
+def is_cancelled_and_kept(run: Run, output: str) -> None:
+    assert run.process.returncode == 130, output
     status = records.read_status(run.folder)
     assert status.state == "cancelled"
     assert (records.read_requests(run.folder).status == "ok").any()
     assert (run.folder / "logs" / "rank-0.log").stat().st_size > 0
+
+
+def test_a_run_that_is_told_to_end_is_cancelled_and_kept(run: Run) -> None:
+    run.process.send_signal(signal.SIGTERM)
+    is_cancelled_and_kept(run, run.end())
+
+
+def test_a_run_is_listed_and_cancelled_from_another_terminal(run: Run) -> None:
+    def jobs(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "toolkit.launch.jobs", *words, "--results", str(run.folder.parents[1])]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    listed = jobs().stdout
+    assert f"pid {run.process.pid}" in listed and "running" in listed
+    assert "rank 4/4" in listed and "frontend 1/1" in listed and "concurrency 2" in listed
+    attached = jobs("attach")
+    assert attached.returncode == 2 and "use follow" in attached.stderr
+    cancelled = jobs("cancel", "dep16")
+    assert cancelled.returncode == 0, cancelled.stderr
+    assert f"{run.folder.resolve()}: cancelled" in cancelled.stdout, "it waits for the end"
+    is_cancelled_and_kept(run, run.end())
+    assert jobs("cancel", "dep16").stdout == f"{run.folder.resolve()} is over: cancelled\n"
+    assert jobs("follow", str(run.folder)).returncode == 130, "the exit code is the run's"
 
 
 def test_a_killed_launcher_leaves_nothing(run: Run) -> None:

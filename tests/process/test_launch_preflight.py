@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import threading
@@ -61,25 +62,28 @@ def test_a_bad_node_is_named_with_every_reason(run_dir: Path) -> None:
     assert "2 bad nodes" in str(found.value)
 
 
-def test_a_node_that_says_nothing_is_bad(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_node_that_says_nothing_is_bad_and_no_other(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    """Nor is a node bad that asks the first one in vain."""
     from toolkit.launch import preflight as module
 
     specs = module.specs
 
-    def broken(num_nodes: int, folder: Path) -> list[Any]:
-        import dataclasses
+    def some_broken(num_nodes: int, folder: Path) -> list[Any]:
+        found = specs(num_nodes, folder)
+        found[broken] = dataclasses.replace(found[broken], argv=("/no/such/python",))
+        return found
 
-        first, second = specs(num_nodes, folder)
-        return [dataclasses.replace(first, argv=("/no/such/python",)), second]
-
-    monkeypatch.setattr(module, "specs", broken)
-    monkeypatch.setattr(module, "WAIT_S", 1.0)
+    monkeypatch.setattr(module, "specs", some_broken)
     cfg, deployment, nodes = two_nodes()
+    nodes = [dataclasses.replace(node, name=f"node{i}") for i, node in enumerate(nodes)]
     with pytest.raises(BadNodes) as found:
         preflight(cfg, deployment, nodes, run_dir, LocalLauncher())
-    first, second = found.value.nodes
-    assert "no report" in first.reasons[0] and "could not start /no/such/python" in first.reasons[0]
-    assert any("not seen" in reason or "does not answer" in reason for reason in second.reasons)
+    (bad,) = found.value.nodes
+    assert (bad.node, bad.host) == (broken, f"node{broken}"), "by the name that the cluster has for it"
+    assert "no report" in bad.reasons[0] and "could not start /no/such/python" in bad.reasons[0]
 
 
 @pytest.fixture

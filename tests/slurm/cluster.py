@@ -109,11 +109,13 @@ class Cluster:
             raise ClusterError(f"{name} does not run")
         return found[-1]
 
-    def start_node(self, index: int) -> None:
-        """Starts the slurmd of a node (again)."""
+    def start_node(self, index: int, hidden: Path | None = None) -> None:
+        """Starts the slurmd of a node (again); a folder ``hidden`` is not there for what runs on it."""
         name = f"node{index}"
         inside = f"hostname {name} && exec {' '.join(self.inside('slurmd', '-D', '-N', name))}"
         argv = ["unshare", "--uts", "sh", "-c", inside]
+        if hidden:
+            argv = ["unshare", "--uts", "--mount", "sh", "-c", f"mount -t tmpfs none {hidden} && {inside}"]
         if self.layout.mode == "netns":  # `ip netns exec` would remount /sys, and slurmd would miss its cgroups
             argv = ["nsenter", f"--net=/run/netns/{self.layout.netns(index)}", *argv]
         self.start(name, argv)

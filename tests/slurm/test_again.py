@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -87,6 +88,8 @@ def test_a_node_that_crashes_is_named_and_the_sweep_goes_on_elsewhere(cluster: C
     finally:
         cluster.start_node(2)
     assert code == 0, output + run.story()
+    assert "start 2" in output and "node2" not in output.rpartition("RUNNING on ")[2].partition(",")[0]
+    assert json.loads((run.folder / "launch/excluded.json").read_text())["nodes"] == ["node2"], "not asked for again"
     ran_once(run)
 
 

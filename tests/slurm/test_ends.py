@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import LONG, SHORT, Run, rank_process
+from tests.slurm.runs import LONG, ROOT, SHORT, Run, rank_process
 from toolkit import records
 
 TWO = ["parallel=dep2", "cluster.gpus_per_node=1"]
@@ -54,12 +56,18 @@ def test_scancel_keeps_what_was_measured(cluster: Cluster, tmp_path: Path) -> No
     assert kept(run)
 
 
-def test_a_closed_terminal_does_not_end_the_job(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_closed_terminal_does_not_end_the_job_and_another_attaches_to_it(cluster: Cluster, tmp_path: Path) -> None:
     run = Run(tmp_path, *TWO, *SHORT)
     run.wait_for_load()
     run.process.send_signal(signal.SIGHUP)
     run.process.wait(30)
-    run.eventually(lambda: run.status().state == "done", "the job goes on to its end")
+    command = [sys.executable, "-m", "toolkit.launch.jobs", "attach", run.job.job_id, "--results", str(tmp_path)]
+    attached = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert attached.returncode == 0, attached.stderr
+    assert f"Job {run.job.job_id}: RUNNING on node" in attached.stdout + attached.stderr
+    assert f"Run folder: {run.folder}" in attached.stderr, "from the launcher's first line"
+    assert f"Report:     {run.folder}/report.html" in attached.stderr, "to its last"
+    assert run.status().state == "done"
     assert [p.state for p in run.status().points] == ["done", "done"]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,14 +68,25 @@ def test_deployments_that_differ_are_an_array(cluster: Cluster, tmp_path: Path) 
     assert [records.read_status(folder).state for folder in run.folders()] == ["done", "done"]
 
 
-@pytest.mark.slow
-def test_loads_of_one_deployment_share_a_job(cluster: Cluster, tmp_path: Path) -> None:
-    run = Run(tmp_path, *TWO, "-m", "load.seed=1,2")
+def test_loads_of_one_deployment_share_a_job_and_its_processes(cluster: Cluster, tmp_path: Path) -> None:
+    run = Run(tmp_path, *TWO, "-m", "load.seed=1,2,3")
     code, output = run.end()
     assert code == 0, output + run.story()
-    jobs = {job.job_id for folder in run.folders() if (job := job_file.read(folder))}
-    assert len(run.folders()) == 2 and len(jobs) == 1
-    assert [records.read_status(folder).state for folder in run.folders()] == ["done", "done"]
+    folders = run.folders()
+    jobs = {job.job_id for folder in folders if (job := job_file.read(folder))}
+    assert len(folders) == 3 and len(jobs) == 1
+    served = [json.loads((f / records.MANIFEST).read_text())["attempts"][0]["deployment"] for f in folders]
+    assert sorted(one["loads_before"] for one in served) == [0, 1, 2]
+    assert {"rank-0", "rank-1", "frontend-0"} <= served[0]["processes"].keys()
+    assert served[0]["processes"] == served[1]["processes"] == served[2]["processes"], "started once: the same pids"
+    for folder in folders:
+        assert records.read_status(folder).state == "done"
+        links = [path for path in folder.rglob("*") if path.is_symlink() and path.parent.name != "submitit"]
+        assert (folder / "report.html").exists() and not links
+    in_order = [folder for _, folder in sorted(zip([one["loads_before"] for one in served], folders))]
+    for earlier, later in pairwise(in_order):
+        assert records.read_steps(earlier).t_begin.max() < records.read_requests(later).t_send.min()
+        assert records.read_steps(later).t_begin.min() > records.read_requests(earlier).t_send.max()
 
 
 @pytest.mark.slow

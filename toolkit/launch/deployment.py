@@ -8,6 +8,7 @@ Read next: ``launcher.py``, ``health.py``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -20,6 +21,7 @@ from rich.console import Console
 from toolkit import records
 from toolkit.config import ExpConfig
 from toolkit.engine.args import TOKEN_ENV
+from toolkit.heartbeat import beating
 from toolkit.launch import attempts, sampler
 from toolkit.launch.adapters import Processes, adapters
 from toolkit.launch.health import LoadingBars, ask, http, wait_ready
@@ -48,6 +50,7 @@ class Deployment:
         self.nodes: list[Node] = []
         self.loads = 0  # that it has served or serves
         self._share = Share(home) if home.name == FOLDER else None
+        self._alive = contextlib.ExitStack()
         self._files: list[str] = []
         self._job: Job | None = None
         self._watch: Watch | None = None
@@ -82,11 +85,13 @@ class Deployment:
         count = f"Starting {len(processes.specs)} processes"
         say(console, f"{count}: {deployment.mapping}, frontend at {self._url}")
         specs = [*processes.specs, *sampler.specs(cfg, deployment.num_nodes, self.home)]
-        limit = cfg.deploy.restart_workers if cfg.deploy.mode == "disagg" else 0
+        if self._share is not None:
+            self._alive.enter_context(beating(self.home))  # the run's own heart stops when its load is over
         with interrupts.held():
             token = {TOKEN_ENV: secrets.token_hex(16)}
             first = self.launcher.start(with_environment(specs, cfg, self.nodes), self.home, token)
-            self._job = job = RestartingJob(first, self.launcher, self.home, token, limit)
+            limit = cfg.deploy.restart_workers if cfg.deploy.mode == "disagg" else 0
+            job = self._job = RestartingJob(first, self.launcher, self.home, token, limit)
         self._lend(run_dir)
         self._stall = StallWatch(self._job.specs, self.home, cfg.health.stall_s)
         self._watch = Watch(self._job, self.home, self._stall)
@@ -170,6 +175,7 @@ class Deployment:
         if self._job is not None:
             self._job.stop(STOP_GRACE_S)
         self.launcher.close()
+        self._alive.close()
 
     def close(self) -> None:
         """``stop``, and no run will come any more."""

@@ -148,7 +148,10 @@ def _ask(job_id: str) -> JobState | None:
 
 def gone(by: JobRecord) -> bool:
     """Whether a launcher of this machine lives no more; those of others are known by their heartbeat."""
-    return by.host == platform.node() and child.find(by.pid, by.create_time) is None
+    if by.host != platform.node():
+        return False
+    process = child.find(by.pid, by.create_time)
+    return process is None or not child.is_alive(process)  # dead, if nobody has asked yet how it ended
 
 
 def roles(run_dir: Path) -> str:
@@ -209,6 +212,8 @@ def cancel(run_dir: Path, console: Console, now: bool) -> int:
     if seen.by.host != platform.node():
         raise ValueError(f"{run_dir} runs on {seen.by.host}: cancel it there")
     os.kill(seen.by.pid, signal.SIGKILL if now else signal.SIGINT)  # its processes do not outlive it
+    if not now:
+        console.print("Ending it in order: what was measured is written, the report is made; --now ends it at once")
     while not gone(seen.by):
         time.sleep(0.1)
     console.print(f"{run_dir}: {records.read_status(run_dir).state}")

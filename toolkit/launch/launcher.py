@@ -85,6 +85,7 @@ class ProcessState:
         state: starting: not reported yet; running; exited; lost: its supervisor ended without a report.
         returncode: of an exited process; negative: the signal that ended it.
         pid, create_time: identify the process on its host; create_time in seconds since the epoch.
+        note: why it was lost, as far as its node can say.
     """
 
     name: str
@@ -94,6 +95,7 @@ class ProcessState:
     pid: int = 0
     create_time: float = 0.0
     ended: float = 0.0
+    note: str = ""
 
     @property
     def alive(self) -> bool:

@@ -14,18 +14,18 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from toolkit import records
 from toolkit.config import ExpConfig
-from toolkit.launch.launcher import STATE_DIR, Launcher, Node, ProcessSpec, tail
+from toolkit.launch.launcher import STATE_DIR, Job, Launcher, Node, ProcessSpec, ProcessState, tail
 from toolkit.launch.node_checks import FIRST_WORD, Ask, Report, look
 from toolkit.launch.plan import DeploymentPlan
 from toolkit.launch.pools import worker_pools
-from toolkit.launch.watch import RunFailed
+from toolkit.launch.watch import RunFailed, describe
 
 FOLDER = "preflight"  # inside STATE_DIR
 ASK, BAD = "ask.json", "bad.json"
@@ -83,17 +83,19 @@ def preflight(
     (folder / ASK).write_bytes(msgspec.json.encode(ask))
     job = launcher.start(specs(plan.num_nodes, run_dir), run_dir, {})
     try:
-        reports = _wait(job.specs, folder, lambda: any(state.alive for state in job.poll()))
+        reports = _wait(job, folder, run_dir)
     finally:
         job.stop(GRACE_S)
-    names = {i: node.name or (reports[i].host if i in reports else node.host) for i, node in enumerate(nodes)}
-    bad = {i: [*report.problems, *compare(i, reports)] for i, report in reports.items()}
-    bad |= {i: [_silent(run_dir, spec)] for i, spec in enumerate(job.specs) if i not in reports}
-    records.write_json(run_dir / NODES_FILE, [msgspec.to_builtins(report) for _, report in sorted(reports.items())])
+    names = {i: node.name or (i in reports and reports[i].host) or node.host for i, node in enumerate(nodes)}
+    own = {i: report for i, report in reports.items() if report.host}
+    bad = {i: [*report.problems, *(compare(i, own) if i in own else [])] for i, report in reports.items()}
+    if 0 in own:  # else nobody told the others the time: that is no fault of theirs
+        bad |= {i: [f"no report within {PATIENCE_S:g} s"] for i in range(len(nodes)) if i not in reports}
+    records.write_json(run_dir / NODES_FILE, [msgspec.to_builtins(report) for _, report in sorted(own.items())])
     found = [BadNode(i, names[i], reasons) for i, reasons in sorted(bad.items()) if reasons]
     if found:
         raise bad_nodes(run_dir, found)
-    return [f"{names[i]}: {text}" for i, report in sorted(reports.items()) for text in report.warnings]
+    return [f"{names[i]}: {text}" for i, report in sorted(own.items()) for text in report.warnings]
 
 
 def forget(run_dir: Path) -> None:
@@ -150,30 +152,39 @@ def compare(node: int, reports: Mapping[int, Report]) -> list[str]:
     return found
 
 
-def _wait(specs: Sequence[ProcessSpec], folder: Path, alive: Callable[[], bool]) -> dict[int, Report]:
-    """The reports by node, as they come; those that do not come in time are missing."""
+def _wait(job: Job, folder: Path, run_dir: Path) -> dict[int, Report]:
+    """The reports by node, as they come; those that do not come in time are missing.
+
+    One whose process is gone has no ``host`` and is written here: the first node waits for all, because they ask it the
+    time. Nothing is waited for without the first node.
+    """
     deadline = time.monotonic() + PATIENCE_S
     reports: dict[int, Report] = {}
-    while len(reports) < len(specs) and time.monotonic() < deadline:
-        over = not alive()  # asked before the files are read
-        for spec in specs:
+    while len(reports) < len(job.specs) and time.monotonic() < deadline:
+        states = job.poll()  # asked before the files are read
+        for spec, state in zip(job.specs, states, strict=True):
             if spec.index not in reports and (report := read_report(folder, spec.index)) is not None:
                 reports[spec.index] = report
-        if over:
-            break
+            elif spec.index not in reports and not state.alive:
+                reports[spec.index] = Report(problems=[_gone(run_dir, spec, state)])
+                records.write_json(folder / f"node-{spec.index}.json", msgspec.to_builtins(reports[spec.index]))
+        if 0 in reports and not reports[0].host:
+            return {0: reports[0]}
         time.sleep(0.1)
+    if 0 not in reports:  # it hangs: what the others say of it is no fault of theirs
+        return {0: Report(problems=[f"no report within {PATIENCE_S:g} s"])}
     return reports
+
+
+def _gone(run_dir: Path, spec: ProcessSpec, state: ProcessState) -> str:
+    last = [line.strip()[:200] for line in tail(run_dir / spec.log, 3) if line.strip()]
+    return f"no report: {describe(state)}" + (f" ({last[-1]})" if last else "")
 
 
 def read_report(folder: Path, node: int) -> Report | None:
     with contextlib.suppress(OSError, msgspec.DecodeError):
         return msgspec.json.decode((folder / f"node-{node}.json").read_bytes(), type=Report)
     return None
-
-
-def _silent(run_dir: Path, spec: ProcessSpec) -> str:
-    last = [line for line in tail(run_dir / spec.log, 3) if line.strip()]
-    return f"no report within {PATIENCE_S:g} s" + (f" ({last[-1].strip()[:200]})" if last else "")
 
 
 def main(words: Sequence[str] | None = None) -> int:

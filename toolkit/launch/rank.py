@@ -6,7 +6,8 @@ command is left. It does not know what the command is.
 
 Locally submitit runs a pickled ``Task``. On Slurm a job step runs ``python -m toolkit.launch.rank STEP.json`` in each
 task: its standard input is a pipe from the launcher, and its end is the launcher's word, or death; states also go to
-standard output, which reaches the launcher without a file system in between.
+standard output, which reaches the launcher without a file system in between. Where a node was cut off from srun, that
+pipe may stay open for ever: then the launcher's heartbeat tells.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from types import FrameType
 import msgspec
 import psutil
 
-from toolkit import records
+from toolkit import heartbeat, records
 from toolkit.launch import child
 from toolkit.launch.launcher import ProcessSpec, ProcessState
 from toolkit.launch.stacks import Dumper
 
 POLL_S = 0.2
+LOOK_S, MISSES = 2.0, 5  # a heartbeat is missing when it was, in so many looks: a file system may be slow
 NOT_STARTED = 127  # a shell's exit code for a command that is not there
 SAYS = "toolkit-state "  # begins a line of standard output that is a state; a login script may print others
 STDIN = 0
@@ -74,10 +76,38 @@ class Step:
 
 def main() -> int:
     """In a task of a job step: runs its process, which node and place within the node select."""
-    step = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Step, dec_hook=lambda kind, value: kind(value))
-    spec = step.nodes[os.environ["SLURMD_NODENAME"]][int(os.environ["SLURM_LOCALID"])]
+    node = os.environ["SLURMD_NODENAME"]
+    try:
+        step = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Step, dec_hook=lambda kind, value: kind(value))
+    except OSError as error:  # nobody here knows the process's name; its node is enough
+        _say(
+            ProcessState(
+                "", "lost", host=node, ended=time.time(), note=f"{node} cannot read {error.filename}: {error.strerror}"
+            )
+        )
+        return NOT_STARTED
+    spec = step.nodes[node][int(os.environ["SLURM_LOCALID"])]
     task = Task((spec,), step.run_dir, launcher=None, visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return supervise(task, spec, called_off=_input_ended, say=_say)
+    signs = _Signs(step.run_dir)
+    return supervise(task, spec, called_off=lambda: _input_ended() or signs.missing(), say=_say)
+
+
+class _Signs:
+    """The launcher's heartbeat in the run folder. One that has never been seen is not missed."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._seen, self._misses, self._looked = False, 0, 0.0
+
+    def missing(self) -> bool:
+        """Cheap: asked a few times a second, looks every few seconds."""
+        if time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            beat = heartbeat.read(self._run_dir)
+            alive = beat is not None and beat.alive
+            self._seen = self._seen or alive
+            self._misses = 0 if alive else self._misses + 1
+        return self._seen and self._misses >= MISSES
 
 
 def supervise(

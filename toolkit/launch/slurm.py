@@ -140,10 +140,14 @@ class SlurmJob:
     """The processes of one ``start``."""
 
     def __init__(
-        self, specs: Sequence[ProcessSpec], steps: Mapping[str, tuple[RunningStep, list[ProcessSpec]]]
+        self,
+        specs: Sequence[ProcessSpec],
+        steps: Mapping[str, tuple[RunningStep, list[ProcessSpec]]],
+        names: Sequence[str],
     ) -> None:
+        """``names``: of the nodes, as Slurm has them."""
         self.specs = tuple(specs)
-        self._steps = steps
+        self._steps, self._names = steps, names
         self._states = {spec.name: ProcessState(spec.name) for spec in specs}
 
     def poll(self) -> list[ProcessState]:
@@ -151,7 +155,10 @@ class SlurmJob:
             over = step.over  # asked before its last words are read
             for line in step.lines(SAYS):
                 state = msgspec.json.decode(line, type=ProcessState)
-                self._states[state.name] = state
+                if state.name:
+                    self._states[state.name] = state
+                else:  # a node that does not even know what it should run
+                    self._lose([spec for spec in members if self._names[spec.node] == state.host], state.note)
             if over:
                 self._lose(members)
         return [self._states[spec.name] for spec in self.specs]
@@ -166,12 +173,12 @@ class SlurmJob:
             step.kill()
         self.poll()
 
-    def _lose(self, members: Sequence[ProcessSpec]) -> None:
+    def _lose(self, members: Sequence[ProcessSpec], note: str = "") -> None:
         """What has not reported its end when its step is over will not do so any more."""
         for spec in members:
             state = self._states[spec.name]
             if state.alive:
-                self._states[spec.name] = replace(state, state="lost", ended=time.time())
+                self._states[spec.name] = replace(state, state="lost", ended=time.time(), note=note)
 
 
 class SlurmLauncher:
@@ -200,7 +207,7 @@ class SlurmLauncher:
         assert self._taken, "nodes() comes first"
         (run_dir / STATE_DIR / STEPS).mkdir(parents=True, exist_ok=True)
         steps: dict[str, tuple[RunningStep, list[ProcessSpec]]] = {}
-        job = SlurmJob(specs, steps)
+        job = SlurmJob(specs, steps, [name for name, _ in self._taken])
         for name, members in self._split(specs):
             steps[name] = (self._start_step(name, members, run_dir, secrets), members)
         return job

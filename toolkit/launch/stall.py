@@ -38,14 +38,11 @@ class StallWatch:
 
     def marks(self) -> object:
         """Where every rank is; changes as long as any of them gets on, while it warms up too."""
-        return tuple((b.turn, b.step, b.collectives) for b in self._beats())
+        return tuple((beat.turn, beat.step, beat.collectives) for beat in self._beats())
 
     def requests(self) -> int:
         """That the ranks hold, as of their last pulse."""
         return sum(beat.requests for beat in self._beats())
-
-    def _beats(self) -> list[Beat]:
-        return [beat for ranks in self._workers for spec in ranks if (beat := self._read(spec)) is not None]
 
     def check(self) -> None:
         """Raises ``RunFailed`` when the ranks of a worker have stalled. Cheap: call it a few times a second."""
@@ -61,6 +58,9 @@ class StallWatch:
                 self._seen[i] = moved, now
             elif now - self._seen[i][1] > self._stall_s:
                 self._fail(ranks, beats)
+
+    def _beats(self) -> list[Beat]:
+        return [beat for ranks in self._workers for spec in ranks if (beat := self._read(spec)) is not None]
 
     def _read(self, spec: ProcessSpec) -> Beat | None:
         return read_beat(pulse_folder(self._run_dir, spec.role), spec.index)

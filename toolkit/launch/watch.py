@@ -94,7 +94,7 @@ class Watch:
 def describe(state: ProcessState) -> str:
     """``rank-2 was killed by SIGKILL``"""
     if state.state == "lost":
-        return f"{state.name} was lost: the task that ran it ended without a report"
+        return f"{state.name} was lost: {state.note or 'the task that ran it ended without a report'}"
     code = state.returncode
     if code is not None and code < 0:
         return f"{state.name} was killed by {_signal_name(-code)}"
