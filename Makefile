@@ -19,7 +19,7 @@ PARALLEL := tests/unit tests/process tests/eplb
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit check fmt hooks test-gpu
 .PHONY: slurm-install slurm-up slurm-down test-slurm test-slurm-all test-slurm-segment
-.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-engine bench-recorder bench-kv
+.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-migration bench-engine bench-recorder bench-kv
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,9 @@ bench-scheduler: $(STAMP)  ## scheduler time a step with 10, 1,000 and 10,000 wa
 
 bench-eplb: $(STAMP)  ## the expert planner against its goals and DeepSeek's EPLB (minutes)
 	$(BIN)/python -m toolkit.engine.eplb bench $(ARGS)
+
+bench-migration: $(STAMP)  ## step times while experts move, and the pause of each chunk; any device
+	$(BIN)/python -m toolkit.engine.bench.migration $(ARGS)
 
 slurm-install:  ## what a test cluster needs, from Debian (root); with ACCOUNTING=1 the accounting too
 	@for p in slurmctld slurmd munged ip $(if $(ACCOUNTING),slurmdbd mariadbd); do \

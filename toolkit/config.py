@@ -76,7 +76,7 @@ class EngineConfig:
 
     backend: str = opt("native", "engine adapter: native")
     attention_backend: str = opt("auto", "auto, sdpa; on GPUs: fa3, flash_mla (latent attention), varlen")
-    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all, deepep (GPU)")
+    moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all; GPUs: deepep, nvlink (one host)")
     deepep_mode: Literal["auto", "normal", "low_latency"] = opt(
         "auto", "auto: low_latency for steps without prefill; normal waits for row counts, low_latency fits CUDA graphs"
     )
@@ -87,6 +87,9 @@ class EngineConfig:
     )
     moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch, grouped_mm, deep_gemm (GPU)")
     page_size: int = opt(16, "tokens a KV block")
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = opt(
+        "auto", "auto: the model's; fp8_e4m3: half the bytes, for latent attention (DeepSeek)"
+    )
     max_total_tokens: int = opt(8192, "KV cache capacity of one DP rank, tokens")
     mem_fraction_static: float = opt(
         0.0, "share of a GPU's memory that may be taken: after weights, buffers and graphs the KV cache gets the rest; "
@@ -165,6 +168,9 @@ class DeployConfig:
     migration_limit: int = opt(3, "how often a request moves on when a worker or a transfer fails")
     transfer_timeout_s: float = opt(30.0, "a transfer without an end for so long has failed")
     worker_timeout_s: float = opt(60.0, "disagg: a worker that says nothing for so long is given up until it speaks")
+    restart_workers: int = opt(
+        0, "disagg: how often a worker whose processes have ended is started anew; 0: its end ends the run"
+    )
     host: str = opt("127.0.0.1", "address the frontend binds; loopback unless told otherwise")
     router: str = opt("round_robin", "which DP rank takes a request: round_robin")
     api_key_env: str = opt("", "environment variable that holds the API key clients must send; empty: none")

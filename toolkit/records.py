@@ -544,8 +544,10 @@ class RebalanceRecord(msgspec.Struct, frozen=True):
     same_node_bytes: int
     cross_node_bytes: int
     chunks: int
-    pauses_ms: list[float]  # what steps waited for: starting the first chunk, then each commit
-    transfers_ms: list[float]  # of each chunk, beside the steps
+    pauses_ms: list[float]  # what steps waited for: starting the first chunk, then each commit with the next start
+    transfers_ms: list[float]  # of each chunk, beside the steps, until all ranks had said that they have it
+    sent_bytes: list[int] = []  # of each chunk, by the first rank
+    link_ms: list[float] = []  # that its GPU took for them (and for copies on it), beside the steps; 0 on CPUs
 
 
 def append_rebalance(folder: Path, record: RebalanceRecord) -> None:

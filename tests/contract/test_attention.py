@@ -20,6 +20,11 @@ def test_latent(step: str) -> None:
     cases.check_latent("sdpa", step, 16, torch.float32, "cpu", heads=2, dims=(24, 8))
 
 
+@pytest.mark.parametrize("step", cases.STEPS)
+def test_latent_in_fp8(step: str) -> None:
+    cases.check_latent("sdpa", step, 16, torch.float32, "cpu", heads=2, dims=(24, 8), fp8=True)
+
+
 def test_paged_plans_name_the_rows_that_sdpa_reads() -> None:
     """The tables that GPU kernels read are made with numpy; here against the reference's rows."""
     from toolkit.engine.attention.paged import PagedAttention, PagedSegment

@@ -27,8 +27,8 @@ NIXL = pytest.param(
 class Peer:
     """The other process."""
 
-    def __init__(self, backend: str, num_bytes: int) -> None:
-        command = [sys.executable, "-m", "tests.contract.transfer_peer", backend, str(num_bytes)]
+    def __init__(self, backend: str, num_bytes: int, device: str) -> None:
+        command = [sys.executable, "-m", "tests.contract.transfer_peer", backend, str(num_bytes), device]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin is not None and self.process.stdout is not None
         self._in: IO[str] = self.process.stdin
@@ -57,16 +57,22 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def peer(backend: str) -> Iterator[Peer]:
-    peer = Peer(backend, SIZE)
+def devices() -> tuple[str, str]:
+    """Of reader and peer; ``tests/gpu/test_transfers.py`` has others."""
+    return "cpu", "cpu"
+
+
+@pytest.fixture
+def peer(backend: str, devices: tuple[str, str]) -> Iterator[Peer]:
+    peer = Peer(backend, SIZE, devices[1])
     yield peer
     peer.end()
 
 
 @pytest.fixture
-def reader(backend: str) -> Iterator[tuple[KVTransfer, torch.Tensor]]:
+def reader(backend: str, devices: tuple[str, str]) -> Iterator[tuple[KVTransfer, torch.Tensor]]:
     transfer = TRANSFERS[backend]("reader")
-    memory = transfer.allocate(SIZE, "cpu")
+    memory = transfer.allocate(SIZE, devices[0])
     transfer.register([memory])
     transfer.attend(True)
     yield transfer, memory
@@ -78,6 +84,12 @@ def wait(transfer: KVTransfer, read: Read, limit_s: float = 20.0) -> str:
     while (state := transfer.poll(read)) == "running" and time.monotonic() < deadline:
         time.sleep(0.001)
     return state
+
+
+def settle(memory: torch.Tensor) -> None:
+    """Transfers know no streams: what was launched must be over before they write."""
+    if memory.is_cuda:
+        torch.cuda.synchronize(memory.device)
 
 
 def whole(size: int = SIZE) -> np.ndarray:
@@ -97,7 +109,7 @@ def test_bytes_arrive_equal_and_only_where_they_belong(peer: Peer, reader: tuple
     expected, source = torch.zeros(SIZE, dtype=torch.uint8), content(SIZE)
     for _, to, _, start, size in rows:
         expected[to : to + size] = source[start : start + size]
-    assert torch.equal(memory, expected)
+    assert torch.equal(memory.cpu(), expected)
     assert transfer.connect(peer.endpoint) == name
 
 
@@ -115,11 +127,13 @@ def test_nothing_is_written_after_a_cancel(peer: Peer, reader: tuple[KVTransfer,
     name = transfer.connect(peer.endpoint)
     assert wait(transfer, transfer.start_read(name, whole())) == "done"
     memory.zero_()
+    settle(memory)
     peer.process.send_signal(signal.SIGSTOP)
     read = transfer.start_read(name, whole())
     transfer.cancel(read)
     assert transfer.poll(read) in ("failed", "done")
     memory.fill_(7)
+    settle(memory)
     peer.process.send_signal(signal.SIGCONT)
     time.sleep(0.3)
     assert bool((memory == 7).all())
@@ -133,7 +147,7 @@ def test_a_read_from_a_killed_peer_ends(peer: Peer, reader: tuple[KVTransfer, to
     peer.process.wait()
     read = transfer.start_read(name, whole())
     state = wait(transfer, read)
-    assert (state == "failed" and read.error) or torch.equal(memory, content(SIZE))
+    assert (state == "failed" and read.error) or torch.equal(memory.cpu(), content(SIZE))
     transfer.notify(name, "room-2")
 
 

@@ -1,6 +1,6 @@
 """A peer of the transfer tests: a process that offers one region of known bytes, and obeys its parent.
 
-``python -m tests.contract.transfer_peer BACKEND BYTES``; prints ``endpoint HEX``, then for each line
+``python -m tests.contract.transfer_peer BACKEND BYTES DEVICE``; prints ``endpoint HEX``, then for each line
 ``released`` one with the tags so far. Other lines are the backend's own.
 """
 
@@ -19,10 +19,12 @@ def content(num_bytes: int) -> torch.Tensor:
 
 
 def main() -> None:
-    backend, num_bytes = sys.argv[1], int(sys.argv[2])
+    backend, num_bytes, device = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
+    if device != "cpu":
+        torch.cuda.set_device(device)
     transfer = TRANSFERS[backend]("peer")
-    memory = transfer.allocate(num_bytes, "cpu")
+    memory = transfer.allocate(num_bytes, device)
     memory.copy_(content(num_bytes))
     print("endpoint", transfer.register([memory]).hex(), flush=True)
     transfer.attend(True)

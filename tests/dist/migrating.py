@@ -38,11 +38,14 @@ class Migrated:
 class Rank:
     """Runner, recorder, manager and scheduler of one rank."""
 
-    def __init__(self, groups: Groups, model: ModelConfig, engine: EngineConfig, folder: Path, nodes: int = 1) -> None:
+    def __init__(
+        self, groups: Groups, model: ModelConfig, engine: EngineConfig, folder: Path, nodes: int = 1,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
         self.groups, self.engine, self.arch = groups, engine, read_arch(model)
-        self.runner = ModelRunner(model, self.arch, engine, groups, "cpu", nodes=nodes)
+        self.runner = ModelRunner(model, self.arch, engine, groups, device, nodes=nodes)
         moe = self.runner.moe
-        moe.recorder = make_recorder(self.arch, moe, str(folder / "experts.npz"), "cpu")
+        moe.recorder = make_recorder(self.arch, moe, str(folder / "experts.npz"), device)
         made = make_manager(self.arch, moe, moe.recorder, folder)
         assert made is not None
         self.manager: Manager = made
@@ -93,7 +96,7 @@ class Rank:
         placement, comm = self.runner.moe.placement, self.groups.experts
         for index, layer in enumerate(self.runner.moe.layers):
             for now, (_, began) in zip(layer.slot_tensors(), self.started[index]):
-                slots_now, slots_began = comm.all_gather(now), comm.all_gather(began)
+                slots_now, slots_began = (comm.all_gather(t.flatten(1).view(torch.uint8)) for t in (now, began))
                 parts = self.groups.dims.moe_tp  # ranks of a slot's parts: compare like with like
                 now_R = slots_now.unflatten(0, (placement.ep_size, parts, -1)).transpose(0, 1).flatten(1, 2)
                 began_R = slots_began.unflatten(0, (placement.ep_size, parts, -1)).transpose(0, 1).flatten(1, 2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,21 @@ def answer(served: Served, prompt: list[int], **more: Any) -> dict[str, Any]:
     return {"text": [choice["text"] for choice in body["choices"]], "usage": body["usage"]["completion_tokens"]}
 
 
+@cache
+def aggregated(family: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """What one rank that prefills and decodes answers: ``answers``, and the texts of all prompts. Asked once."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serve(Path(folder) / "run", model=model_of(family), engine=ENGINE) as s,
+    ):
+        found = answers(s)
+    return found, [answer["text"][0] for answer in found[: len(PROMPTS)]]
+
+
+def model_of(family: str) -> dict[str, Any]:
+    return tiny_model() if family == "deepseek" else tiny_model() | {"hf_config": MIXTRAL}
+
+
 def answers(served: Served) -> list[dict[str, Any]]:
     """To all prompts at once: plain, sampled with penalties, of one token, of three choices."""
     sampled = {"temperature": 0.8, "seed": 5, "frequency_penalty": 0.5, "presence_penalty": 0.3}
@@ -55,9 +72,7 @@ CASES = [
 def test_the_text_is_that_of_aggregated_serving(
     family: str, backend: str, handoff: str, prefill: dict[str, Any], decode: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = tiny_model() if family == "deepseek" else tiny_model() | {"hf_config": MIXTRAL}
-    with serve(tmp_path / "agg", model=model, engine=ENGINE) as served:
-        expected = answers(served)
+    model, (expected, _) = model_of(family), aggregated(family)
     deploy = {
         "mode": "disagg", "prefill": {"parallel": prefill}, "decode": {"parallel": decode},
         "disaggregation_transfer_backend": backend, "disaggregation_handoff": handoff,

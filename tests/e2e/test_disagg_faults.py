@@ -33,7 +33,7 @@ class Load:
 
     def __init__(self, deployment: Processes) -> None:
         self._url, self._model = f"{deployment.url}/v1/completions", deployment.cfg.model.name
-        self._expected = [self._ask(prompt) for prompt in PROMPTS]
+        self.expected = self.ask_all()
         self._stop = threading.Event()
         self.wrong: list[str] = []
         self.done = self.left = 0
@@ -50,6 +50,9 @@ class Load:
         for thread in self._threads:
             thread.join()
 
+    def ask_all(self) -> list[str]:
+        return [self._ask(prompt) for prompt in PROMPTS]
+
     def _ask(self, prompt: list[int]) -> str:
         got = requests.post(self._url, json=body(prompt, self._model), timeout=120)
         return str(got.json()["choices"][0]["text"]) if got.status_code == 200 else got.text
@@ -62,8 +65,8 @@ class Load:
                 text = self._ask(PROMPTS[i])
             except requests.RequestException as error:
                 text = repr(error)
-            if text != self._expected[i]:
-                self.wrong.append(f"prompt {i}: {text!r} in place of {self._expected[i]!r}")
+            if text != self.expected[i]:
+                self.wrong.append(f"prompt {i}: {text!r} in place of {self.expected[i]!r}")
             self.done += 1
 
     def _leave(self, seed: int) -> None:
@@ -96,6 +99,7 @@ def audited(info: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("backend", ["local", "nixl"])
 def test_nothing_is_lost(backend: str, tmp_path: Path) -> None:
+    """One deployment goes through it all: the start of a worker is what takes time here."""
     if backend == "nixl":
         pytest.importorskip("nixl_cu13")
     model = tiny_model() | {"hf_config": MIXTRAL}
@@ -104,21 +108,41 @@ def test_nothing_is_lost(backend: str, tmp_path: Path) -> None:
         requests.post(f"{d.url}/slow_down", json={"forward_sleep_time": 0.005}, timeout=10)
         with Load(d) as load:
             load.go_on()
-            for name in ("prefill0", "decode0"):
-                d.kill(f"{name}-0")
-                d.wait_until(lambda info, n=name: worker(info, n)["down"], f"{name} is seen to be dead")
-                load.go_on()
-                d.start(f"{name}-0")
-                d.wait_until(lambda info, n=name: not worker(info, n)["down"], f"{name} is back")
-                d.wait_until(lambda info, n=name: worker(info, n)["num_open"] > 0, f"{name} is used again")
-                load.go_on()
-            for name in ("prefill1", "decode1"):
-                d.freeze(f"{name}-0")
-                d.wait_until(lambda info, n=name: worker(info, n)["down"], f"{name} is seen to be silent")
-                load.go_on()
-                d.thaw(f"{name}-0")
-                d.wait_until(lambda info, n=name: not worker(info, n)["down"], f"{name} speaks again")
-                load.go_on()
+            killed(d, load)
+            frozen(d, load)
         assert not load.wrong, f"{len(load.wrong)} of {load.done}: {load.wrong[:3]}"
         assert load.left > 10
         d.wait_until(audited, "all blocks are free", 30)
+        for name in ("prefill0", "prefill1"):
+            d.kill(f"{name}-0")
+        d.wait_until(lambda info: all(worker(info, f"prefill{i}")["down"] for i in (0, 1)), "prefill is gone")
+        assert load.ask_all() == load.expected, "decode workers compute prompts as well"
+    log = (tmp_path / "run" / "logs" / "frontend-0.log").read_text()
+    assert log.count("no prefill worker lives: decode workers compute prompts") == 1
+
+
+def killed(d: Processes, load: Load) -> None:
+    """A worker of each side is killed, done without, started anew and used again."""
+    for name in ("prefill0", "decode0"):
+        d.kill(f"{name}-0")
+        d.wait_until(lambda info, n=name: worker(info, n)["down"], f"{name} is seen to be dead")
+        load.go_on()
+    for name in ("prefill0", "decode0"):
+        d.start(f"{name}-0")
+    for name in ("prefill0", "decode0"):
+        d.wait_until(lambda info, n=name: not worker(info, n)["down"], f"{name} is back")
+        d.wait_until(lambda info, n=name: worker(info, n)["num_open"] > 0, f"{name} is used again")
+    load.go_on()
+
+
+def frozen(d: Processes, load: Load) -> None:
+    """A worker of each side stands still, is done without, and is used again when it goes on."""
+    names = ("prefill1", "decode1")
+    for name in names:
+        d.freeze(f"{name}-0")
+    d.wait_until(lambda info: all(worker(info, name)["down"] for name in names), "both are seen to be silent")
+    load.go_on()
+    for name in names:
+        d.thaw(f"{name}-0")
+    d.wait_until(lambda info: not any(worker(info, name)["down"] for name in names), "they speak again")
+    load.go_on()

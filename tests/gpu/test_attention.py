@@ -46,3 +46,12 @@ def test_static_plan(backend: str, page: int, window: int) -> None:
 @pytest.mark.parametrize("heads", [16, 128])
 def test_latent(backend: str, page: int, step: str, heads: int) -> None:
     cases.check_latent(backend, step, page, torch.bfloat16, "cuda:0", heads, (512, 64))
+
+
+@needs_mla
+@needs_fa3
+@pytest.mark.parametrize("step", cases.STEPS)
+@pytest.mark.parametrize("heads", [16, 128])
+def test_latent_in_fp8(step: str, heads: int) -> None:
+    """Scores are rounded to FP8 inside the kernel."""
+    cases.check_latent("flash_mla", step, 64, torch.bfloat16, "cuda:0", heads, (512, 64), fp8=True)

@@ -36,6 +36,13 @@ CASES = {
 } | {
     f"deepep-overlap-{buffer}": deepep("auto", buffer, "bf16", overlap=True) for buffer in ("v2", "legacy")
 }  # fmt: skip
+NVLINK = {
+    dtype: Case(
+        "nvlink", 128, "cuda", slots=16, hidden=2048, fp8=dtype == "fp8", is_extend=(True, False), dtypes=BF16,
+        tolerance=FP8_TOLERANCE if dtype == "fp8" else {torch.bfloat16: 2e-2},
+    )
+    for dtype in ("bf16", "fp8")
+}  # fmt: skip
 NCCL = {
     name: Case(name, 128, "cuda", slots=16, hidden=2048, is_extend=(True, False))
     for name in ("allgather", "all_to_all")
@@ -71,3 +78,10 @@ def test_nccl(name: str, ranks: int) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_deepep(name: str) -> None:
     assert run_ranks(dims(2), whole_contract, CASES[name], device="cuda") == [expected(2, CASES[name])] * 2
+
+
+@needs_gpus(2)
+@pytest.mark.parametrize("dtype", NVLINK)
+def test_nvlink(dtype: str) -> None:
+    """The prefill steps of this case go by DeepEP, or by all-gather where it is not installed."""
+    assert run_ranks(dims(2), whole_contract, NVLINK[dtype], device="cuda") == [expected(2, NVLINK[dtype])] * 2

@@ -12,12 +12,12 @@ import torch
 from tests.dist.cases import Case
 from tests.dist.forced import forced_logits
 from tests.dist.ranks import run_ranks
+from tests.dist.steps import texts
 from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
 from toolkit.engine.arch import read_arch
-from toolkit.engine.core import SamplingParams, StepContext
+from toolkit.engine.core import SamplingParams
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Groups
-from toolkit.engine.pipeline import Pipeline, Step
 from toolkit.engine.prepare import prepare
 from toolkit.engine.runner import ModelRunner
 
@@ -79,34 +79,11 @@ def test_logits_in_bfloat16(case: Case, bf16_error: float, runner: str) -> None:
     assert max(errors(served(case, "bfloat16", runner=runner), case)) < 2 * bf16_error + 0.01
 
 
-def tokens(runner: ModelRunner, ahead: bool, temperature: float) -> list[list[int]]:
-    """What four requests of unequal length say."""
-    scheduler = runner.new_scheduler()
-    texts: dict[str, list[int]] = {}
-    for i in range(4):
-        params = SamplingParams(max_tokens=24 - i, temperature=temperature, seed=i)
-        assert scheduler.add(str(i), list(range(3 + i, 40 + 7 * i)), params) is None
-    steps: list[int] = []
-
-    def over(step: Step) -> None:
-        steps.append(step.number)
-        for output in step.outputs:
-            texts.setdefault(output.rid, []).extend(output.token_ids)
-
-    pipeline = Pipeline(runner, scheduler, ahead, over)
-    for number in range(100):
-        pipeline.before_schedule()
-        batch = scheduler.schedule()
-        if not batch.num_tokens:
-            pipeline.drain()
-            if scheduler.idle:
-                break
-            continue
-        pipeline.launch(
-            batch, StepContext(number, (batch.num_tokens,), (batch.num_logit_rows,), is_extend=bool(batch.prefill))
-        )
-    assert steps == sorted(steps) and len(texts) == 4
-    return [texts[str(i)] for i in range(4)]
+def tokens(runner: ModelRunner, groups: Groups, ahead: bool, temperature: float) -> list[list[int]]:
+    """What four requests of unequal length say; on every rank the same."""
+    prompts = [list(range(3 + i, 40 + 7 * i)) for i in range(4)]
+    params = [SamplingParams(max_tokens=24 - i, temperature=temperature, seed=i) for i in range(4)]
+    return texts(runner, groups, prompts, params, ahead)[0]
 
 
 def test_graphs_and_running_ahead_change_no_token(case: Case) -> None:
@@ -120,11 +97,21 @@ def test_graphs_and_running_ahead_change_no_token(case: Case) -> None:
             runner.capture((1, 2, 3, 4))
             assert runner.graphs is not None and runner.graphs.sizes == (1, 2, 3, 4)
         for ahead, temperature in product((False, True), (0.0, 0.8)):
-            found[graphs, ahead, temperature] = tokens(runner, ahead, temperature)
+            found[graphs, ahead, temperature] = tokens(runner, runner.groups, ahead, temperature)
     for temperature in (0.0, 0.8):
         texts = {key: text for key, text in found.items() if key[2] == temperature}
         assert [len(t) for t in next(iter(texts.values()))] == [24, 23, 22, 21]
         assert all(text == next(iter(texts.values())) for text in texts.values()), texts
+
+
+def test_logits_with_an_fp8_cache(case: Case, bf16_error: float) -> None:
+    """Queries and latents lose 2^-4 each; scores and sums average that out."""
+    if not read_arch(case.model).mla:
+        pytest.skip("for latent attention")
+    model, options = replace(case.model, dtype="bfloat16"), engine(kv_cache_dtype="fp8_e4m3")
+    with torch.inference_mode():
+        found = forced_logits(Groups.single(), model, options, case.sequences, PROMPT, DEVICE)
+    assert bf16_error < max(errors(found, case)) < 2 * bf16_error + 0.1
 
 
 def test_the_kv_cache_takes_what_is_left(case: Case) -> None:
@@ -155,3 +142,33 @@ def test_two_gpus(case: Case, bf16_error: float, dispatcher: str) -> None:
         dims, forced_logits, model, engine(moe_a2a_backend=dispatcher), case.sequences, PROMPT, None, device="cuda"
     ):
         assert max(errors(logits, case)) < 2 * bf16_error + 0.01
+
+
+def both_ways(groups: Groups, model: ModelConfig, changes: dict[str, object]) -> dict[bool, list[list[int]]]:
+    """Texts of this rank with and without graphs."""
+    found = {}
+    for graphs in (False, True):
+        options = engine(disable_cuda_graph=not graphs, chunked_prefill_size=512, **changes)
+        runner = ModelRunner(model, read_arch(model), options, groups, f"cuda:{groups.rank}")
+        prepare(runner, lambda stage, done, total: None)
+        if graphs:
+            runner.capture((1, 2, 3, 4))
+        assert (runner.graphs is not None) == graphs
+        found[graphs] = tokens(runner, groups, ahead=True, temperature=0.0)
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "deepep", "nvlink"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_graphs_of_two_gpus(case: Case, dispatcher: str, overlap: bool) -> None:
+    """With two-batch overlap a graph holds both halves."""
+    arch = read_arch(case.model)
+    if arch.family not in ("qwen3_moe", "deepseek_v3") or (overlap and dispatcher == "nvlink"):
+        pytest.skip("not of this model or dispatcher")
+    if dispatcher != "all_to_all":
+        pytest.importorskip("deep_ep")
+    changes = {"moe_a2a_backend": dispatcher, "enable_two_batch_overlap": overlap, "moe_runner_backend": "auto"}
+    for found in run_ranks(DEP2, both_ways, replace(case.model, dtype="bfloat16"), changes, device="cuda"):
+        assert [len(t) for t in found[True]] == [24, 23, 22, 21]
+        assert found[True] == found[False]

@@ -18,6 +18,8 @@ KINDS = [
     ("all_to_all", "deep_gemm", True),
     ("deepep", "deep_gemm", False),
     ("deepep", "deep_gemm", True),
+    ("nvlink", "deep_gemm", False),
+    ("nvlink", "deep_gemm", True),
 ]
 STEPS = [((21, 6), True), ((9, 4), False), ((0, 12), False), ((0, 17), True)]
 
@@ -36,7 +38,7 @@ def all_steps(groups: Groups, family: str, dispatcher: str, gemm: str, fp8: bool
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: f"{k[0]}-{k[1]}-{'fp8' if k[2] else 'bf16'}")
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=needs_gpus(2))])
 def test_layers_equal_the_cpu(family: str, kind: tuple[str, str, bool], ranks: int) -> None:
-    if kind[0] == "deepep" and ranks == 1:
-        pytest.skip("DeepEP is between GPUs")
+    if kind[0] in ("deepep", "nvlink") and ranks == 1:
+        pytest.skip("between GPUs")
     errors = run_ranks(dims(ranks), all_steps, family, *kind, device="cuda")
     assert all(error < (8e-2 if kind[2] else 1.5e-2) for rank in errors for error in rank), errors

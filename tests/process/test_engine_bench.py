@@ -14,6 +14,7 @@ from toolkit.engine.arch import read_arch
 from toolkit.engine.bench.__main__ import CONF, arguments, main, make_job
 from toolkit.engine.bench.roofline import Rates, Roofline
 from toolkit.engine.dims import ParallelDims
+from toolkit.records import read_rebalances
 
 
 def test_two_ranks_leave_a_run_folder(tmp_path: Path) -> None:
@@ -91,3 +92,22 @@ def test_the_floor_of_a_known_shape() -> None:
     # prefill is arithmetic: 3.3 billion active parameters but for the embedding
     active = 48 * (18_874_368 + 8 * 3 * 2048 * 768)
     assert roofline.prefill(16384, 1024).flops == pytest.approx(2 * 16384 * active, rel=0.2)
+
+
+def test_a_rebalance_while_a_batch_is_served_is_timed(tmp_path: Path) -> None:
+    from toolkit.engine.bench import migration
+
+    given = ["--model", "tiny", "--parallel", "dep2", "--device", "cpu", "--isl", "12", "--osl", "40", "--batch", "2"]
+    options = ["engine.page_size=4", "engine.ep_num_redundant_experts=2", "engine.eplb_rebalance_layers_per_chunk=1"]
+    assert migration.main([*given, "--out", str(tmp_path), "--set", *options]) == 0
+    records = read_rebalances(tmp_path)
+    assert len(records) > len(migration.SHARES) and all(line.moved_slots for line in records)
+    assert all(line.state == "done" and line.chunks == 2 == len(line.sent_bytes) for line in records)
+    assert sum(records[1].sent_bytes) < sum(records[-1].sent_bytes), "5 % of the slots, and all of them"
+    results = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    for result in results:
+        points = result["points"]
+        assert [point["share"] for point in points] == [0.0, *migration.SHARES]
+        assert points[0]["moving"] == points[0]["paused"] == [] and len(points[0]["rest"]) == 39
+        assert all(len(point["rest"] + point["moving"] + point["paused"]) == 39 for point in points)
+    assert "| 100% |" in (tmp_path / "migration.md").read_text()

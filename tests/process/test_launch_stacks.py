@@ -139,3 +139,30 @@ def test_idle_ranks_may_rest_and_busy_ones_may_not(run_dir: Path, monkeypatch: p
     watch.check()
     with pytest.raises(RunFailed, match=r"rank-1 is behind, in step of step 5, its process is stopped"):
         watch.check()
+
+
+def test_the_ranks_of_each_pool_are_watched_by_themselves(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefill worker that hangs is not hidden by a decode worker that steps, nor by its own idleness."""
+    import msgspec
+
+    monkeypatch.setattr(stall, "LOOK_S", 0.0)
+    monkeypatch.setattr(stacks, "ask", lambda *given: {})
+    specs = [ProcessSpec(f"{role}0", rank, (), group=f"worker-{i}") for i, role in enumerate(("prefill", "decode"))
+             for rank in range(2)]  # fmt: skip
+    watch = StallWatch([*specs, ProcessSpec("frontend", 0, ())], run_dir, stall_s=0.0)
+
+    def write(role: str, *beats: Beat) -> None:
+        stall.pulse_folder(run_dir, role).mkdir(parents=True, exist_ok=True)
+        for one in beats:
+            path_of(stall.pulse_folder(run_dir, role), one.rank).write_bytes(msgspec.json.encode(one))
+
+    write("prefill0", beat(0, 5, "idle", requests=0), beat(1, 5, "idle", requests=0))
+    for step in range(3):
+        write("decode0", beat(0, 6 + step), beat(1, 6 + step))
+        watch.check()
+    write("prefill0", beat(0, 6), beat(1, 7))
+    write("decode0", beat(0, 20), beat(1, 20))
+    watch.check()
+    write("decode0", beat(0, 21), beat(1, 21))
+    with pytest.raises(RunFailed, match=r"requests on the ranks of prefill0: prefill0-0 is behind"):
+        watch.check()

@@ -92,7 +92,9 @@ class Pair:
             self.source.scheduler, self.source.transfer, self.source.kv, True, 60.0, lambda: None
         )
         log = TransferLog(None, "d", 0)
-        self.decode = DecodePart(self.sink.scheduler, self.sink.transfer, self.sink.layout, 0, 60.0, log)
+        self.decode = DecodePart(
+            self.sink.scheduler, self.sink.transfer, self.sink.layout, 0, 60.0, log, lambda: lambda: True
+        )
         self.got: dict[str, list[int]] = {}
         self.first: dict[str, int] = {}
         self.ended: dict[str, str] = {}

@@ -73,5 +73,5 @@ def test_legacy_runs_over_some_numbers_of_ranks() -> None:
 def test_options_of_deepep_need_deepep() -> None:
     [found] = errors(moe_a2a_backend="allgather", deepep_mode="normal")
     assert found.startswith(
-        "engine.deepep_mode=normal is an option of engine.moe_a2a_backend=deepep, but that is allgather"
+        "engine.deepep_mode=normal is an option of engine.moe_a2a_backend=deepep and nvlink, but that is allgather"
     )

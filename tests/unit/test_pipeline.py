@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.dist import steps
 from tests.unit.frontend_peer import TINY_MIXTRAL
 from toolkit.config import EngineConfig, ModelConfig
 from toolkit.engine.arch import read_arch
-from toolkit.engine.core import UNKNOWN, Batch, Request, SamplingParams, ScheduledRequest, StepContext
+from toolkit.engine.core import UNKNOWN, Batch, Request, SamplingParams, ScheduledRequest
 from toolkit.engine.graphs import bucket_sizes
 from toolkit.engine.inputs import LastTokens, resolve_tokens, token_arrays
 from toolkit.engine.parallel import Groups
-from toolkit.engine.pipeline import Pipeline, Step
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.staging import StaticInts, ints, to_device
 
@@ -24,29 +24,9 @@ def runner() -> ModelRunner:
     return ModelRunner(model, read_arch(model), EngineConfig(page_size=4, max_total_tokens=240), Groups.single(), "cpu")
 
 
-def texts(runner: ModelRunner, ahead: bool, params: list[SamplingParams]) -> tuple[dict[str, list[int]], int]:
-    """What each request says, and how many steps were launched with a token still unknown."""
-    scheduler, found, unknown = runner.new_scheduler(), {}, 0
-    for i, p in enumerate(params):
-        assert scheduler.add(str(i), [(7 * i + j) % 90 for j in range(5 + 3 * i)], p) is None
-
-    def over(step: Step) -> None:
-        for output in step.outputs:
-            found.setdefault(output.rid, []).extend(output.token_ids)
-
-    pipeline = Pipeline(runner, scheduler, ahead, over)
-    for number in range(200):
-        pipeline.before_schedule()
-        batch = scheduler.schedule()
-        if not batch.num_tokens:
-            pipeline.drain()
-            if scheduler.idle:
-                return found, unknown
-            continue
-        unknown += any(s.request.tokens[s.end - 1] == UNKNOWN for s in batch.scheduled)
-        rows = batch.num_logit_rows
-        pipeline.launch(batch, StepContext(number, (batch.num_tokens,), (rows,), is_extend=bool(batch.prefill)))
-    raise AssertionError("the requests did not end")
+def texts(runner: ModelRunner, ahead: bool, params: list[SamplingParams]) -> tuple[list[list[int]], int]:
+    prompts = [[(7 * i + j) % 90 for j in range(5 + 3 * i)] for i in range(len(params))]
+    return steps.texts(runner, runner.groups, prompts, params, ahead)
 
 
 def test_texts_are_the_same(runner: ModelRunner) -> None:
@@ -59,9 +39,9 @@ def test_texts_are_the_same(runner: ModelRunner) -> None:
     ahead, unknown = texts(runner, True, params)
     assert none == 0 and unknown >= 10
     assert ahead == at_once
-    stop = at_once["0"][4]
+    stop = at_once[0][4]
     params[0] = SamplingParams(max_tokens=12, stop_token_ids=(stop,))
-    assert texts(runner, True, params)[0]["0"] == at_once["0"][: at_once["0"].index(stop) + 1]
+    assert texts(runner, True, params)[0][0] == at_once[0][: at_once[0].index(stop) + 1]
 
 
 def test_penalties_wait_for_the_tokens_that_they_count(runner: ModelRunner) -> None:

@@ -16,6 +16,7 @@ examples:
   python -m toolkit.analysis report results/smoke/latest               charts and report again
   python -m toolkit.analysis compare results/a/latest results/b/latest the difference, with its confidence interval
   python -m toolkit.analysis pareto results/*/latest                   which mapping and load to choose
+  python -m toolkit.analysis rates results/rate_match-*/latest         how many decode GPUs a prefill GPU feeds
   python -m toolkit.analysis export results/smoke/latest --format csv  every table of a run
   python -m toolkit.analysis export results/smoke/latest --format vllm as sa-bench and vLLM would have written it
   python -m toolkit.analysis import vllm bench-*.json --gpus 8         results of others as run folders
@@ -66,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("pareto", commands.pareto, "tok/s/GPU against tok/s/user over runs: which points no other beats")
     sub.add_argument("run", nargs="+", type=Path, help=run_help)
     _out(sub, "pareto")
+
+    sub = add("rates", commands.rates, "decode GPUs that one prefill GPU feeds, from runs of each load.phase")
+    sub.add_argument("run", nargs="+", type=Path, help=f"{run_help}; of both load.phase=prefill and =decode")
+    own = "default: load.slo_{}_ms of the first run; 0: no bound"
+    sub.add_argument("--ttft-ms", type=float, default=0.0, help=f"bound on the prefill side; {own.format('ttft')}")
+    sub.add_argument("--tpot-ms", type=float, default=0.0, help=f"bound on the decode side; {own.format('tpot')}")
+    _out(sub, "rates")
 
     sub = add(
         "export", commands.export, "tables of a run in one format, or its load points as another tool writes them"

@@ -101,6 +101,35 @@ def pareto(options: argparse.Namespace) -> int:
     return 0
 
 
+def rates(options: argparse.Namespace) -> int:
+    from toolkit.analysis import charts
+    from toolkit.analysis.charts.rates import RATES_CAPTION, rates_figure
+    from toolkit.analysis.metrics import Slo
+    from toolkit.analysis.rates import rate_match
+    from toolkit.analysis.runs import Runs
+
+    runs = Runs(options.run)
+    asked = runs[0].slo
+    slo = Slo(ttft_ms=options.ttft_ms or asked.ttft_ms, tpot_ms=options.tpot_ms or asked.tpot_ms)
+    table = rate_match(list(runs), slo)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = options.out / "rates"
+    table.to_csv(f"{stem}.csv", index=False)
+    charts.save(rates_figure(table, slo), stem, RATES_CAPTION)
+    shown = ["isl", "osl", "prefill_req_s_per_gpu", "ttft_p99_ms", "concurrency", "tpot_ms", "decode_req_s_per_gpu",
+             "decode_gpus"]  # fmt: skip
+    _print(
+        ["ISL", "OSL", "prompts/s/prefill GPU", "TTFT p99 ms", "decode batch", "TPOT ms", "answers/s/decode GPU",
+         "decode GPUs a prefill GPU", ""],
+        (
+            [*(_number(row[name]) for name in shown), "choose" if row["chosen"] else "" if row["keeps"] else "too slow"]
+            for row in table.to_dict("records")
+        ),
+    )  # fmt: skip
+    sys.stdout.write(f"{_invalid(runs)}files: {stem}.csv .png .svg\n")
+    return 0
+
+
 def _invalid(runs: Iterable[Run]) -> str:
     """A line for each invalid load point, which no comparison shows."""
     return "".join(

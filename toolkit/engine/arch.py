@@ -147,7 +147,7 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
     if len(arch.moe_layers) < arch.num_layers:
         way = "use parallel.moe_dense_tp_size=1"
         must_divide("parallel.tp_size", dims.dense_tp, arch.dense_intermediate, "dense FFN columns", way)
-    if arch.moe_layers and engine.moe_a2a_backend in ("all_to_all", "deepep") and dims.moe_tp > 1:
+    if arch.moe_layers and engine.moe_a2a_backend != "allgather" and dims.moe_tp > 1:
         errors.append(
             f"engine.moe_a2a_backend={engine.moe_a2a_backend} needs whole experts, but each is split over "
             f"{dims.moe_tp} ranks: use ep_size={dims.moe_group} or moe_a2a_backend=allgather"
@@ -157,11 +157,11 @@ def check(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
             f"engine.enable_two_batch_overlap=true has nothing to overlap in {arch.family}, a model without experts: "
             "use false"
         )
-    elif engine.enable_two_batch_overlap and (engine.moe_a2a_backend == "allgather" or dims.ep_size == 1):
+    elif engine.enable_two_batch_overlap and (engine.moe_a2a_backend in ("allgather", "nvlink") or dims.ep_size == 1):
         errors.append(
             f"engine.enable_two_batch_overlap=true needs dispatches that travel beside compute, but "
-            f"moe_a2a_backend={engine.moe_a2a_backend} with ep_size={dims.ep_size} has none: use all_to_all and "
-            "ep_size > 1, or enable_two_batch_overlap=false"
+            f"moe_a2a_backend={engine.moe_a2a_backend} with ep_size={dims.ep_size} has none: use all_to_all or "
+            "deepep, and ep_size > 1, or enable_two_batch_overlap=false"
         )
     return (
         errors
@@ -214,6 +214,11 @@ def _check_engine(arch: Arch, engine: EngineConfig) -> list[str]:
         )
     if engine.cuda_graph_max_bs < 0:
         errors.append(f"engine.cuda_graph_max_bs={engine.cuda_graph_max_bs} must not be negative: use 0 for all")
+    if engine.kv_cache_dtype != "auto" and not arch.mla:
+        errors.append(
+            f"engine.kv_cache_dtype={engine.kv_cache_dtype} is for latent attention, which {arch.family} has not: use "
+            "auto"
+        )
     errors += _check_windows(arch, engine)
     if engine.context_length < 0 or engine.context_length > arch.max_len:
         errors.append(
@@ -259,6 +264,11 @@ def wants_fp8(arch: Arch, engine: EngineConfig, device: str) -> bool:
     return arch.fp8 and device != "cpu" and engine.moe_runner_backend in ("auto", "deep_gemm")
 
 
+def kv_value_bytes(engine: EngineConfig, dtype: str) -> int:
+    """Bytes of one value in the KV cache."""
+    return 1 if engine.kv_cache_dtype == "fp8_e4m3" else DTYPE_BYTES[dtype]
+
+
 def memory_by_kind(
     arch: Arch, dims: ParallelDims, engine: EngineConfig, dtype: str, device: str = "cpu"
 ) -> dict[str, int]:
@@ -286,7 +296,7 @@ def memory_by_kind(
         "shared_experts": int(matrix * len(arch.moe_layers) * 3 * d * arch.shared_intermediate),
         "experts": int(matrix * len(arch.moe_layers) * arch.slots(engine) // dims.ep_size * expert),
         "eplb_spare": int(matrix * arch.slots(engine) // dims.ep_size * expert) if engine.enable_eplb else 0,
-        "kv_cache": size * kv_rows * arch.kv_values * arch.kv_heads // kv_shards,
+        "kv_cache": kv_value_bytes(engine, dtype) * kv_rows * arch.kv_values * arch.kv_heads // kv_shards,
     }
 
 

@@ -22,14 +22,15 @@ LEGACY_RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
 LEGACY_TOP_K = 11
 LEGACY_ROWS = 511  # NVSHMEM_QP_DEPTH (1024) holds two for each row, and two more
 DEFAULTS = EngineConfig()
+USES_DEEPEP = ("deepep", "nvlink")  # which leaves steps with prefill to it
 
 
 def check_experts(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> list[str]:
     """Sentences: field, value, rule, way out."""
-    if engine.moe_a2a_backend != "deepep":
+    if engine.moe_a2a_backend not in USES_DEEPEP:
         return [
-            f"engine.{name}={getattr(engine, name)} is an option of engine.moe_a2a_backend=deepep, but that is "
-            f"{engine.moe_a2a_backend}: use deepep, or leave {name} at {getattr(DEFAULTS, name)}"
+            f"engine.{name}={getattr(engine, name)} is an option of engine.moe_a2a_backend=deepep and nvlink, but that "
+            f"is {engine.moe_a2a_backend}: use deepep, or leave {name} at {getattr(DEFAULTS, name)}"
             for name in vars(DEFAULTS)
             if name.startswith("deepep_") and getattr(engine, name) != getattr(DEFAULTS, name)
         ]
@@ -44,20 +45,21 @@ def room(dims: ParallelDims, engine: EngineConfig) -> int:
 
 
 def _deepep(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> Iterator[str]:
+    backend = f"engine.moe_a2a_backend={engine.moe_a2a_backend}"
     if dims.ep_size == 1:
         yield (
-            "engine.moe_a2a_backend=deepep sends rows between EP ranks, but parallel.ep_size=1: use ep_size > 1, or "
+            f"{backend} sends rows between EP ranks, but parallel.ep_size=1: use ep_size > 1, or "
             "moe_a2a_backend=allgather, which then sends nothing"
         )
     multiple = 128 if arch.fp8 and engine.deepep_dispatch_dtype != "bf16" else 8
     if arch.hidden_size % multiple:
         yield (
-            f"engine.moe_a2a_backend=deepep moves rows of a multiple of {multiple} values, but hidden_size="
+            f"{backend} moves rows of a multiple of {multiple} values, but hidden_size="
             f"{arch.hidden_size}: use moe_a2a_backend=all_to_all"
         )
     if arch.top_k > MOST_TOP_K:
         yield (
-            f"engine.moe_a2a_backend=deepep takes up to {MOST_TOP_K} experts a token, the model has {arch.top_k}: use "
+            f"{backend} takes up to {MOST_TOP_K} experts a token, the model has {arch.top_k}: use "
             "moe_a2a_backend=all_to_all"
         )
     if engine.deepep_dispatch_dtype == "fp8" and not arch.fp8:

@@ -228,13 +228,13 @@ class LMHead:
         return cls(weights.get(f"{name}.weight", (vocab, hidden), part), groups)
 
     def __call__(self, x_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
-        """[N, D], the same on every rank of the DP group -> logits [N, V] in float32.
+        """[N, D], the same on every rank of the DP group -> logits [N, V], as they are multiplied or in float32.
 
         Args:
             dp_rows: N of each DP rank. Every rank must call when any is not zero.
         """
         if self.comm.size == 1:
-            return F.linear(x_ND, self.weight).float()
+            return F.linear(x_ND, self.weight)
         dims = self.groups.dims
         if dims.head_tp == dims.attn_tp:
             return self.comm.all_gather(F.linear(x_ND, self.weight).float().T.contiguous()).T

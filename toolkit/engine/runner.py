@@ -102,7 +102,8 @@ class ModelRunner:
         self.engine = engine
         kinds = layer_kinds(self.arch.windows, engine)
         memory = None if self.transfer is None else partial(self.transfer.allocate, device=self.device)
-        self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, self._dtype, self.device, memory)
+        fp8 = engine.kv_cache_dtype == "fp8_e4m3"
+        self.cache = KVCache(self.model.kv_spec, kinds, engine.page_size, self._dtype, self.device, memory, fp8)
         self.attention = make_attention(engine.attention_backend, self.cache, self.device)
 
     def new_scheduler(self) -> Scheduler:
@@ -118,27 +119,32 @@ class ModelRunner:
             return ()
         sizes = bucket_sizes(self.engine.cuda_graph_max_bs or self.engine.max_running_requests)
         ranks, tp = self.groups.moe.size, self.groups.dims.attn_tp
-        moe, fitting = self.moe, sizes
-        if self.arch.moe_layers:
+        obstacles: dict[int, tuple[str, ...]] = dict.fromkeys(sizes, ())
+        if not self.attention.capturable:
+            obstacles = dict.fromkeys(sizes, ("the attention backend loops on the host",))
+        elif self.arch.moe_layers:
             rows = {size: StepRows((-(-size // tp),) * ranks, is_extend=False) for size in sizes}
-            fitting = tuple(size for size in sizes if moe.dispatcher.capturable(rows[size]))
-        obstacles = {
-            "the attention backend loops on the host": not self.attention.capturable,
-            "the dispatcher waits on the host": not fitting,
-            "ep_dispatch_algorithm looks at ids on the host": not moe.placement.capturable,
-            "the recorder looks at each pass": moe.recorder is not None and moe.recorder.passes is not None,
-        }
-        found = [what for what, is_so in obstacles.items() if is_so]
-        if found:
-            log.info("decode steps are not captured: %s", "; ".join(found))
-        return () if found else fitting
+            obstacles = {size: self.moe.obstacles(rows[size]) for size in sizes}
+        fitting = tuple(size for size in sizes if not obstacles[size])
+        if not fitting:
+            log.info("decode steps are not captured: %s", "; ".join(obstacles[sizes[0]]))
+        return fitting
 
     @torch.inference_mode()
     def capture(self, sizes: tuple[int, ...], done: Callable[[int], None] = lambda count: None) -> None:
         """Captures decode graphs of ``sizes``; all ranks alike."""
         max_len = context_length(self.arch, self.engine)
         self.graphs = DecodeGraphs(
-            self.model, self.attention, self.groups, self.last, max_len, sizes, self.padding, self.device, done
+            self.model,
+            self.attention,
+            self.groups,
+            self.last,
+            max_len,
+            sizes,
+            self.padding,
+            self.engine.enable_two_batch_overlap,
+            self.device,
+            done,
         )
 
     @torch.inference_mode()
@@ -162,6 +168,14 @@ class ModelRunner:
         if self.device != "cpu":
             torch.cuda.current_stream().synchronize()
 
+    def fence(self) -> Callable[[], bool]:
+        """What tells whether the device has done all that was launched until now."""
+        if self.device == "cpu":
+            return lambda: True
+        event = torch.cuda.Event()
+        event.record()
+        return event.query
+
     def step(self, batch: Batch, ctx: StepContext) -> Sampled:
         """``launch`` and wait."""
         return self.launch(batch, ctx).result()
@@ -181,7 +195,7 @@ class ModelRunner:
         due: list[Tensor] = []
         for begin in range(0, max(ctx.dp_logit_rows), LOGIT_ROWS):
             dp_rows = tuple(max(0, min(rows - begin, LOGIT_ROWS)) for rows in ctx.dp_logit_rows)
-            logits = self.model.logits(hidden_ND[begin : begin + LOGIT_ROWS], dp_rows)
+            logits = self.model.logits(hidden_ND[begin : begin + LOGIT_ROWS], dp_rows).float()
             part = scored[begin : begin + LOGIT_ROWS]
             _score(part, logits[: len(part)])
             if len(logits) > len(part):

@@ -65,8 +65,12 @@ class Sampler:
         """A token for each request, without waiting for the device.
 
         Args:
+            logits_NV: in any type; converted to float32 only where somebody needs more than the most likely token.
             greedy_N: the most likely tokens, where they are known already.
         """
+        if greedy_N is not None and not any(_looks_at_logits(r.sampling) for r in requests):
+            return Chosen(greedy_N, logits_NV, requests)
+        logits_NV = logits_NV.float()
         scores = self.scores(logits_NV, requests)
         drawing = [i for i, r in enumerate(requests) if r.sampling.temperature >= GREEDY_BELOW]
         tokens = greedy_N if greedy_N is not None and scores is logits_NV else scores.argmax(-1)
@@ -192,6 +196,17 @@ def token_logprobs(logits_NV: Tensor, tokens: Sequence[int], tops: Sequence[int]
     best, ids = logprobs.topk(min(max(tops), logprobs.shape[1]), dim=-1)
     rows = zip(chosen, ids.tolist(), best.tolist(), tops)
     return [TokenLogprobs(logprob, top_ids[:top], top_logprobs[:top]) for logprob, top_ids, top_logprobs, top in rows]
+
+
+def _looks_at_logits(p: SamplingParams) -> bool:
+    """Whether more is asked for than the most likely token."""
+    return (
+        p.temperature >= GREEDY_BELOW
+        or _has_penalties(p)
+        or bool(p.logit_bias)
+        or p.min_tokens > 0
+        or p.logprobs is not None
+    )
 
 
 def _has_penalties(p: SamplingParams) -> bool:

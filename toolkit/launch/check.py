@@ -30,7 +30,7 @@ BUILDS = ("smollm2_moe",)
 NAMES = {
     "engine.backend": ("native",),
     "engine.attention_backend": ("auto", "fa3", "flash_mla", "sdpa", "varlen"),
-    "engine.moe_a2a_backend": ("allgather", "all_to_all", "deepep"),
+    "engine.moe_a2a_backend": ("allgather", "all_to_all", "deepep", "nvlink"),
     "engine.moe_runner_backend": ("auto", "torch", "grouped_mm", "deep_gemm"),
     "deploy.router": tuple(ROUTERS),
 }
@@ -157,8 +157,12 @@ def _cluster(cfg: ExpConfig) -> Iterator[str]:
 
 def _gpu_backends(cfg: ExpConfig) -> Iterator[str]:
     """Backends that run on GPUs alone, where there are none or the model's type is not theirs."""
-    for key, name, other in (("moe_a2a_backend", "deepep", "all_to_all"), ("moe_runner_backend", "deep_gemm", "auto")):
-        if getattr(cfg.engine, key) != name:
+    for key, names, other in (
+        ("moe_a2a_backend", ("deepep", "nvlink"), "all_to_all"),
+        ("moe_runner_backend", ("deep_gemm",), "auto"),
+    ):
+        name = getattr(cfg.engine, key)
+        if name not in names:
             continue
         if cfg.cluster.device == "cpu":
             yield f"engine.{key}={name} runs on GPUs, but cluster.device=cpu: use engine.{key}={other}"

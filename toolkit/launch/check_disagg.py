@@ -24,6 +24,8 @@ def check_disagg(cfg: ExpConfig) -> Iterator[str]:
             yield f"deploy.{name}={getattr(deploy, name)} must be positive: it is how a frozen peer is noticed"
     if deploy.migration_limit < 0:
         yield f"deploy.migration_limit={deploy.migration_limit} is negative: use 0 to never move a request on"
+    if deploy.restart_workers < 0:
+        yield f"deploy.restart_workers={deploy.restart_workers} is negative: use 0 to end the run with a worker"
     found = worker_pools(cfg)
     for pool in found:
         if pool.workers < 1:
@@ -46,10 +48,10 @@ def _backend(cfg: ExpConfig) -> Iterator[str]:
     backend, cluster = cfg.deploy.disaggregation_transfer_backend, cfg.cluster
     if backend not in TRANSFERS:
         yield unknown("deploy.disaggregation_transfer_backend", backend, ["auto", *TRANSFERS])
-    if backend == "local" and (cluster.launcher, cluster.device) != ("local", "cpu"):
+    if backend == "local" and cluster.launcher != "local":
         yield (
-            f"deploy.disaggregation_transfer_backend=local is memory that CPU ranks of one host share, not for "
-            f"cluster.launcher={cluster.launcher}, cluster.device={cluster.device}: use nixl"
+            "deploy.disaggregation_transfer_backend=local is memory that ranks of one host share, not for "
+            f"cluster.launcher={cluster.launcher}, whose nodes are others: use nixl"
         )
     installed = any(importlib.util.find_spec(name) for name in ("nixl_cu13", "nixl"))
     if backend == "nixl" and cluster.launcher == "local" and not installed:

@@ -29,6 +29,7 @@ from toolkit.launch.interrupts import Interrupts
 from toolkit.launch.launcher import STATE_DIR, Job, Launcher, Node, launchers, with_environment
 from toolkit.launch.plan import DeploymentPlan, num_ports, plan, pools
 from toolkit.launch.preflight import preflight
+from toolkit.launch.restarts import RestartingJob
 from toolkit.launch.share import FOLDER, Share
 from toolkit.launch.show import say
 from toolkit.launch.stall import StallWatch
@@ -93,12 +94,15 @@ class Deployment:
             self._alive.enter_context(beating(self.home))  # the run's own heart stops when its load is over
         with interrupts.held():
             token = {TOKEN_ENV: secrets.token_hex(16)}
-            self._job = self.launcher.start(with_environment(specs, cfg, self.nodes), self.home, token)
+            first = self.launcher.start(with_environment(specs, cfg, self.nodes), self.home, token)
+            limit = cfg.deploy.restart_workers if cfg.deploy.mode == "disagg" else 0
+            job = self._job = RestartingJob(first, self.launcher, self.home, token, limit)
         self._lend(run_dir)
         self._stall = StallWatch(self._job.specs, self.home, cfg.health.stall_s)
         self._watch = Watch(self._job, self.home, self._stall)
         with LoadingBars(console, deployment.num_gpus) as bars:
             wait_ready(self._url, self._watch, cfg.health.stall_s, bars)
+        job.arm()
         self._ready_at = time.time()
 
     def _write_files(self, deployment: DeploymentPlan) -> Processes:

@@ -132,10 +132,16 @@ def choose(cache: KVCache, device: str) -> str:
     """What ``auto`` stands for. The order is measured: docs/performance.md."""
     from toolkit.engine.attention import fa3, flash_mla, varlen
 
-    if device == "cpu" or cache.k[0].dtype not in (torch.bfloat16, torch.float16):
+    if device == "cpu" or cache.dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     if flash_mla.fits(cache):
         return "flash_mla"
+    if cache.fp8:
+        raise ValueError(
+            "engine.kv_cache_dtype=fp8_e4m3 is read by FlashMLA (sgl-flash-mla, sglang-kernel) on Hopper with "
+            f"page_size={flash_mla.PAGE}, not with page_size={cache.page_size} as things are here: use both, or "
+            "kv_cache_dtype=auto"
+        )
     if fa3.fits(cache):
         return "fa3"
     return "varlen" if varlen.fits(cache) else "sdpa"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.engine.attention.backend import BACKENDS, AttentionPlan, KindPlan, Segment
-from toolkit.engine.attention.paged import PagedAttention, PagedSegment, ragged_by_fa3, window_of
+from toolkit.engine.attention.paged import PagedAttention, PagedSegment, ragged_by_fa3, refuse_fp8, window_of
 from toolkit.engine.kv.pool import KVCache
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -38,6 +38,7 @@ class Fa3Attention(PagedAttention):
                 "engine.attention_backend=fa3 needs the package sglang-kernel: pip install 'wideep-toolkit[gpu]', or "
                 f"use attention_backend=auto ({error})"
             ) from None
+        refuse_fp8(cache, "fa3")
         super().__init__(cache, device)
         self._fa3: Any = flash_attn
 

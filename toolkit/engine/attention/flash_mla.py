@@ -1,5 +1,7 @@
 """MLA decode by FlashMLA (package sgl-flash-mla): Hopper, pages of 64 tokens, a latent of 512 + 64 values.
 
+The cache is in bf16 or in FP8 without scales; queries then go to FP8 as well, which is what the library's dense kernel
+for that takes. It is not faster (docs/performance.md), but the cache holds twice the tokens.
 Its schedule is worked out on the device in the first layer of a step, for all. Prefill expands keys and values and
 runs FlashAttention 3.
 """
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from toolkit.engine.attention.backend import BACKENDS, AttentionPlan, KindPlan, Segment
 from toolkit.engine.attention.paged import PagedAttention, PagedSegment, ragged_by_fa3
-from toolkit.engine.kv.pool import KVCache
+from toolkit.engine.kv.pool import KVCache, to_fp8
 
 PAGE, LATENT, HEADS = 64, 512, 64
 
@@ -48,12 +50,14 @@ class FlashMlaAttention(PagedAttention):
         super().__init__(cache, device)
         self._mla: Any = flash_mla.flash_mla_interface
         self._fa3: Any = flash_attn
+        one = torch.ones(1, dtype=torch.float32, device=device)
+        self._scales = {"is_fp8_kvcache": True, "descale_q": one, "descale_k": one} if cache.fp8 else {}
 
     def _schedule(self, kind: KindPlan, segment: PagedSegment, heads: int) -> object:
         if segment.first not in kind.scratch:
             meta, _ = self._mla.get_mla_metadata()
             meta.tile_scheduler_metadata, meta.num_splits = self._mla.get_mla_decoding_metadata(
-                segment.lens_n, heads, 1, heads, use_legacy=True
+                segment.lens_n, heads, 1, heads, is_fp8_kvcache=self.cache.fp8, use_legacy=True
             )
             kind.scratch[segment.first] = meta
         return kind.scratch[segment.first]
@@ -69,9 +73,11 @@ class FlashMlaAttention(PagedAttention):
         if padded != heads:
             q = torch.cat([q, q.new_zeros(len(q), padded - heads, q.shape[2])], dim=1)
         pages, _ = self.cache.pages(layer)
+        if self.cache.fp8:
+            q = to_fp8(q)
         out, _ = self._mla.flash_mla_with_kvcache(
             q[:, None], pages, segment.tables_nP, segment.lens_n, v_dim, self._schedule(kind, segment, padded),
-            softmax_scale=scale, causal=True, use_legacy=True,
+            softmax_scale=scale, causal=True, use_legacy=True, **self._scales,
         )  # fmt: skip
         result: Tensor = out[:, 0, :heads]
         return result

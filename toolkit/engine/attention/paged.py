@@ -82,7 +82,7 @@ class PagedAttention:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def gather(self, layer: int, segment: Segment) -> Tensor:
-        return self.cache.k[layer].index_select(0, _paged(segment).kv_rows)
+        return self.cache.read(layer, _paged(segment).kv_rows)
 
     # --- fixed shapes -----------------------------------------------------------------------------
 
@@ -158,6 +158,15 @@ class PagedAttention:
 def _paged(segment: Segment) -> PagedSegment:
     assert isinstance(segment, PagedSegment), f"a plan of another backend: {type(segment).__name__}"
     return segment
+
+
+def refuse_fp8(cache: KVCache, backend: str) -> None:
+    """For backends that read the cache in the model's type alone."""
+    if cache.fp8:
+        raise ValueError(
+            f"engine.kv_cache_dtype=fp8_e4m3 is read by flash_mla and sdpa, not by attention_backend={backend}: use "
+            "attention_backend=flash_mla, or kv_cache_dtype=auto"
+        )
 
 
 def window_of(window: int) -> tuple[int, int]:

@@ -49,16 +49,15 @@ class SdpaAttention:
         return torch.cat(parts) if parts else q.new_empty(0, q.shape[1], values.shape[-1])
 
     def decode(self, q: Tensor, layer: int, plan: AttentionPlan, scale: float, v_dim: int) -> Tensor:
-        keys = self.cache.k[layer]
         parts = []
         for q_r, rows in zip(q.split(1), _rows_of(plan.layers[layer].decode)):
-            k_r = keys[rows]
+            k_r = self.cache.read(layer, rows)
             parts.append(_attend(q_r, k_r, k_r[..., :v_dim], scale))
         return torch.cat(parts) if parts else q.new_empty(0, q.shape[1], v_dim)
 
     def gather(self, layer: int, segment: Segment) -> Tensor:
         rows = _rows_of(segment)
-        return self.cache.k[layer][torch.cat(rows)] if rows else self.cache.k[layer][:0]
+        return self.cache.read(layer, torch.cat(rows)) if rows else self.cache.k[layer][:0].to(self.cache.dtype)
 
     def ragged(self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, scale: float) -> Tensor:
         kv_lens = [len(rows) for rows in _rows_of(segment)]

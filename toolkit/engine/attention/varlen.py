@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from toolkit.engine.attention.backend import BACKENDS, AttentionPlan, KindPlan, Segment
-from toolkit.engine.attention.paged import PagedAttention, PagedSegment, window_of
+from toolkit.engine.attention.paged import PagedAttention, PagedSegment, refuse_fp8, window_of
 from toolkit.engine.kv.pool import KVCache
 
 PAGE = 256  # a page must be a multiple
@@ -33,6 +33,7 @@ class VarlenAttention(PagedAttention):
                 f"{cache.spec} and windows {[kind.window for kind in cache.kinds]}: use page_size={PAGE}, or "
                 "attention_backend=auto"
             )
+        refuse_fp8(cache, "varlen")
         super().__init__(cache, device)
         with suppress(RuntimeError):  # torch asks for cuDNN's version; an older one than its own says so once
             torch.backends.cudnn.version()

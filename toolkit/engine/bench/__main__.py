@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,16 @@ import msgspec
 
 from toolkit.config import ExpConfig, from_mapping, resolve
 from toolkit.engine.arch import check, read_arch
-from toolkit.engine.bench.rank import Job
+from toolkit.engine.bench.rank import Job, run
 from toolkit.engine.dims import ParallelDims
 
 CONF = Path(__file__).parents[3] / "conf"
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m toolkit.engine.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments(
+    argv: Sequence[str], prog: str = "python -m toolkit.engine.bench", about: str = __doc__
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="name in conf/model, or a yaml file like those")
     parser.add_argument("--parallel", default="dep1", help="name in conf/parallel: dep2, tep4, ...")
     parser.add_argument(
@@ -137,9 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     folder = Path(args.out or f"results/bench/{time.strftime('%Y%m%d-%H%M%S')}")
     folder.mkdir(parents=True, exist_ok=True)
-    job = msgspec.structs.replace(job, folder=str(folder.absolute()), port=_free_port())
+    job = msgspec.structs.replace(job, folder=str(folder.absolute()), port=free_port())
     (folder / "config.json").write_text(json.dumps(msgspec.to_builtins(job), indent=1))
-    failed = _run_ranks(job)
+    failed = run_ranks(job, run)
     if failed:
         sys.stderr.write(f"rank {failed[0]} failed: see {folder}/rank-{failed[0]}.log and the output above\n")
         return 1
@@ -147,10 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_ranks(job: Job) -> list[int]:
+def run_ranks(job: Job, run: Callable[[Job, int], None]) -> list[int]:
     """One process a rank; the ranks that failed."""
-    from toolkit.engine.bench.rank import run
-
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=run, args=(job, rank)) for rank in range(job.parallel.tp_size)]
     for process in processes:
@@ -187,7 +185,7 @@ def _report(job: Job, folder: Path) -> None:
     sys.stdout.write(f"{report}\n{folder}\n")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     import socket
 
     with socket.socket() as s:

@@ -20,7 +20,7 @@ import torch
 
 from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
 from toolkit.engine import device as devices
-from toolkit.engine.agree import Proposal, agree
+from toolkit.engine.agree import Agreement, Proposal, agree
 from toolkit.engine.arch import read_arch, wants_fp8
 from toolkit.engine.bench.roofline import measure
 from toolkit.engine.core import SamplingParams
@@ -100,7 +100,7 @@ class RankResult(msgspec.Struct, frozen=True):
 
 
 @dataclass
-class _Loop:
+class Loop:
     """Serves one batch of requests to its end, in step with the other ranks."""
 
     runner: ModelRunner
@@ -130,8 +130,10 @@ class _Loop:
             scheduled = scheduler.schedule()
             half = split(scheduled)[0].num_tokens if engine.enable_two_batch_overlap else -1
             tokens, rows = scheduled.num_tokens, scheduled.num_logit_rows
-            mine = Proposal(tokens, rows, bool(scheduled.prefill), half)
-            ctx = agree(self.groups.tp_cpu, dims, self.step, mine).ctx
+            mine = Proposal(tokens, rows, bool(scheduled.prefill), half, experts=self.experts())
+            agreed = agree(self.groups.tp_cpu, dims, self.step, mine)
+            self.between(agreed)
+            ctx = agreed.ctx
             if not any(ctx.dp_tokens):
                 pipeline.drain()
                 if scheduler.idle:  # on every rank alike: all have as many requests, of the same lengths
@@ -139,11 +141,22 @@ class _Loop:
                 continue
             self.extending[ctx.step] = ctx.is_extend
             pipeline.launch(scheduled, ctx)
+            self.launched()
             self.step += 1
             decodes += not ctx.is_extend
             if on_decode is not None and on_decode(decodes):
                 pipeline.drain()
                 return self.steps
+
+    def experts(self) -> int:
+        """What this rank says of experts that move."""
+        return 0
+
+    def between(self, agreed: Agreement) -> None:
+        """Between two steps, on all ranks."""
+
+    def launched(self) -> None:
+        """After the launch of a step."""
 
     def _over(self, step: Step) -> None:
         prefill = sum(s.num_tokens for s in step.batch.prefill)
@@ -178,7 +191,7 @@ def run(job: Job, rank: int) -> None:
 
 
 def _point(runner: ModelRunner, groups: Groups, job: Job, batch: int, folder: Path) -> Point:
-    loop = _Loop(runner, groups, job)
+    loop = Loop(runner, groups, job)
     warm = min(job.osl, 4)
     loop.run(batch, warm, seed=1)  # shapes compiled or chosen at first use
     steps = loop.run(batch, job.osl, seed=2)
@@ -187,7 +200,7 @@ def _point(runner: ModelRunner, groups: Groups, job: Job, batch: int, folder: Pa
     return Point(batch, steps, kernels, wall)
 
 
-def _profile(loop: _Loop, batch: int, job: Job, folder: Path) -> tuple[list[Kernel], float]:
+def _profile(loop: Loop, batch: int, job: Job, folder: Path) -> tuple[list[Kernel], float]:
     """Kernels of some decode steps at full batch, and the wall time of one."""
     lead = 2  # steps before the profile, so that it sees none of prefill
     times: list[float] = []

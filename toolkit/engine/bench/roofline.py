@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from toolkit.config import EngineConfig
-from toolkit.engine.arch import DTYPE_BYTES, Arch, memory_by_kind
+from toolkit.engine.arch import DTYPE_BYTES, Arch, kv_value_bytes, memory_by_kind
 from toolkit.engine.dims import ParallelDims
 
 
@@ -62,7 +62,7 @@ class Roofline:
         used = 1 - (1 - arch.top_k / arch.num_experts) ** rows if arch.moe_layers else 0.0
         head = size * arch.vocab_size * arch.hidden_size / dims.head_tp
         kv = (
-            size
+            kv_value_bytes(self.engine, self.dtype)
             * arch.num_layers
             * arch.kv_values
             * arch.kv_heads

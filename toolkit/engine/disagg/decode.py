@@ -9,7 +9,7 @@ the frontend finds another way. Read next: ``kv/layout.py``, ``kv/transfer.py``.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -42,6 +42,9 @@ class Arrival:
     ticket: Ticket | None
     came: float = field(default_factory=time.monotonic)
     placed: float = 0.0
+    clear: Callable[[], bool] = lambda: (
+        False
+    )  # steps launched before it was placed, which may still write there, are over
     known: float = 0.0  # the final ticket came
     ended: float = 0.0  # the last read has ended
     dropped: bool = False
@@ -59,7 +62,7 @@ class Arrival:
 
 
 class DecodePart:
-    """See ``part.Part``."""
+    """See ``part.Part``. ``fence`` gives what tells whether the device has done all that was launched until now."""
 
     kv = b""
 
@@ -71,9 +74,10 @@ class DecodePart:
         attn_tp_rank: int,
         timeout_s: float,
         transfers: TransferLog,
+        fence: Callable[[], Callable[[], bool]],
     ) -> None:
         self._scheduler, self._transfer, self._layout = scheduler, transfer, layout
-        self._rank, self._timeout_s, self._log = attn_tp_rank, timeout_s, transfers
+        self._rank, self._timeout_s, self._log, self._fence = attn_tp_rank, timeout_s, transfers, fence
         self._arrivals: dict[str, Arrival] = {}
         self._closing: dict[str, Arrival] = {}  # have a final ticket, or are dropped: what the bits are about
         self._caches: dict[bytes, Cache] = {}
@@ -164,12 +168,14 @@ class DecodePart:
                 continue
             if not self._scheduler.place(arrival.request):
                 return
-            arrival.placed = time.monotonic()
+            arrival.placed, arrival.clear = time.monotonic(), self._fence()
 
     def _start(self, arrival: Arrival) -> None:
         """Starts to read what the ticket allows and was not read yet."""
         ticket = arrival.ticket
         if not arrival.placed or arrival.dropped or arrival.error or ticket is None:
+            return
+        if not arrival.started and not arrival.clear():
             return
         if ticket.epoch != arrival.epoch:
             if arrival.reads:

@@ -109,4 +109,4 @@ def make_part(args: WorkerArgs, rank: int, groups: Groups, runner: ModelRunner, 
 
     path = Path(mode.transfers_dir) if mode.transfers_dir and leads else None
     transfers = TransferLog.of(path, args.name, rank, dims.dp_rank(rank))
-    return DecodePart(scheduler, runner.transfer, layout, groups.attn_tp.rank, mode.timeout_s, transfers)
+    return DecodePart(scheduler, runner.transfer, layout, groups.attn_tp.rank, mode.timeout_s, transfers, runner.fence)

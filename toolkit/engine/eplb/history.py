@@ -129,9 +129,9 @@ class History:
         if self._failure:
             raise RuntimeError(f"expert counts cannot be summed over the ranks: {self._failure}")
 
-    def placement_changed(self, phy2log_LP: Ints) -> None:
-        """The windows that follow have this placement."""
-        self._placements.append((time.time(), phy2log_LP.astype(np.int32)))
+    def placement_changed(self, phy2log_LP: Ints, moment: float) -> None:
+        """The windows that begin after ``moment`` (Unix seconds) have this placement."""
+        self._placements.append((moment, phy2log_LP.astype(np.int32)))
         if len(self._placements) > MAX_PLACEMENTS:
             del self._placements[1]  # the first stays: how it was without rebalancing
 

@@ -2,9 +2,11 @@
 
 The protocol, in what each rank says of itself in the worker's ``agree`` (``proposal``): the first rank has a plan ->
 all receive it and start the first chunk's transfers beside the steps -> a rank that has all of its weights says so ->
-when all have said it, all commit the chunk between the same two steps, and start the next one. One that failed says so
-too, and all drop the chunk: what was committed is a whole placement, and serving goes on with it.
-Pauses are what steps wait for: starting transfers and committing. Read next: ``mover.py``, ``trigger.py``.
+when all have said it, all commit the chunk between the same two steps -> when all have said that their copies are done,
+they start the next one. One that failed says so too, and all drop the chunk: what was committed is a whole placement,
+and serving goes on with it.
+Pauses are what steps wait for: starting transfers and committing, on the host and on the device (at most their sum).
+Read next: ``mover.py``, ``trigger.py``.
 L: layers, R: slots.
 """
 
@@ -48,8 +50,12 @@ class _Rebalance:
     begin: float
     begin_step: int
     done: int = 0  # chunks committed
+    changed: float = 0.0  # when the last one was, Unix seconds
+    settling: bool = False  # committed, but the device may still copy
     pauses_s: list[float] = field(default_factory=list)
     transfers_s: list[float] = field(default_factory=list)
+    link_s: list[float] = field(default_factory=list)
+    sent_bytes: list[int] = field(default_factory=list)
     posted: float = 0.0
 
 
@@ -98,19 +104,27 @@ class Manager:
         if self._now is None:
             if said[0] != READY:
                 return
-            self._now = self._begin()
+            self._now = now = self._begin()
+            now.pauses_s.append(0.0)
         elif FAILED in said:
             self._end("aborted", f"rank {said.index(FAILED)} could not move experts, its log says why")
             return
         elif not all(one == READY for one in said):
             return
+        elif self._now.settling:
+            now = self._now
+            self._settled(now)
         else:
-            self._commit(self._now)
-        pause = time.perf_counter() - begin
-        self.pause_s += pause
-        self._now.pauses_s.append(pause)
-        if self._now.done == len(self._now.chunks):
+            now = self._now
+            self._commit(now)
+            now.pauses_s.append(0.0)
+        self._paused(now, time.perf_counter() - begin)
+        if now.done == len(now.chunks) and not now.settling:
             self._end("done", "")
+
+    def _paused(self, now: _Rebalance, seconds: float) -> None:
+        self.pause_s += seconds
+        now.pauses_s[-1] += seconds
 
     def request(self, placement: str) -> None:
         """Rebalances now. All ranks are asked; the first one plans.
@@ -146,6 +160,16 @@ class Manager:
             if set(row.tolist()) != set(range(held.num_experts)):
                 raise ValueError(f"layer {layer} of the placement does not hold experts 0 to {held.num_experts - 1}")
         return new_LR
+
+    @property
+    def direct(self) -> bool:
+        """Experts go straight into the memory of GPUs of this host."""
+        return self._mover.direct
+
+    @property
+    def moving(self) -> bool:
+        """A rebalance goes on; alike on all ranks."""
+        return self._now is not None
 
     def nap(self) -> None:
         """Ranks that only wait for transfers or a plan need not turn as fast as they can."""
@@ -194,13 +218,23 @@ class Manager:
 
     def _start_chunk(self, now: _Rebalance) -> None:
         now.posted = time.perf_counter()
-        self._mover.start(now.chunks[now.done], now.new_LR)
+        chunk, me = now.chunks[now.done], self._mover.placement.ep_rank
+        now.sent_bytes.append(int(((chunk[:, 1] == SEND) & (chunk[:, 3] == me)).sum()) * self._mover.expert_bytes)
+        self._mover.start(chunk, now.new_LR)
 
     def _commit(self, now: _Rebalance) -> None:
         now.transfers_s.append(time.perf_counter() - now.posted)
+        now.changed = time.time()
         self._recorder.placement_changes()
         self._mover.commit()
         now.done += 1
+        now.settling = True
+
+    def _settled(self, now: _Rebalance) -> None:
+        now.settling = False
+        waited, beside = self._mover.seconds()
+        self._paused(now, waited)
+        now.link_s.append(beside)
         if now.done < len(now.chunks):
             self._start_chunk(now)
 
@@ -211,7 +245,7 @@ class Manager:
             self._mover.drop()
             self._mover.failure = self._mover.failure or why
         if now.done:
-            self._recorder.history.placement_changed(self._mover.placement.phy2log_LP)
+            self._recorder.history.placement_changed(self._mover.placement.phy2log_LP, now.changed)
         record = self._record(now, state, why or self._mover.failure)
         totals = self._totals
         self._totals = msgspec.structs.replace(
@@ -264,6 +298,8 @@ class Manager:
             chunks=now.done,
             pauses_ms=[1e3 * pause for pause in now.pauses_s],
             transfers_ms=[1e3 * transfer for transfer in now.transfers_s],
+            sent_bytes=now.sent_bytes[: now.done],
+            link_ms=[1e3 * link for link in now.link_s],
         )
 
 

@@ -1,10 +1,11 @@
 """Mover: carries out one chunk of a schedule on one rank, in two parts: what may take time, and what must not.
 
-``start`` posts the chunk's receives (into spare buffers) and sends (from the weights) and returns; steps go on
+``start`` posts the chunk's transfers (from the weights into spare buffers, ``transfers.py``) and returns; steps go on
 meanwhile with the old weights and maps, which nothing has touched. When all ranks are ready and have agreed on it,
-``commit`` writes the spare buffers into the slots, in place, and takes the new maps: device copies only. Before that
+``commit`` writes the spare buffers into the slots, in place, and takes the new maps: device copies only, queued between
+two steps. Nobody writes into a rank's spare buffers again before its copies are done (``ready``). Before a commit
 ``drop`` forgets the chunk, and the rank is as it was. Who calls what when is the manager's business.
-Transfers have a process group of their own, and a thread waits for them. Read next: ``manager.py``.
+A thread waits for the transfers. Read next: ``manager.py``.
 e: slots of this rank.
 """
 
@@ -12,18 +13,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from toolkit.engine.eplb.placement import Placement, Prepared
 from toolkit.engine.eplb.schedule import COPY, SEND
+from toolkit.engine.eplb.transfers import Recv, Send, Transfers
 from toolkit.engine.parallel import Comm
 
 log = logging.getLogger(__name__)
@@ -69,9 +71,10 @@ class Mover:
     ) -> None:
         self.layers, self.placement, self.comm, self.moe_tp, self.spare = layers, placement, comm, moe_tp, spare
         tensors = layers[0].slot_tensors()
-        self._spare = [torch.empty(spare, *t.shape[1:], dtype=t.dtype, device=t.device) for t in tensors]
         self._expert_bytes = sum(t[0].nbytes for t in tensors)
-        self._device = tensors[0].device
+        ranks = comm.size // placement.nodes  # of the set, on a node
+        here = comm.rank // ranks * ranks
+        self._transfers = Transfers(tensors, spare, comm, range(here, here + ranks))
         self._chunk: _Chunk | None = None
         self._waiting: threading.Thread | None = None
         self.failure = ""
@@ -79,7 +82,12 @@ class Mover:
     @property
     def num_bytes(self) -> int:
         """Of the spare buffers."""
-        return sum(t.nbytes for t in self._spare)
+        return self._transfers.num_bytes
+
+    @property
+    def direct(self) -> bool:
+        """Peers on this host are written to without a library between."""
+        return bool(self._transfers.direct)
 
     @property
     def expert_bytes(self) -> int:
@@ -88,13 +96,19 @@ class Mover:
 
     @property
     def ready(self) -> bool:
-        """The chunk has arrived, or failed."""
-        return self._waiting is None or not self._waiting.is_alive()
+        """The chunk has arrived, or failed; or, once committed, its copies are done."""
+        return (self._waiting is None or not self._waiting.is_alive()) and self._transfers.settled
 
     def wait(self, seconds: float) -> None:
         """Until ``ready``, at most so long."""
-        if self._waiting is not None:
+        if self._waiting is not None and self._waiting.is_alive():
             self._waiting.join(seconds)
+        elif not self.ready:
+            time.sleep(min(seconds, 1e-3))
+
+    def seconds(self) -> tuple[float, float]:
+        """Device time of the last chunk, when ``ready``: that steps waited for, and beside them."""
+        return self._transfers.seconds()
 
     def start(self, moves_MC: Ints, new_LR: Ints) -> None:
         """Posts a chunk's transfers. An error ends up in ``failure``: nothing can be moved on this rank any more.
@@ -105,26 +119,28 @@ class Mover:
         """
         assert self._chunk is None, "a chunk is under way"
         self._chunk = _Chunk()
-        works: list[dist.Work] = []
         try:
-            works = self._post(moves_MC, self._chunk)
+            self._post(moves_MC, self._chunk)
         except Exception as error:
             self._fail(error)
         layers = sorted(set(moves_MC[:, 0].tolist()))
-        self._waiting = threading.Thread(target=self._wait_for, args=(works, layers, new_LR, self._chunk), daemon=True)
+        self._waiting = threading.Thread(target=self._wait_for, args=(layers, new_LR, self._chunk), daemon=True)
         self._waiting.start()
 
     def commit(self) -> None:
         """Writes what has arrived, and takes the new maps. All ranks between the same two steps."""
         assert self._chunk is not None and self.ready and not self.failure, self.failure or "nothing is ready"
         chunk, self._chunk = self._chunk, None
-        for layer, spare, slots in chunk.writes:
-            for tensor, buffer in zip(self.layers[layer].slot_tensors(), self._spare):
-                for index, slot in zip(spare, slots):
-                    tensor[slot].copy_(buffer[index])
-        for layer, prepared in chunk.layers.items():
-            self.layers[layer].slots_changed()
-            self.placement.update(layer, prepared)
+        with self._transfers.timed():
+            for layer, spare, slots in chunk.writes:
+                for tensor, buffer in zip(self.layers[layer].slot_tensors(), self._transfers.buffers):
+                    torch._foreach_copy_(
+                        [_words(tensor[slot]) for slot in slots], [_words(buffer[index]) for index in spare]
+                    )
+            for layer, prepared in chunk.layers.items():
+                self.layers[layer].slots_changed()
+                self.placement.update(layer, prepared)
+        self._transfers.written()
 
     def drop(self) -> None:
         """Forgets the chunk: weights and maps are as they were."""
@@ -132,51 +148,44 @@ class Mover:
 
     # --- transfers ----------------------------------------------------------------------------------
 
-    def _post(self, moves_MC: Ints, chunk: _Chunk) -> list[dist.Work]:
-        me, used = self.placement.ep_rank, 0
-        sends: list[tuple[Tensor, int]] = []
-        recvs: list[tuple[Tensor, int]] = []
+    def _post(self, moves_MC: Ints, chunk: _Chunk) -> None:
+        me, used = self.placement.ep_rank, [0] * self.placement.ep_size  # spare slots of each rank
+        sends: list[Send] = []
+        recvs: list[Recv] = []
+        copies: list[tuple[Tensor, Tensor]] = []
         for layer in sorted(set(moves_MC[:, 0].tolist())):
             tensors = self.layers[layer].slot_tensors()
             spare_of: dict[int, int] = {}  # slot that is written -> where its weights are
             for _, kind, _, source, target, source_slot, slot, _ in moves_MC[moves_MC[:, 0] == layer].tolist():
+                spare = used[target]
+                if kind in (SEND, COPY):
+                    used[target] += 1
+                    assert spare < self.spare, f"a chunk needs more than {self.spare} spare slots"
                 if kind == SEND and source == me:
-                    sends += [(_bytes(t[source_slot]), self._peer(target)) for t in tensors]
+                    sends += [Send(t[source_slot], self._peer(target), i, spare) for i, t in enumerate(tensors)]
                 if target != me:
                     continue
-                if kind in (SEND, COPY):
-                    spare_of[slot], used = used, used + 1
-                    assert used <= self.spare, f"a chunk needs more than {self.spare} spare slots"
-                    buffers = [buffer[spare_of[slot]] for buffer in self._spare]
-                    if kind == SEND:
-                        recvs += [(_bytes(buffer), self._peer(source)) for buffer in buffers]
-                    else:
-                        for buffer, tensor in zip(buffers, tensors):
-                            buffer.copy_(tensor[source_slot])
-                else:
-                    spare_of[slot] = spare_of[source_slot]
+                if kind == SEND:
+                    recvs += [Recv(self._peer(source), i, spare) for i in range(len(tensors))]
+                elif kind == COPY:
+                    copies += [(b[spare], t[source_slot]) for b, t in zip(self._transfers.buffers, tensors)]
+                spare_of[slot] = spare if kind in (SEND, COPY) else spare_of[source_slot]
             if spare_of:
                 chunk.writes.append((layer, list(spare_of.values()), list(spare_of)))
-        return self.comm.exchange(sends, recvs)
+        self._transfers.start(sends, recvs, copies)
 
     def _peer(self, ep_rank: int) -> int:
         """Rank, in the group, that holds the same part of experts as this one."""
         return ep_rank * self.moe_tp + self.comm.rank % self.moe_tp
 
-    def _wait_for(self, works: list[dist.Work], layers: list[int], new_LR: Ints, chunk: _Chunk) -> None:
+    def _wait_for(self, layers: list[int], new_LR: Ints, chunk: _Chunk) -> None:
         """In a thread: the new maps, and the end of the transfers."""
         try:
+            if self._transfers.device.type == "cuda":
+                torch.cuda.set_device(self._transfers.device)  # a thread begins with the first
             for layer in layers:
                 chunk.layers[layer] = self.placement.prepare(new_LR[layer])
-            if self._device.type == "cpu":
-                for work in works:
-                    work.wait()
-            elif works:
-                stream = torch.cuda.Stream(self._device)
-                with torch.cuda.stream(stream):
-                    for work in works:
-                        work.wait()  # has the stream wait
-                stream.synchronize()
+            self._transfers.finish()
         except Exception as error:
             self._fail(error)
 
@@ -185,6 +194,6 @@ class Mover:
         log.error("experts cannot be moved any more, placement and weights stay as they are", exc_info=error)
 
 
-def _bytes(slot: Tensor) -> Tensor:
-    """A slot's part of a tensor as what travels, whatever its type."""
-    return slot.flatten().view(torch.uint8)
+def _words(slot: Tensor) -> Tensor:
+    """A slot's part of a tensor in one type for all, so that one kernel copies several."""
+    return slot.flatten().view(torch.int64 if slot.nbytes % 8 == 0 == slot.data_ptr() % 8 else torch.uint8)

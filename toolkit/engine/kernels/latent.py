@@ -5,17 +5,25 @@ Rounds where ``layers.RMSNorm`` and ``layers.Rotary`` do. C: latent, R: rotated 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from toolkit.engine.fp8 import FP8_MAX
 from toolkit.engine.layers import RMSNorm, Rotary
+
+
+@triton.jit
+def _within(x, MOST: tl.constexpr):
+    """x in float32, at most MOST in size; 0: x as it is."""
+    return tl.minimum(tl.maximum(x.to(tl.float32), -MOST), MOST) if MOST > 0 else x
 
 
 @triton.jit
 def _write_kernel(
     kv_ptr, weight_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, cache_ptr, stride, eps,
-    C: tl.constexpr, R: tl.constexpr, C_BLOCK: tl.constexpr, HALF: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, C_BLOCK: tl.constexpr, HALF: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     target = cache_ptr + tl.load(rows_ptr + token).to(tl.int64) * (C + R)
@@ -23,7 +31,8 @@ def _write_kernel(
     latent = tl.load(kv_ptr + token * stride + i, mask=i < C, other=0.0)
     wide = latent.to(tl.float32)
     normed = (wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / C + eps)).to(latent.dtype)
-    tl.store(target + i, normed * tl.load(weight_ptr + i, mask=i < C, other=0.0), mask=i < C)
+    normed = normed * tl.load(weight_ptr + i, mask=i < C, other=0.0)
+    tl.store(target + i, _within(normed, MOST).to(cache_ptr.dtype.element_ty), mask=i < C)
     pair = tl.arange(0, HALF)
     mask = 2 * pair < R
     a = tl.load(kv_ptr + token * stride + C + 2 * pair, mask=mask, other=0.0).to(tl.float32)
@@ -31,8 +40,9 @@ def _write_kernel(
     position = tl.load(positions_ptr + token).to(tl.int64)
     cos = tl.load(cos_ptr + position * (R // 2) + pair, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + position * (R // 2) + pair, mask=mask, other=0.0)
-    tl.store(target + C + 2 * pair, (a * cos - b * sin).to(latent.dtype), mask=mask)
-    tl.store(target + C + 2 * pair + 1, (b * cos + a * sin).to(latent.dtype), mask=mask)
+    first, second = (a * cos - b * sin).to(latent.dtype), (b * cos + a * sin).to(latent.dtype)
+    tl.store(target + C + 2 * pair, _within(first, MOST).to(cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(target + C + 2 * pair + 1, _within(second, MOST).to(cache_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -62,7 +72,7 @@ def write_latent(kv: Tensor, norm: RMSNorm, rotary: Rotary, positions_T: Tensor,
         _write_kernel[(tokens,)](
             kv, norm.weight, rotary.cos, rotary.sin, positions_T, rows_T, cache, kv.stride(0), norm.eps,
             C=latent, R=rope, C_BLOCK=triton.next_power_of_2(latent), HALF=triton.next_power_of_2(rope // 2),
-            num_warps=2,
+            MOST=FP8_MAX if cache.dtype == torch.float8_e4m3fn else 0, num_warps=2,
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from toolkit.engine.fp8 import FP8_MAX
 from toolkit.engine.kv.kinds import LayerKind
 
 
@@ -39,7 +40,9 @@ class KVCache:
     belongs to nobody: the padding of a step with a fixed shape (a CUDA graph) is written there.
 
     Args:
+        dtype: of what is written and read.
         memory: gives that many zeroed bytes of the device; None: torch does.
+        fp8: values are kept in float8_e4m3, without a scale: what is normed and rotated fits its range of 448.
 
     Raises:
         MemoryError: the device cannot hold it.
@@ -53,8 +56,11 @@ class KVCache:
         dtype: torch.dtype,
         device: str,
         memory: Callable[[int], Tensor] | None = None,
+        fp8: bool = False,
     ) -> None:
         self.spec, self.kinds, self.page_size = spec, tuple(kinds), page_size
+        self.dtype, self.fp8 = dtype, fp8
+        stored = torch.float8_e4m3fn if fp8 else dtype
         spare = 0 if torch.device(device).type in ("cpu", "meta") else 1
 
         def allocate(dim: int) -> list[Tensor]:
@@ -63,9 +69,9 @@ class KVCache:
                 rows = (kind.num_blocks + spare) * page_size
                 shape = (len(kind.layers), rows, spec.heads, dim)
                 if memory is None:
-                    whole = torch.zeros(shape, dtype=dtype, device=device)
+                    whole = torch.zeros(shape, dtype=stored, device=device)
                 else:
-                    whole = memory(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+                    whole = memory(math.prod(shape) * stored.itemsize).view(stored).view(shape)
                 by_layer |= zip(kind.layers, whole)
             return [by_layer[layer] for layer in range(len(by_layer))]
 
@@ -84,9 +90,20 @@ class KVCache:
     def write(self, layer: int, rows_T: Tensor, k: Tensor, v: Tensor | None) -> None:
         """Stores k [T, heads, k_dim] (and v) at the cache rows ``rows_T``."""
         rows = rows_T.long()
-        self.k[layer].index_copy_(0, rows, k)
-        if v is not None:
-            self.v[layer].index_copy_(0, rows, v)
+        for cache, values in ((self.k[layer], k), (self.v[layer], v)):
+            if values is None:
+                continue
+            if self.fp8:  # as bytes, which every operation takes
+                cache.view(torch.uint8).index_copy_(0, rows, to_fp8(values).view(torch.uint8))
+            else:
+                cache.index_copy_(0, rows, values)
+
+    def read(self, layer: int, rows: Tensor) -> Tensor:
+        """Keys of the cache rows [n, heads, k_dim], in ``dtype``."""
+        if not self.fp8:
+            return self.k[layer].index_select(0, rows)
+        chosen = self.k[layer].view(torch.uint8).index_select(0, rows)
+        return chosen.view(torch.float8_e4m3fn).to(self.dtype)
 
     @property
     def token_bytes(self) -> int:
@@ -97,6 +114,11 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         return sum(layer.nbytes for layer in (*self.k, *self.v))
+
+
+def to_fp8(x: Tensor) -> Tensor:
+    """float8_e4m3, values beyond its range at its end."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 class BlockPool:

@@ -45,7 +45,7 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden_ND: Tensor, dp_rows: tuple[int, ...]) -> Tensor:
-        """Hidden states, the same on all ranks of the DP group -> logits [N, V], float32.
+        """Hidden states, the same on all ranks of the DP group -> logits [N, V], in float32 or the weights' type.
 
         ``dp_rows``: N of each DP rank. Every rank calls when any of them is not zero.
         """

@@ -95,7 +95,10 @@ def main() -> None:
     spawn(_rank, (options,), nprocs=options.ranks)
 
 
-DEFAULT = ("deepep/v2/bf16", "deepep/legacy/bf16", "deepep/v2/fp8", "deepep/legacy/fp8", "allgather/-/bf16")
+DEFAULT = (
+    "deepep/v2/bf16", "deepep/legacy/bf16", "deepep/v2/fp8", "deepep/legacy/fp8", "nvlink/-/bf16", "nvlink/-/fp8",
+    "allgather/-/bf16",
+)  # fmt: skip
 
 
 def _rank(rank: int, options: argparse.Namespace) -> None:

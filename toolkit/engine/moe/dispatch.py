@@ -134,7 +134,7 @@ DISPATCHERS: Registry[DispatcherFactory] = Registry("engine.moe_a2a_backend")
 
 def make_dispatcher(name: str, comm: Comm, shape: ExpertShape, engine: EngineConfig) -> TokenDispatcher:
     """The dispatcher called ``name`` over ``comm``, the ranks that hold one whole set of experts."""
-    from toolkit.engine.moe import all_to_all, allgather, deepep  # noqa: F401  (register themselves)
+    from toolkit.engine.moe import all_to_all, allgather, deepep, nvlink  # noqa: F401  (register themselves)
 
     return DISPATCHERS[name](comm, shape, engine)
 

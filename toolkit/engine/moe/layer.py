@@ -81,6 +81,15 @@ class MoEContext:
             ranks, masked = self.groups.moe.size, self.dispatcher.masked
             warm_up(first.gemm, first.experts, self.shape, ranks, where, masked, progress)
 
+    def obstacles(self, step: StepRows) -> tuple[str, ...]:
+        """Why a CUDA graph cannot hold the experts' part of such a step; empty: it can."""
+        found = {
+            "the dispatcher waits on the host": not self.dispatcher.capturable(step),
+            "ep_dispatch_algorithm looks at ids on the host": not self.placement.capturable,
+            "the recorder looks at each pass": self.recorder is not None and self.recorder.passes is not None,
+        }
+        return tuple(what for what, is_so in found.items() if is_so)
+
     def step_rows(self, layout: TokenLayout) -> StepRows:
         """Rows of each rank of the expert group in this step."""
         rows = tuple(layout.rows_by_rank[rank] for rank in self.groups.moe.ranks)

@@ -13,13 +13,13 @@ import msgspec
 
 from toolkit import records
 from toolkit.config import DeployConfig, ExpConfig
-from toolkit.engine import pulse
 from toolkit.engine.args import Disaggregation, FrontendArgs, WorkerAddress, WorkerArgs
 from toolkit.launch.adapters import Processes
 from toolkit.launch.launcher import STATE_DIR, WORKER_GROUP, ProcessSpec
 from toolkit.launch.plan import DeploymentPlan, WorkerPlan
 from toolkit.launch.pools import AGG, Pool, worker_pools
 from toolkit.launch.srun import engine_python
+from toolkit.launch.stall import pulse_folder
 
 FRONTEND_ARGS = f"{STATE_DIR}/frontend-args.json"
 
@@ -81,7 +81,7 @@ def _worker_args(
         experts_path=str(folder / records.EXPERTS),
         steps_dir=str(folder),
         profile_dir=str(folder / records.PROFILES),
-        pulse_dir=str(folder / STATE_DIR / pulse.FOLDER),
+        pulse_dir=str(pulse_folder(run_dir, worker.name)),
         name=worker.name,
         disaggregation=_disaggregation(worker.pool, cfg.deploy, run_dir),
     )
