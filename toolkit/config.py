@@ -159,7 +159,7 @@ class DeployConfig:
     decode: PoolConfig = opt(PoolConfig(), "disagg: workers that generate")
     disaggregation_transfer_backend: str = opt(
         "auto",
-        "KV from prefill to decode: local (memory of one host, GPUs' too), nixl; auto: local for CPU ranks of one host",
+        "KV from prefill to decode: local (memory of one host, GPUs' too), nixl; auto: local on one host",
     )
     disaggregation_handoff: Literal["bootstrap", "synchronous"] = opt(
         "bootstrap", "bootstrap: decode reserves at once and reads beside prefill; synchronous: after it"
@@ -502,7 +502,7 @@ def _resolve_disagg(
         log.info("resolved deploy.decode.engine.disable_radix_cache: -> True")
     deploy["decode"]["engine"] |= engine
     if deploy["disaggregation_transfer_backend"] == "auto":
-        one_host = (cluster["launcher"], cluster["device"]) == ("local", "cpu")
+        one_host = cluster["launcher"] == "local"
         put("deploy", "disaggregation_transfer_backend", "local" if one_host else "nixl")
 
 

@@ -88,9 +88,7 @@ class Pair:
     def __init__(self, blocks: int, early: bool) -> None:
         self.early = early
         self.source, self.sink = Side("p", blocks, 7, True), Side("d", blocks, 12, False)
-        self.prefill = PrefillPart(
-            self.source.scheduler, self.source.transfer, self.source.kv, True, 60.0, lambda: None
-        )
+        self.prefill = PrefillPart(self.source.scheduler, self.source.transfer, self.source.kv, True, 60.0)
         log = TransferLog(None, "d", 0)
         self.decode = DecodePart(
             self.sink.scheduler, self.sink.transfer, self.sink.layout, 0, 60.0, log, lambda: lambda: True
@@ -119,7 +117,7 @@ class Pair:
             batch = side.scheduler.schedule()
             told = part.apply(arrived & ((1 << 62) - 1), lost)
             outputs = side.scheduler.finish(batch, side.run(batch))
-            for output in [*told, *part.stepped(batch, time.monotonic(), outputs)]:
+            for output in [*told, *part.stepped(batch, time.monotonic(), outputs, lambda: None)]:
                 self.hear(output)
             side.audit()
 

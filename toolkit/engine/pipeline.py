@@ -26,6 +26,7 @@ class Step:
         began: Unix seconds: of its launch, or of the end of the step before, whichever came later.
         duration_s: from then until its tokens were there, so that durations add up.
         begin: of its launch, on the monotonic clock.
+        settle: waits until the device has done it; without sampled tokens it may be over on the host only.
     """
 
     number: int
@@ -34,6 +35,7 @@ class Step:
     duration_s: float
     outputs: list[Output]
     begin: float
+    settle: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -83,4 +85,5 @@ class Pipeline:
         duration = now - max(pending.begin, self._ended)
         self._ended = now
         began = time.time() - duration
-        self._over(Step(pending.ctx.step, pending.in_flight.batch, began, duration, outputs, pending.begin))
+        batch, launched = pending.in_flight.batch, pending.launched
+        self._over(Step(pending.ctx.step, batch, began, duration, outputs, pending.begin, launched.settle))

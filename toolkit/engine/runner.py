@@ -45,9 +45,18 @@ LOGIT_ROWS = 256  # rows of the vocabulary's size that are held at a time; only 
 class Launched:
     """A step under way. ``result`` waits for it."""
 
-    def __init__(self, chosen: Chosen | None) -> None:
+    def __init__(self, chosen: Chosen | None, device: str) -> None:
         self._chosen = chosen
         self._host = None if chosen is None else _to_host(chosen.tokens_N)
+        self._done = self._host[1] if self._host is not None else None
+        if chosen is None and device != "cpu":
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def settle(self) -> None:
+        """Waits until the device has done this step; what was launched after it goes on."""
+        if self._done is not None:
+            self._done.synchronize()
 
     def result(self) -> Sampled:
         """One token for each request of the batch that ``samples``, in batch order."""
@@ -161,12 +170,7 @@ class ModelRunner:
         if chosen is not None and (size is None or chosen.tokens_N is not greedy):
             self.last.values[: len(requests)] = chosen.tokens_N.int()
         self.last.sampled(requests)
-        return Launched(chosen)
-
-    def settle(self) -> None:
-        """Waits until the device has done all that was launched."""
-        if self.device != "cpu":
-            torch.cuda.current_stream().synchronize()
+        return Launched(chosen, self.device)
 
     def fence(self) -> Callable[[], bool]:
         """What tells whether the device has done all that was launched until now."""

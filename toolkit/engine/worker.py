@@ -284,7 +284,7 @@ class Worker:
         """Replies to a step whose tokens are there."""
         outputs = step.outputs
         if self.part is not None:
-            outputs = self.part.stepped(step.batch, step.begin, outputs)
+            outputs = self.part.stepped(step.batch, step.begin, outputs, step.settle)
         self._tell(outputs)
         self._steps += 1
         self._step_s += step.duration_s

@@ -142,7 +142,7 @@ class DecodePart:
             self._log.joined(arrival)
         return outputs
 
-    def stepped(self, batch: Batch, began: float, outputs: list[Output]) -> list[Output]:
+    def stepped(self, batch: Batch, began: float, outputs: list[Output], settle: Callable[[], None]) -> list[Output]:
         for output in outputs:
             self._log.decoded(output.rid)
         return outputs

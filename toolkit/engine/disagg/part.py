@@ -8,7 +8,7 @@ Knows no sockets and no collectives. Read next: ``prefill.py``, ``decode.py``, `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -63,8 +63,11 @@ class Part(Protocol):
         """Acts on the bits that the group has agreed on, between two steps. Returns what to tell the frontend."""
         ...
 
-    def stepped(self, batch: Batch, began: float, outputs: list[Output]) -> list[Output]:
-        """After a step that began at ``began`` (monotonic): its outputs, with tickets."""
+    def stepped(self, batch: Batch, began: float, outputs: list[Output], settle: Callable[[], None]) -> list[Output]:
+        """After a step that began at ``began`` (monotonic): its outputs, with tickets.
+
+        ``settle`` waits until the device has written what the step computed.
+        """
         ...
 
     def flush(self) -> None:
@@ -103,7 +106,7 @@ def make_part(args: WorkerArgs, rank: int, groups: Groups, runner: ModelRunner, 
         from toolkit.engine.disagg.prefill import PrefillPart
 
         kv = msgspec.msgpack.encode(Cache(layout, endpoint))
-        return PrefillPart(scheduler, runner.transfer, kv, leads, mode.timeout_s, runner.settle)
+        return PrefillPart(scheduler, runner.transfer, kv, leads, mode.timeout_s)
     from toolkit.engine.disagg.decode import DecodePart
     from toolkit.engine.disagg.log import TransferLog
 

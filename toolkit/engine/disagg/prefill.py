@@ -39,7 +39,7 @@ class Room:
 
 
 class PrefillPart:
-    """See ``part.Part``. ``settle`` waits until the device has written what was launched."""
+    """See ``part.Part``."""
 
     def __init__(
         self,
@@ -48,9 +48,8 @@ class PrefillPart:
         kv: bytes,
         leads: bool,
         timeout_s: float,
-        settle: Callable[[], None],
     ) -> None:
-        self.kv, self._leads, self._settle = kv, leads, settle
+        self.kv, self._leads = kv, leads
         self._page_size = scheduler.tables.page_size
         self._scheduler, self._transfer, self._hold_s = scheduler, transfer, HOLD * timeout_s
         self._rooms: dict[str, Room] = {}
@@ -96,7 +95,7 @@ class PrefillPart:
             self._released.clear()  # of rooms that were aborted meanwhile
         return []
 
-    def stepped(self, batch: Batch, began: float, outputs: list[Output]) -> list[Output]:
+    def stepped(self, batch: Batch, began: float, outputs: list[Output], settle: Callable[[], None]) -> list[Output]:
         for scheduled in batch.scheduled:
             room = self._rooms.get(scheduled.request.rid)
             if room is not None and not room.began:
@@ -104,7 +103,7 @@ class PrefillPart:
         told = [self._told(output) for output in outputs]
         early = [scheduled.request for scheduled in batch.prefill if scheduled.request.rid not in self._kept]
         if early:
-            self._settle()
+            settle()
         for request in early:
             if (ticket := self._early(request)) is not None:
                 told.append(Output(request.rid, [], ticket=ticket))
