@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from toolkit.engine.eplb.bounds import lower_bound, simple_bound
 from toolkit.engine.eplb.jit import jit
-from toolkit.engine.eplb.kernels import level, pack
+from toolkit.engine.eplb.kernels import descending, level, pack
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -47,17 +47,24 @@ def members_of(home_LK: Ints, nodes: int, experts: int) -> Ints:
     return members
 
 
-@jit
 def global_bound(load_LE: Floats, replicas: int, gpus: int, reached_L: Floats, tolerance: float) -> Floats:
     """Lower bound of the largest GPU load when any replica may go anywhere, [L].
 
     Where ``reached_L`` is within ``tolerance`` of the simple bound there is nothing to gain from a better one.
     """
+    order_LE = np.argsort(-load_LE, axis=1)  # ties do not matter here
+    return _global_bound(load_LE, order_LE, replicas, gpus, reached_L, tolerance)
+
+
+@jit
+def _global_bound(
+    load_LE: Floats, order_LE: Ints, replicas: int, gpus: int, reached_L: Floats, tolerance: float
+) -> Floats:
     bound_L, slots = np.empty(len(load_LE)), replicas // gpus
     for layer in range(len(load_LE)):
-        bound_L[layer] = simple_bound(load_LE[layer], gpus, slots)
+        bound_L[layer] = simple_bound(load_LE[layer], order_LE[layer], gpus, slots)
         if reached_L[layer] > bound_L[layer] * (1.0 + tolerance):
-            bound_L[layer] = lower_bound(load_LE[layer], gpus, slots)
+            bound_L[layer] = lower_bound(load_LE[layer], gpus, slots, bound_L[layer])
     return bound_L
 
 
@@ -110,11 +117,12 @@ def _best_partition(
                 at = filled_N[node]
                 load_NE[node, at : at + a_group] = load_LE[layer, first : first + a_group]
                 filled_N[node] += a_group
-            bound = 0.0
+            bound, simple_N = 0.0, np.empty(nodes)
             for node in range(nodes):
-                bound = max(bound, simple_bound(load_NE[node], node_gpus, slots))
+                simple_N[node] = simple_bound(load_NE[node], descending(load_NE[node]), node_gpus, slots)
+                bound = max(bound, simple_N[node])
             for node in range(nodes if bound < best else 0):
-                bound = max(bound, lower_bound(load_NE[node], node_gpus, slots))
+                bound = max(bound, lower_bound(load_NE[node], node_gpus, slots, simple_N[node]))
             if bound < best:
                 best, chosen = bound, t
         home_LK[layer], bound_L[layer] = home_TK[chosen], best

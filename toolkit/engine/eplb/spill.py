@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.engine.eplb.jit import jit
-from toolkit.engine.eplb.kernels import expand, level, pack, replica_counts
+from toolkit.engine.eplb.kernels import descending, expand, level, pack, replica_counts
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -22,6 +22,7 @@ Ints = NDArray[np.int64]
 def assign_nodes(
     load_E: Floats,
     count_E: Ints,
+    order_E: Ints,
     home_E: Ints,
     gpus: int,
     room: int,
@@ -37,7 +38,7 @@ def assign_nodes(
     replicas of an expert than it has ``gpus``, if others have room.
     """
     nodes = int(home_E.max()) + 1
-    expand(load_E, count_E, expert_R, load_R)
+    expand(load_E, count_E, order_E, expert_R, load_R)
     load_N, free_N, held_N = np.zeros(nodes), np.full(nodes, room), np.zeros(nodes, np.int64)
     for expert in range(len(load_E)):
         load_N[home_E[expert]] += load_E[expert] / count_E[expert]
@@ -84,16 +85,18 @@ def spill_layer(
     limit = bound * gpus * (1.0 + tolerance)
     price_N = np.ones(nodes)
     best, best_E = np.inf, np.ones(experts, np.int64)
+    order_E = descending(load_E)
     for _ in range(tries):
-        count_E = replica_counts(load_E * price_N[home_E], replicas, cap)
-        load_N = assign_nodes(load_E, count_E, home_E, gpus, room, limit, expert_R, load_R, node_R)
+        priced_E = load_E * price_N[home_E]
+        count_E = replica_counts(priced_E, descending(priced_E), replicas, cap)
+        load_N = assign_nodes(load_E, count_E, order_E, home_E, gpus, room, limit, expert_R, load_R, node_R)
         heaviest = max(load_N.max(), (load_E / count_E).max() * gpus)
         if heaviest < best:
             best, best_E = heaviest, count_E
         if best <= limit:
             break
         price_N *= (load_N / load_N.mean()) ** 2
-    assign_nodes(load_E, best_E, home_E, gpus, room, limit, expert_R, load_R, node_R)
+    assign_nodes(load_E, best_E, order_E, home_E, gpus, room, limit, expert_R, load_R, node_R)
     phy2log = np.empty(replicas, np.int64)
     expert_GS, load_GS, load_G = np.empty((gpus, slots), np.int64), np.empty((gpus, slots)), np.empty(gpus)
     for node in range(nodes):
