@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.engine.eplb.jit import jit
-from toolkit.engine.eplb.kernels import descending, expand, level, pack, replica_counts
+from toolkit.engine.eplb.kernels import descending, expand, level, pack, replica_counts, settle_ties
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -68,6 +68,21 @@ def assign_nodes(
 
 
 @jit
+def merged(priced_E: Floats, queue_NE: Ints, length_N: Ints) -> Ints:
+    """``descending`` by price: a node has one price, so its experts keep their order, and nodes are merged."""
+    order_E, at_N = np.empty(len(priced_E), np.int64), np.zeros(len(length_N), np.int64)
+    for index in range(len(order_E)):
+        best, dearest = -1, -1.0
+        for node in range(len(length_N)):
+            if at_N[node] < length_N[node] and priced_E[queue_NE[node, at_N[node]]] > dearest:
+                best, dearest = node, priced_E[queue_NE[node, at_N[node]]]
+        order_E[index] = queue_NE[best, at_N[best]]
+        at_N[best] += 1
+    settle_ties(priced_E, order_E)
+    return order_E
+
+
+@jit
 def spill_layer(
     load_E: Floats, home_E: Ints, gpus: int, slots: int, bound: float, tolerance: float, tries: int
 ) -> Ints:
@@ -86,9 +101,13 @@ def spill_layer(
     price_N = np.ones(nodes)
     best, best_E = np.inf, np.ones(experts, np.int64)
     order_E = descending(load_E)
+    queue_NE, length_N = np.empty((nodes, experts), np.int64), np.zeros(nodes, np.int64)
+    for expert in order_E:
+        queue_NE[home_E[expert], length_N[home_E[expert]]] = expert
+        length_N[home_E[expert]] += 1
     for _ in range(tries):
         priced_E = load_E * price_N[home_E]
-        count_E = replica_counts(priced_E, descending(priced_E), replicas, cap)
+        count_E = replica_counts(priced_E, merged(priced_E, queue_NE, length_N), replicas, cap)
         load_N = assign_nodes(load_E, count_E, order_E, home_E, gpus, room, limit, expert_R, load_R, node_R)
         heaviest = max(load_N.max(), (load_E / count_E).max() * gpus)
         if heaviest < best:
