@@ -41,7 +41,7 @@ check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the 
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL) $(ARGS)
 	$(BIN)/python -m pytest tests/contract tests/dist $(ARGS)
 
-bench-kv: $(STAMP)  ## KV transfer beside the bare NIXL library, 4 KiB to 256 MiB and whole requests
+bench-kv: $(STAMP)  ## KV transfer beside the bare NIXL library, 4 KiB to 256 MiB and whole requests (GPUs: ARGS='--device cuda')
 	$(BIN)/python -m tests.bench.kv $(ARGS)
 
 test-gpu: $(STAMP)  ## backends, layers and the engine on this machine's GPUs against the CPU (pip install -e '.[gpu]' first)

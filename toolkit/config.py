@@ -159,7 +159,7 @@ class DeployConfig:
     decode: PoolConfig = opt(PoolConfig(), "disagg: workers that generate")
     disaggregation_transfer_backend: str = opt(
         "auto",
-        "KV from prefill to decode: local (memory of one host), nixl; auto: local for CPU ranks of one host",
+        "KV from prefill to decode: local (memory of one host, GPUs' too), nixl; auto: local for CPU ranks of one host",
     )
     disaggregation_handoff: Literal["bootstrap", "synchronous"] = opt(
         "bootstrap", "bootstrap: decode reserves at once and reads beside prefill; synchronous: after it"

@@ -93,7 +93,7 @@ def test_a_rank_that_dies_ends_its_run_and_the_next_one_starts_afresh(
 
 def add_steps(home: Path, begins: Sequence[float]) -> None:
     path = records.steps_path(home, 0)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with records.open_steps(path) as write:
         write([StepRecord(i, t, 0.01, 0, 4, 4, 0, 4, 0, 16, 64, 0) for i, t in enumerate(begins)])
 
@@ -125,7 +125,9 @@ def test_each_run_gets_the_rows_of_its_own_load(tmp_path: Path, monkeypatch: pyt
     share.lend(runs[0], specs, ["launch/worker-args.json"])
     (home / "logs/rank-0.log").write_text("start\n")
     (home / "launch/worker-args.json").write_text("{}")
+    prefill = home / records.WORKERS / "prefill0"
     add_steps(home, [50.0, 60.0])
+    add_steps(prefill, [40.0])
     add_samples(home, [50.0])
     records.write_experts(home / records.EXPERTS, counts([50.0], 7))
     assert len(records.read_steps(runs[0])) == 2, "also while it runs"
@@ -134,11 +136,14 @@ def test_each_run_gets_the_rows_of_its_own_load(tmp_path: Path, monkeypatch: pyt
     with (home / "logs/rank-0.log").open("a") as log:
         log.write("second\n")
     add_steps(home, [50.0, 60.0, 150.0])
+    add_steps(prefill, [40.0, 140.0])
     add_samples(home, [50.0, 150.0])
     records.write_experts(home / records.EXPERTS, counts([50.0, 150.0, 160.0], 10))
     share.settle(runs[1], specs, ["launch/worker-args.json"])
     share.over()
     assert [records.read_steps(folder)["t_begin"].tolist() for folder in runs] == [[50.0, 60.0], [150.0]]
+    theirs = [records.read_steps(folder / records.WORKERS / "prefill0")["t_begin"].tolist() for folder in runs]
+    assert theirs == [[40.0], [140.0]], "of every worker"
     samples = [records.read_rows(folder / records.NODE_SAMPLES, NodeSample)["time"].tolist() for folder in runs]
     assert samples == [[50.0], [150.0]]
     first, second = (records.read_experts(folder / records.EXPERTS) for folder in runs)
@@ -148,3 +153,17 @@ def test_each_run_gets_the_rows_of_its_own_load(tmp_path: Path, monkeypatch: pyt
     assert (first.pairs.max(), second.pairs.max()) == (7, 3)
     assert (runs[1] / "logs/rank-0.log").read_text().endswith("]\nsecond\n")
     assert not (home / records.STEPS).exists(), "rows are kept once"
+
+
+def test_what_cannot_be_cut_out_stays_a_link_and_is_kept(tmp_path: Path) -> None:
+    home, run_dir = tmp_path / "a" / FOLDER, tmp_path / "a"
+    home.mkdir(parents=True)
+    share = Share(home)
+    share.lend(run_dir, [], [])
+    add_steps(home, [50.0])
+    (home / records.EXPERTS).write_bytes(b"half a file")
+    share.settle(run_dir, [], [])
+    share.over()
+    assert records.read_steps(run_dir)["t_begin"].tolist() == [50.0]
+    assert (run_dir / records.EXPERTS).is_symlink() and (run_dir / records.EXPERTS).read_bytes() == b"half a file"
+    assert (home / records.STEPS).exists()

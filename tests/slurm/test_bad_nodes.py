@@ -58,6 +58,21 @@ def test_a_bad_node_is_named_and_the_job_submitted_without_it(cluster: Cluster, 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("node_without_the_disk")
+def test_a_first_node_that_cannot_start_the_job_is_left_out_by_whoever_follows(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Nothing of the toolkit ever ran on it."""
+    cluster.run("sbatch", "--nodelist=node1", "--exclusive", "--output=/dev/null", "--wrap", "sleep 600")
+    run = Run(tmp_path, *TWO)
+    code, output = run.end()
+    assert code == 0, output + run.story()
+    assert f"node{BAD} could not start the batch script" in output
+    assert f"submitted again as job {run.job.job_id} without node{BAD}" in output
+    assert f"node{BAD}" not in hosts(run.folder) and run.status().state == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("node_without_the_disk")
 def test_every_component_of_a_heterogeneous_job_does_without_it(cluster: Cluster, tmp_path: Path) -> None:
     """Frontend on node 1; the ranks' component, which comes after it, gets the next two."""
     run = Run(tmp_path, *TWO, "+cluster.pools.frontend.nodelist=node1", "+cluster.pools.agg.exclude=node9")

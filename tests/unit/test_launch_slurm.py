@@ -307,8 +307,8 @@ def test_time_limits_as_sinfo_prints_them(limit: str, minutes: float | None) -> 
 def test_a_job_as_scontrol_prints_it() -> None:
     line = (
         "JobId=3 JobName=my State=x UserId=root(0) JobState=PENDING Reason=Resources Dependency=(null) Requeue=1 "
-        "Restarts=2 StartTime=2026-11-22T01:00:00 NodeList=(null) "
+        "Restarts=2 StartTime=2026-11-22T01:00:00 NodeList=(null) BatchHost=node7 "
     )
     job = queue.parse_job(line)
-    assert job == queue.JobState("PENDING", "Resources", "2026-11-22T01:00:00", "", 2)
+    assert job == queue.JobState("PENDING", "Resources", "2026-11-22T01:00:00", "", 2, "node7")
     assert job.active and not queue.JobState("NODE_FAIL").active

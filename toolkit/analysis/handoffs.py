@@ -47,7 +47,9 @@ def by_point(run: Run) -> pd.DataFrame:
 
     Columns: ``concurrency``, ``requests``, the mean seconds of each phase and of ``first_decode``, ``transfer_ms_p50``,
     ``transfer_ms_p99``, ``gb_s`` (bytes of a rank's share over the time of its reads, median over requests),
-    ``hidden`` (share of the reads' time beside prefill), ``mb`` (bytes of a request on one rank, mean).
+    ``hidden`` (share of the reads' time beside prefill), ``exposed`` (share of the time to the first token that is
+    transfer and not hidden: the most that sending each layer as it is computed could save), ``mb`` (bytes of a request
+    on one rank, mean).
 
     Raises:
         ValueError: serving is aggregated, or nothing was handed on while a point was measured.
@@ -68,13 +70,14 @@ def by_point(run: Run) -> pd.DataFrame:
 def _figures(rows: pd.DataFrame) -> dict[str, float]:
     seconds = rows["transfer_s"].to_numpy(np.float64)
     means: Sequence[tuple[str, float]] = [(str(k), float(v)) for k, v in phases(rows).mean().items()]
-    total = seconds.sum()
+    total, found = seconds.sum(), dict(means)
     return {
         "requests": len(rows),
-        **dict(means),
+        **found,
         "transfer_ms_p50": 1e3 * float(np.percentile(seconds, 50)),
         "transfer_ms_p99": 1e3 * float(np.percentile(seconds, 99)),
         "gb_s": float(np.median(rows["bytes"] / np.maximum(seconds, 1e-9))) / 1e9,
         "hidden": float(rows["hidden_s"].sum() / total) if total else 0.0,
+        "exposed": found["transfer"] / max(sum(found[name] for name, _ in PHASES), 1e-9),
         "mb": float(rows["bytes"].mean()) / 1e6,
     }

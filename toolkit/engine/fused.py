@@ -73,9 +73,15 @@ def rotate_pairs(x: Tensor, rotary: Rotary, positions_T: Tensor) -> None:
     _kernels()["latent"].rotate_pairs(x, rotary, positions_T)
 
 
-def softmax_topk(logits_SE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """The ``top_k`` experts of each row by softmax, best first: ids int64 [S, K], weights float32 [S, K]."""
-    out: tuple[Tensor, Tensor] = _kernels()["gate"].softmax_topk(logits_SE, top_k, renormalize)
+def softmax_route(
+    x_SD: Tensor, weight_ED: Tensor, top_k: int, renormalize: bool, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` experts of each row by softmax, best first: ids int64 [S, K], weights float32 [S, K].
+
+    Args:
+        real: int32 [1]: rows from this one on are padding, their ids -1.
+    """
+    out: tuple[Tensor, Tensor] = _kernels()["gate"].softmax_route(x_SD, weight_ED, top_k, renormalize, real)
     return out
 
 

@@ -200,7 +200,6 @@ class TokenLayout:
     ) -> None:
         tp = groups.dims.attn_tp
         self.num_valid = num_valid
-        self._is_padding: Tensor | None = None
         self.comm = groups.attn_tp
         self.num_tokens = ctx.dp_tokens[groups.dims.dp_rank(groups.rank)]
         rows_by_dp = [-(-tokens // tp) for tokens in ctx.dp_tokens]
@@ -209,6 +208,8 @@ class TokenLayout:
         self.first = self.rows * self.comm.rank
         self.valid = max(0, min(self.rows, self.num_tokens - self.first))
         self.is_extend = ctx.is_extend
+        # in a step of fixed shape: from which row of the slice on there is padding, int32 [1]
+        self.real = num_valid - self.first if num_valid is not None and self.first else num_valid
         self.padding = choose_padding(rows_by_dp, ctx.is_extend) if padding == "auto" else padding
 
     def scatter(self, x_T: Tensor) -> Tensor:
@@ -217,16 +218,6 @@ class TokenLayout:
             return x_T
         mine = x_T[self.first : self.first + self.valid]
         return torch.cat([mine, x_T.new_zeros(self.rows - self.valid, *x_T.shape[1:])])
-
-    def drop_padding(self, ids_SK: Tensor) -> Tensor:
-        """-1 in place of the ids of rows that are no tokens; may be done in place."""
-        if self.num_valid is not None:
-            if self._is_padding is None:  # in the first layer, for all
-                rows = torch.arange(self.first, self.first + self.rows, device=ids_SK.device)
-                self._is_padding = (rows >= self.num_valid)[:, None]
-            return ids_SK.masked_fill_(self._is_padding, -1)
-        ids_SK[self.valid :] = -1
-        return ids_SK
 
     def gather(self, x_S: Tensor) -> Tensor:
         """This rank's [S, ...] -> the group's [T, ...]."""

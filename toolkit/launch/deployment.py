@@ -42,14 +42,19 @@ DRAIN_S = 10.0  # for what the last load has given up to leave the ranks
 
 
 class Deployment:
-    """Args: ``home``: the folder that its processes write into; the run's own, unless several runs share it."""
+    """The processes of ``cfg``.
 
-    def __init__(self, cfg: ExpConfig, home: Path) -> None:
-        self.cfg, self.home = cfg, home
+    Args:
+        run_dir: of its first run.
+        shared: other runs may come; its processes then write into a folder of their own.
+    """
+
+    def __init__(self, cfg: ExpConfig, run_dir: Path, shared: bool) -> None:
+        self.cfg, self.home = cfg, run_dir / FOLDER if shared else run_dir
         self.launcher: Launcher = launchers()[cfg.cluster.launcher](cfg)
         self.nodes: list[Node] = []
         self.loads = 0  # that it has served or serves
-        self._share = Share(home) if home.name == FOLDER else None
+        self._share = Share(self.home) if shared else None
         self._alive = contextlib.ExitStack()
         self._files: list[str] = []
         self._job: Job | None = None

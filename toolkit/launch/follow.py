@@ -15,7 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from toolkit import records
-from toolkit.launch import job_file, queue
+from toolkit.launch import exclude, job_file, queue
+from toolkit.launch.attempts import read_config
 from toolkit.launch.inside import LOG
 from toolkit.launch.queue import JobState
 from toolkit.launch.run import EXIT_CODES
@@ -25,6 +26,7 @@ ASK_S = 2.0  # between two questions to Slurm, which a whole site shares
 LOOK_S = 0.25
 SETTLE_S = 10.0
 ORDERLY = "TERM"
+LAUNCH_FAILED = "JobLaunchFailure"
 
 
 def follow(run_dirs: Sequence[Path], console: Console) -> int:
@@ -79,6 +81,7 @@ class Follower:
                 job, asked = self._ask(), time.monotonic()
                 if job is not None and not job.active:
                     self._show_log()
+                    self._leave_out_first_node(job)
                     note = job_file.read(self._run_dir)
                     if note and note.job_id not in ("", self._job_id):  # submitted again, without a bad node
                         self._job_id, asked = note.job_id, -ASK_S
@@ -86,6 +89,15 @@ class Follower:
                     return settle(self._run_dir, job)
             self._show_log()
             time.sleep(LOOK_S)
+
+    def _leave_out_first_node(self, job: JobState) -> None:
+        """A node that cannot even start the batch script leaves it to us to submit the run again without it."""
+        if job.reason != LAUNCH_FAILED or not job.first_node or not self._pending():
+            return
+        cfg = read_config(self._run_dir)
+        if cfg.cluster.exclude_bad_nodes:
+            self._say(f"{job.first_node} could not start the batch script: is {self._run_dir} there?")
+            exclude.submit_again(cfg, self._run_dir, [], [job.first_node])
 
     def _pending(self) -> bool:
         return records.read_status(self._run_dir).state == "queued"

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from toolkit import records
-from toolkit.launch import exclude, job_file, preflight
+from toolkit.launch import exclude, job_file, preflight, queue
 from toolkit.launch.attempts import read_config
 from toolkit.launch.interrupts import NOTICE
 from toolkit.launch.run import EXIT_CODES, run
@@ -32,22 +32,33 @@ CANCELLED = EXIT_CODES["cancelled"]
 def main() -> int:
     """Returns the worst of the runs' exit codes."""
     run_dirs = [folder for folder in mine(sys.argv[1:]) if records.read_status(folder).state != "done"]
+    run_dirs = [folder for folder in run_dirs if not taken_over(folder)]
     worst = 0
     with Standing() as standing:
         for index, run_dir in enumerate(run_dirs):
             rest = run_dirs[index + 1 :]
             job_file.write(run_dir, job_file.of_this_process())  # somebody may have submitted the script by hand
-            done_before = points_done(run_dir)
             preflight.forget(run_dir)
             standing.expect(read_config(rest[0]) if rest else None)
-            code = run_one(run_dir, standing)
+            again = Again(rest, points_done(run_dir))
+            code = run_one(run_dir, standing, again)
             worst = max(worst, code)
-            if starts_again(run_dir, rest, done_before):
+            if again.starts:
                 break
             if code == CANCELLED:  # the job is being ended, not this run alone
                 never_begun(rest, "an earlier run of the same job was cancelled")
                 break
     return worst
+
+
+def taken_over(run_dir: Path) -> bool:
+    """Whether a new job has the run (``exclude.py``), and Slurm has started this one again by itself."""
+    by = job_file.read(run_dir)
+    return (
+        bool(int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+        and by is not None
+        and (by.job_id != job_file.of_this_process().job_id)
+    )
 
 
 def mine(words: Sequence[str]) -> list[Path]:
@@ -61,7 +72,7 @@ def mine(words: Sequence[str]) -> list[Path]:
     return tasks[int(os.environ["SLURM_ARRAY_TASK_ID"])] if len(tasks) > 1 else tasks[0]
 
 
-def run_one(run_dir: Path, standing: Standing) -> int:
+def run_one(run_dir: Path, standing: Standing, again: Again) -> int:
     """The exit code of the run in ``run_dir``."""
     from rich.console import Console
 
@@ -71,34 +82,42 @@ def run_one(run_dir: Path, standing: Standing) -> int:
         set_up_logging()
         overrides = yaml.safe_load((run_dir / records.OVERRIDES).read_text())
         try:
-            return run(read_config(run_dir), overrides, Console(stderr=True, width=160), run_dir, standing)
+            return run(read_config(run_dir), overrides, Console(stderr=True, width=160), run_dir, standing, again)
         except Exception as error:  # its own faults are in status.json; this is one of ours or the disk's
             sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
             raise
 
 
-def starts_again(run_dir: Path, rest: Sequence[Path], done_before: int) -> bool:
-    """Whether another job, or this one once more, goes on with the run and those after it."""
-    cfg = read_config(run_dir)
-    with output_to(run_dir / LOG):
-        if exclude.submit_again(cfg, run_dir, rest):
-            return True
-        if goes_on(run_dir, done_before):
-            exclude.requeue(cfg, run_dir, lost_nodes(records.read_status(run_dir).reason))
-            return True
-    return False
+class Again:
+    """Called when a run has ended: sees to it that another job, or this one once more, goes on with it and the rest.
 
-
-def goes_on(run_dir: Path, done_before: int) -> bool:
-    """Whether to start again where that is asked for: after Slurm's notice, or a lost node that it has not missed yet.
-
-    Only as long as starts bring points. What Slurm ends itself, it requeues itself.
+    Attributes:
+        starts: whether one does.
     """
-    status = records.read_status(run_dir)
-    cause = status.reason.startswith(NOTICE) or (status.state == "failed" and bool(lost_nodes(status.reason)))
-    wanted = read_config(run_dir).cluster.requeue and cause
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    return wanted and (points_done(run_dir) > done_before or restarts < FRUITLESS)
+
+    def __init__(self, rest: Sequence[Path], done_before: int) -> None:
+        self._rest, self._done_before = rest, done_before
+        self.starts = False
+
+    def __call__(self, run_dir: Path) -> bool:
+        cfg, status = read_config(run_dir), records.read_status(run_dir)
+        bad = [node.host for node in preflight.read_bad(run_dir)] if cfg.cluster.exclude_bad_nodes else []
+        goes_on = cfg.cluster.requeue and self._goes_on(run_dir, status)
+        if names := bad or (lost_nodes(status.reason) if goes_on else []):
+            self.starts = exclude.submit_again(cfg, run_dir, self._rest, names) != ""
+        if not self.starts and goes_on:
+            queue.requeue(os.environ["SLURM_JOB_ID"])
+            self.starts = True
+        return self.starts
+
+    def _goes_on(self, run_dir: Path, status: records.RunStatus) -> bool:
+        """After Slurm's notice, or a lost node that it has not missed yet. What Slurm ends itself, it requeues itself.
+
+        Only as long as starts bring points.
+        """
+        cause = status.reason.startswith(NOTICE) or (status.state == "failed" and bool(lost_nodes(status.reason)))
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        return cause and (points_done(run_dir) > self._done_before or restarts < FRUITLESS)
 
 
 def points_done(run_dir: Path) -> int:

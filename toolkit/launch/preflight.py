@@ -31,6 +31,7 @@ FOLDER = "preflight"  # inside STATE_DIR
 ASK, BAD = "ask.json", "bad.json"
 PATIENCE_S = 120.0  # for all reports; a file system that hangs is a finding too
 WAIT_S = 30.0  # of a node for the first one
+LAG_S = 30.0  # for a report of a process that has ended well: a network file system may show it late
 GRACE_S = 2.0
 NODES_FILE = "nodes.json"  # of the run folder: every node's hardware, as it reported it
 
@@ -160,12 +161,17 @@ def _wait(job: Job, folder: Path, run_dir: Path) -> dict[int, Report]:
     """
     deadline = time.monotonic() + PATIENCE_S
     reports: dict[int, Report] = {}
+    ended: dict[int, float] = {}
     while len(reports) < len(job.specs) and time.monotonic() < deadline:
         states = job.poll()  # asked before the files are read
         for spec, state in zip(job.specs, states, strict=True):
-            if spec.index not in reports and (report := read_report(folder, spec.index)) is not None:
+            if spec.index in reports:
+                continue
+            if not state.alive:
+                ended.setdefault(spec.index, time.monotonic())
+            if (report := read_report(folder, spec.index)) is not None:
                 reports[spec.index] = report
-            elif spec.index not in reports and not state.alive:
+            elif not state.alive and (state.returncode != 0 or time.monotonic() - ended[spec.index] > LAG_S):
                 reports[spec.index] = Report(problems=[_gone(run_dir, spec, state)])
                 records.write_json(folder / f"node-{spec.index}.json", msgspec.to_builtins(reports[spec.index]))
         if 0 in reports and not reports[0].host:

@@ -41,6 +41,7 @@ class JobState:
         start: when it started or, as far as the scheduler can say, will start; empty: not known.
         nodes: the node list; empty before it starts.
         restarts: how often it was requeued.
+        first_node: where its batch script runs, or should have run.
     """
 
     state: str
@@ -48,6 +49,7 @@ class JobState:
     start: str = ""
     nodes: str = ""
     restarts: int = 0
+    first_node: str = ""
 
     @property
     def active(self) -> bool:
@@ -128,8 +130,9 @@ def parse_job(line: str) -> JobState:
         return found[1] if found and found[1] not in ("(null)", "None", "Unknown", "N/A") else ""
 
     return JobState(
-        value("JobState"), value("Reason"), value("StartTime"), value("NodeList"), int(value("Restarts") or 0)
-    )
+        value("JobState"), value("Reason"), value("StartTime"), value("NodeList"), int(value("Restarts") or 0),
+        value("BatchHost"),
+    )  # fmt: skip
 
 
 def why_ending() -> str:
@@ -167,11 +170,8 @@ def submit(script: Path) -> str:
     return call("sbatch", "--parsable", str(script), env=env).strip().partition(";")[0]
 
 
-def requeue(job_id: str, excluded: Mapping[str, Sequence[str]]) -> None:
-    """Starts the job again, later; each of its components (its own id, or ``17+1``) without its ``excluded`` nodes."""
+def requeue(job_id: str) -> None:
     call("scontrol", "requeue", job_id)
-    for component, names in excluded.items():
-        call("scontrol", "update", f"JobId={component}", f"ExcNodeList={','.join(names)}")
 
 
 def _accounted(job_id: str) -> JobState:

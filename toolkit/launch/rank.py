@@ -36,6 +36,7 @@ from toolkit.launch.stacks import Dumper
 
 POLL_S = 0.2
 LOOK_S, MISSES = 2.0, 5  # a heartbeat is missing when it was, in so many looks: a file system may be slow
+LAG_S = 5.0
 NOT_STARTED = 127  # a shell's exit code for a command that is not there
 SAYS = "toolkit-state "  # begins a line of standard output that is a state; a login script may print others
 STDIN = 0
@@ -78,18 +79,27 @@ def main() -> int:
     """In a task of a job step: runs its process, which node and place within the node select."""
     node = os.environ["SLURMD_NODENAME"]
     try:
-        step = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Step, dec_hook=lambda kind, value: kind(value))
+        step = msgspec.json.decode(_read(Path(sys.argv[1])), type=Step, dec_hook=lambda kind, value: kind(value))
     except OSError as error:  # nobody here knows the process's name; its node is enough
-        _say(
-            ProcessState(
-                "", "lost", host=node, ended=time.time(), note=f"{node} cannot read {error.filename}: {error.strerror}"
-            )
-        )
+        note = f"{node} cannot read {error.filename}: {error.strerror}"
+        _say(ProcessState("", "lost", host=node, ended=time.time(), note=note))
         return NOT_STARTED
     spec = step.nodes[node][int(os.environ["SLURM_LOCALID"])]
     task = Task((spec,), step.run_dir, launcher=None, visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
     signs = _Signs(step.run_dir)
     return supervise(task, spec, called_off=lambda: _input_ended() or signs.missing(), say=_say)
+
+
+def _read(path: Path) -> bytes:
+    """What the launcher wrote a moment ago: a network file system may need another one to show it."""
+    deadline = time.monotonic() + LAG_S
+    while True:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_S)
 
 
 class _Signs:

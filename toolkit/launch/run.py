@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -42,17 +42,20 @@ def run(
     console: Console,
     run_dir: Path | None = None,
     standing: Standing | None = None,
+    goes_on: Callable[[Path], bool] = lambda run_dir: False,
 ) -> int:
     """Runs ``cfg``, which ``check`` has found sound, and returns the exit code.
 
     Args:
         run_dir: a folder that ``create_folder`` made before; None: a new one.
         standing: where the deployment comes from and may stay, when other runs come before or after; None: neither.
+        goes_on: asked at the end, with the run's folder, whether the run starts again elsewhere: no report then.
 
     Raises:
         ValueError: a user's mistake that only shows now; nothing has been started.
     """
     ended_by: BaseException | None = None
+    again = False
     with Interrupts() as interrupts:
         try:
             build_model(cfg, console)
@@ -77,8 +80,10 @@ def run(
                 attempts.note_end(run_dir, state_after(ended_by), reason(ended_by))
             if ended_by is not None:
                 tell(console, ended_by)
-        try:
             if run_dir is not None:
+                again = goes_on(run_dir)
+        try:
+            if run_dir is not None and not again:
                 report(run_dir)
         except Cancelled:
             say(console, f"Stopped before the report was made: python -m toolkit.analysis report {run_dir}")

@@ -8,6 +8,7 @@ windows since the load before it. Knows no processes. Used by ``deployment.py``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -43,15 +44,19 @@ class Share:
         self._since = 0.0  # Unix seconds from which rows are the present run's
         self._log_sizes: dict[str, int] = {}
         self._pairs: dict[Path, np.ndarray] = {}  # file -> what the loads before have counted
+        self._all_settled = True
 
     def lend(self, run_dir: Path, specs: Sequence[ProcessSpec], files: Sequence[str]) -> None:
         """Puts links into ``run_dir``; what they point at may not be there yet."""
         states = [f"{STATE_DIR}/{spec.name}.json" for spec in specs]
-        own = self._home.parent == run_dir  # then links stay good where attempts.py moves them, with what they point at
         for name in (*WHOLE, *(spec.log for spec in specs), *states, *files):
-            link = run_dir / name
-            link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(self._home / name, link.parent) if own else self._home / name)
+            self._link(name, run_dir)
+
+    def _link(self, name: str, run_dir: Path) -> None:
+        """Of the run in whose folder home lies, links stay good where attempts.py moves them and what they point at."""
+        link, target = run_dir / name, self._home / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(target, link.parent) if self._home.parent == run_dir else target)
 
     def settle(self, run_dir: Path, specs: Sequence[ProcessSpec], files: Sequence[str]) -> None:
         """Replaces the links. What cannot be cut out stays a link: nothing is lost."""
@@ -73,6 +78,10 @@ class Share:
                     cut(name, run_dir)
             except (OSError, ValueError) as error:
                 log.warning("%s of this run stays in %s: %s", name, self._home, error)
+                self._all_settled = False
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(run_dir / name, ignore_errors=True)
+                    self._link(name, run_dir)
         self._move_profiles(run_dir)
         self._since = until
 
@@ -118,8 +127,11 @@ class Share:
 
     def over(self) -> None:
         """When no process writes any more and every run has its part: rows are not kept twice."""
-        for name in STREAMS:
-            shutil.rmtree(self._home / name, ignore_errors=True)
+        if not self._all_settled:
+            return
+        for folder in (self._home, *(self._home / records.WORKERS).glob("*")):
+            for name in STREAMS:
+                shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _unlink(path: Path) -> None:

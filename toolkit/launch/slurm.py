@@ -3,7 +3,8 @@
 Runs on the first node, in the batch script (or an ``salloc`` shell). Each step is one ``srun`` whose standard input is
 a pipe from here: closing it, or dying, ends the step's processes in order, wherever they are, even where slurmd is
 gone. States come back through the step's standard output, never through a file system that may lag. Nothing here is
-done by a job's name. ``srun.py`` has the command lines; submission is ``submit.py``'s. Read next: ``rank.py``.
+done by a job's name. ``srun.py`` has the command lines; submission is ``submit.py``'s. Read next: ``running_step.py``,
+``rank.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +25,13 @@ from toolkit.launch.launcher import STATE_DIR, Node, ProcessSpec, ProcessState
 from toolkit.launch.plan import PoolPlan
 from toolkit.launch.preflight import BadNode, bad_nodes
 from toolkit.launch.rank import SAYS, Step
+from toolkit.launch.running_step import RunningStep, end_steps
 from toolkit.launch.watch import RunFailed
 
 log = logging.getLogger(__name__)
 
 STEPS = "steps"  # inside STATE_DIR: what each step is told, and what srun says about it
 NODES_ANSWER_S = 120.0
-KILL_S = 20.0  # srun's own way of ending a step takes Slurm's KillWait at most, and mostly no time
 
 
 @dataclass(frozen=True)
@@ -75,67 +75,6 @@ class Allocation:
             raise RunFailed(f"the plan needs {what}, job {self.job_id} has {len(names)} ({','.join(names)})")
 
 
-class RunningStep:
-    """One srun: its processes, its pipe, and the states that came back."""
-
-    def __init__(self, name: str, argv: Sequence[str], messages: Path, env: Mapping[str, str]) -> None:
-        self.name = name
-        self._messages = messages
-        self._rest = b""
-        with messages.open("ab") as out:
-            self._srun = subprocess.Popen(
-                argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=out,
-                env={**os.environ, **env},
-                start_new_session=True,  # Ctrl-C in an salloc shell is the launcher's to deal with
-            )
-        assert self._srun.stdout is not None
-        self._stdout = self._srun.stdout.fileno()
-        os.set_blocking(self._stdout, False)
-
-    def lines(self, prefix: str) -> Iterator[bytes]:
-        """What came since the last call: the rest of each whole line that begins with ``prefix``."""
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(self._stdout, 65536):
-                self._rest += data
-        *whole, self._rest = self._rest.split(b"\n")
-        for line in whole:
-            if line.startswith(prefix.encode()):
-                yield line[len(prefix) :]
-            else:
-                with self._messages.open("ab") as out:  # a login script, a container runtime
-                    out.write(line + b"\n")
-
-    @property
-    def over(self) -> bool:
-        return self._srun.poll() is not None
-
-    def call_off(self) -> None:
-        """Its processes end by themselves now, each within its grace."""
-        assert self._srun.stdin is not None
-        with contextlib.suppress(OSError):
-            self._srun.stdin.close()
-
-    def wait(self, deadline: float) -> bool:
-        """Whether it was over by ``deadline`` on the monotonic clock."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._srun.wait(max(0.0, deadline - time.monotonic()))
-        return self.over
-
-    def kill(self) -> None:
-        """By way of Slurm: SIGKILL to every task. Then srun itself, which a node that does not answer would hold."""
-        self._srun.terminate()
-        if not self.wait(time.monotonic() + KILL_S):
-            log.warning("step %s does not end: Slurm ends it with the job", self.name)
-            self._srun.kill()
-            self._srun.wait()
-
-    def messages(self) -> str:
-        return self._messages.read_text(errors="replace").strip()
-
-
 class SlurmJob:
     """The processes of one ``start``."""
 
@@ -144,10 +83,11 @@ class SlurmJob:
         specs: Sequence[ProcessSpec],
         steps: Mapping[str, tuple[RunningStep, list[ProcessSpec]]],
         names: Sequence[str],
+        lost: set[str],
     ) -> None:
-        """``names``: of the nodes, as Slurm has them."""
+        """``names``: of the nodes, as Slurm has them; ``lost``: those that do not answer, as far as that is known."""
         self.specs = tuple(specs)
-        self._steps, self._names = steps, names
+        self._steps, self._names, self._lost = steps, names, lost
         self._states = {spec.name: ProcessState(spec.name) for spec in specs}
 
     def poll(self) -> list[ProcessState]:
@@ -164,14 +104,22 @@ class SlurmJob:
         return [self._states[spec.name] for spec in self.specs]
 
     def stop(self, grace_s: float) -> None:
-        steps = [step for step, _ in self._steps.values()]
-        for step in steps:
+        for step, _ in self._steps.values():
             step.call_off()
         deadline = time.monotonic() + grace_s + 5.0
-        late = [step for step in steps if not step.wait(deadline)]
-        for step in late:
-            step.kill()
+        while time.monotonic() < deadline and self._within_reach():
+            time.sleep(0.05)
+        end_steps([step for step, _ in self._steps.values()], bool(self._lost))
         self.poll()
+
+    def _within_reach(self) -> bool:
+        """Whether a step goes on that has more than what lost nodes hold."""
+        alive = {state.name for state in self.poll() if state.alive}
+        return any(
+            not step.over
+            and (not self._lost or any(s.name in alive and self._names[s.node] not in self._lost for s in its))
+            for step, its in self._steps.values()
+        )
 
     def _lose(self, members: Sequence[ProcessSpec], note: str = "") -> None:
         """What has not reported its end when its step is over will not do so any more."""
@@ -187,6 +135,7 @@ class SlurmLauncher:
         self._allocation = allocation
         self._taken: list[tuple[str, int | None]] = []
         self._keepers: list[RunningStep] = []
+        self._lost: set[str] = set()
 
     @classmethod
     def of(cls, cfg: ExpConfig) -> SlurmLauncher:
@@ -207,23 +156,23 @@ class SlurmLauncher:
         assert self._taken, "nodes() comes first"
         (run_dir / STATE_DIR / STEPS).mkdir(parents=True, exist_ok=True)
         steps: dict[str, tuple[RunningStep, list[ProcessSpec]]] = {}
-        job = SlurmJob(specs, steps, [name for name, _ in self._taken])
+        job = SlurmJob(specs, steps, [name for name, _ in self._taken], self._lost)
         for name, members in self._split(specs):
             steps[name] = (self._start_step(name, members, run_dir, secrets), members)
         return job
 
     def silent(self) -> list[str]:
-        try:
-            return queue.silent([name for name, _ in self._taken]) if len(self._taken) > 1 else []
-        except queue.SlurmError:
-            return []
+        with contextlib.suppress(queue.SlurmError):
+            self._lost |= set(queue.silent([name for name, _ in self._taken]) if len(self._taken) > 1 else [])
+        return sorted(self._lost)
 
     def close(self) -> None:
         for keeper in self._keepers:
             keeper.call_off()
+        deadline = time.monotonic() + (0.0 if self._lost else 5.0)
         for keeper in self._keepers:
-            if not keeper.wait(time.monotonic() + 5.0):
-                keeper.kill()
+            keeper.wait(deadline)
+        end_steps(self._keepers, bool(self._lost))
         self._keepers = []
 
     def _split(self, specs: Sequence[ProcessSpec]) -> Iterator[tuple[str, list[ProcessSpec]]]:

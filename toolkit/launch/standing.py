@@ -17,7 +17,6 @@ from rich.console import Console
 
 from toolkit import records
 from toolkit.config import ExpConfig, to_mapping
-from toolkit.launch import share
 from toolkit.launch.deployment import Deployment
 from toolkit.launch.pools import worker_pools
 from toolkit.launch.preflight import NODES_FILE
@@ -82,7 +81,7 @@ class Standing:
                 return up
             say(console, "The deployment is not well after the load before: starting afresh")
         self._end()
-        self._up = Deployment(cfg, run_dir / share.FOLDER if self._wanted(cfg) else run_dir)
+        self._up = Deployment(cfg, run_dir, shared=self._wanted(cfg))
         return self._up
 
     def give_back(self, run_dir: Path, healthy: bool) -> None:

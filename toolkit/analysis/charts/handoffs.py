@@ -17,8 +17,9 @@ from toolkit.analysis.load import Run
     "the prefill worker's queue, the prompt's computation, and then what handing it on costs: the wait for the read to "
     "begin, the part of the KV transfer that the computation does not hide, the rest of the decode step under way. The "
     "line is the gap to the second token. A queue that grows asks for more prefill workers, a join or a gap that grows "
-    "for more decode workers. Right: median and p99 of the transfer itself, with its rate on one rank and the share of "
-    "it that is hidden beside prefill.",
+    "for more decode workers. Right: median and p99 of the transfer itself, with its rate on one rank, the share of it "
+    "that is hidden beside prefill, and what is not hidden as a share of the time to the first token: the most that "
+    "sending each layer as it is computed could save.",
 )
 def handoffs(run: Run) -> Figure:
     if run.transfers.empty:
@@ -40,11 +41,11 @@ def handoffs(run: Run) -> Figure:
     for column, label, line in (("transfer_ms_p50", "p50", style.LINES[0]), ("transfer_ms_p99", "p99", style.LINES[1])):
         right.plot(at, table[column], label=label, **line)
     for x, row in zip(at, table.itertuples()):
-        text = f"{row.gb_s:.3g} GB/s\n{row.hidden:.0%} hidden"
+        text = f"{row.gb_s:.3g} GB/s\n{row.hidden:.0%} hidden\n{row.exposed:.1%} of TTFT"
         right.annotate(
             text, (x, row.transfer_ms_p99), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7
         )
-    right.set_ylim(0, 1.3 * float(table["transfer_ms_p99"].max()))
+    right.set_ylim(0, 1.4 * float(table["transfer_ms_p99"].max()))
     right.legend(fontsize=8, frameon=False, loc="upper right")
     style.axes(right, "concurrency", "KV transfer (ms)", f"Transfers of {table['mb'].mean():.3g} MB a rank")
     for ax in (left, right):

@@ -200,8 +200,9 @@ class DecodePart:
                     check_blocks(theirs, mine, num_theirs, num_mine)  # a ticket came over the network
                 rows = pieces(self._layout, caches[i].layout, wanted)
                 if len(rows):
+                    began = time.monotonic()  # a read may end within its start
                     read = self._transfer.start_read(self._transfer.connect(caches[i].endpoint), rows)
-                    arrival.reads.append(Running(read, time.monotonic()))
+                    arrival.reads.append(Running(read, began))
         except ValueError as error:
             arrival.error = str(error)
 

@@ -1,21 +1,53 @@
-"""Softmax over experts and the best K of them, one program a row (ties go to the lower expert); ids through a table."""
+"""The gate's product with few rows; softmax and the best K experts, one program a row; ids through a table.
+
+A decode step has too few rows for one program a tile to be fast: the product is split over the columns of its input,
+and the sums of the parts are added by the kernel that needs them. Ties go to the lower expert.
+S: rows, D: hidden, E: experts, K: top-k.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+SPLITS = 16  # parts of the product
+FEW_ROWS = 512  # beyond them cuBLAS is as fast
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["rows"])
+def _logits_kernel(
+    x_ptr, weight_ptr, parts_ptr, rows, experts,
+    D: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    expert, d = tl.arange(0, BLOCK), tl.arange(0, STEP)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in tl.static_range(0, PART, STEP):
+        column = part * PART + first + d
+        x = tl.load(x_ptr + row[:, None] * D + column[None, :], mask=row[:, None] < rows, other=0.0)
+        inside = expert[None, :] < experts
+        weight = tl.load(weight_ptr + expert[None, :] * D + column[:, None], mask=inside, other=0.0)
+        total = tl.dot(x, weight, total)
+    where = (part * rows + row[:, None]) * experts + expert[None, :]
+    tl.store(parts_ptr + where, total, mask=(row[:, None] < rows) & (expert[None, :] < experts))
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _topk_kernel(
-    logits_ptr, ids_ptr, weights_ptr, stride, experts,
+    parts_ptr, real_ptr, ids_ptr, weights_ptr, rows, experts,
+    PARTS: tl.constexpr, ROUND: tl.constexpr, COUNTED: tl.constexpr,
     K: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr, RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + row * stride + columns, mask=columns < experts, other=-float("inf")).to(tl.float32)
+    columns, part = tl.arange(0, BLOCK), tl.arange(0, PARTS)
+    where = (part[:, None] * rows + row) * experts + columns[None, :]
+    inside = (columns < experts)[None, :]
+    logits = tl.sum(tl.load(parts_ptr + where, mask=inside, other=-float("inf")).to(tl.float32), axis=0)
+    logits = logits.to(ROUND).to(tl.float32)
     exp = tl.exp(logits - tl.max(logits, axis=0))
     probs = exp / tl.sum(exp, axis=0)
     probs = tl.where(columns < experts, probs, -1.0)
@@ -30,21 +62,43 @@ def _topk_kernel(
         probs = tl.where(columns == chosen, -1.0, probs)
     if RENORMALIZE:
         weights = weights / tl.sum(weights, axis=0)
+    if COUNTED:
+        ids = tl.where(row < tl.load(real_ptr), ids, -1)
     tl.store(ids_ptr + row * K + slots, ids.to(tl.int64), mask=slots < K)
     tl.store(weights_ptr + row * K + slots, weights, mask=slots < K)
 
 
-def softmax_topk(logits_SE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    rows, experts = logits_SE.shape
-    ids = torch.empty(rows, top_k, dtype=torch.int64, device=logits_SE.device)
-    weights = torch.empty(rows, top_k, dtype=torch.float32, device=logits_SE.device)
+def softmax_route(
+    x: Tensor, weight_ED: Tensor, top_k: int, renormalize: bool, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows, experts = len(x), len(weight_ED)
+    ids = torch.empty(rows, top_k, dtype=torch.int64, device=x.device)
+    weights = torch.empty(rows, top_k, dtype=torch.float32, device=x.device)
     if rows:
+        parts = _parts(x, weight_ED)
         _topk_kernel[(rows,)](
-            logits_SE, ids, weights, logits_SE.stride(0), experts,
+            parts, ids if real is None else real, ids, weights, rows, experts,
+            PARTS=len(parts), ROUND=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32, COUNTED=real is not None,
             K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=triton.next_power_of_2(experts),
             RENORMALIZE=renormalize, num_warps=1,
         )  # fmt: skip
     return ids, weights
+
+
+def _parts(x: Tensor, weight_ED: Tensor) -> Tensor:
+    """Logits [parts, S, E], to be added up."""
+    (rows, columns), experts = x.shape, len(weight_ED)
+    step = next((step for step in (128, 64) if columns % (SPLITS * step) == 0), 0)
+    if rows > FEW_ROWS or not step or x.dtype != torch.bfloat16:
+        return F.linear(x, weight_ED)[None]
+    parts = torch.empty(SPLITS, rows, experts, dtype=torch.float32, device=x.device)
+    height = 16 if rows <= 128 else 32
+    _logits_kernel[(triton.cdiv(rows, height), SPLITS)](
+        x.contiguous(), weight_ED, parts, rows, experts,
+        D=columns, PART=columns // SPLITS, ROWS=height, STEP=step, BLOCK=max(16, triton.next_power_of_2(experts)),
+        num_warps=4,
+    )  # fmt: skip
+    return parts
 
 
 @triton.jit

@@ -2,12 +2,14 @@
 
 ``KVCache`` owns the memory. ``BlockPool`` owns the books: reference counts, the prefix cache (blocks found again by
 the hash of everything up to their end), and which unused block is given away first. It knows neither requests nor
-tensors, every operation is O(1) a block, and ranks of one attention TP group keep equal books by doing the same.
+tensors, every operation is O(1) a block (O(log n) without prefix cache), and ranks of one attention TP group keep equal
+books by doing the same.
 Read next: ``tables.py``.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -125,7 +127,8 @@ class BlockPool:
     """Reference-counted blocks with a prefix cache.
 
     A block whose count falls to zero keeps its content and stays findable until it is given away; the one that was
-    released longest ago goes first.
+    released longest ago goes first. Without prefix cache the lowest goes first: a request's blocks then lie in runs,
+    which a transfer reads as one piece each.
     """
 
     def __init__(self, num_blocks: int, prefix_cache: bool = True) -> None:
@@ -134,6 +137,7 @@ class BlockPool:
         self._hash: list[int | None] = [None] * num_blocks
         self._by_hash: dict[int, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._lowest = [] if prefix_cache else list(range(num_blocks))  # a heap of the free ones
 
     @property
     def num_free(self) -> int:
@@ -152,12 +156,17 @@ class BlockPool:
         """Takes one more reference on each of ``blocks``."""
         for block in blocks:
             if self._refs[block] == 0:
+                assert self.prefix_cache, "what nobody uses is not found again without a prefix cache"
                 del self._free[block]
             self._refs[block] += 1
 
     def allocate(self) -> int:
         """A block of unknown content with one reference. There must be a free one."""
-        block, _ = self._free.popitem(last=False)
+        if self.prefix_cache:
+            block, _ = self._free.popitem(last=False)
+        else:
+            block = heapq.heappop(self._lowest)
+            del self._free[block]
         assert self._refs[block] == 0, f"block {block} was free with {self._refs[block]} references"
         self._forget(block)
         self._refs[block] = 1
@@ -176,6 +185,8 @@ class BlockPool:
             assert self._refs[block] >= 0, f"block {block} was released once too often"
             if self._refs[block] == 0:
                 self._free[block] = None
+                if not self.prefix_cache:
+                    heapq.heappush(self._lowest, block)
 
     def clear_cache(self) -> None:
         """Forgets all cached content; running requests keep their blocks."""

@@ -15,8 +15,12 @@ from toolkit.engine import fused
 
 
 class Gate(Protocol):
-    def __call__(self, x_SD: Tensor) -> tuple[Tensor, Tensor]:
-        """-> ids int64 [S, K], weights float32 [S, K]."""
+    def __call__(self, x_SD: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """-> ids int64 [S, K], weights float32 [S, K].
+
+        Args:
+            real: on the device, int32 [1]: rows from this one on are padding, their ids -1.
+        """
         ...
 
 
@@ -26,15 +30,14 @@ class SoftmaxGate:
     def __init__(self, weight_ED: Tensor, top_k: int, renormalize: bool) -> None:
         self.weight_ED, self.top_k, self.renormalize = weight_ED, top_k, renormalize
 
-    def __call__(self, x_SD: Tensor) -> tuple[Tensor, Tensor]:
-        logits = F.linear(x_SD, self.weight_ED)
-        if fused.supported(logits):
-            return fused.softmax_topk(logits, self.top_k, self.renormalize)
-        probs = logits.float().softmax(-1)
+    def __call__(self, x_SD: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if fused.supported(x_SD):
+            return fused.softmax_route(x_SD, self.weight_ED, self.top_k, self.renormalize, real)
+        probs = F.linear(x_SD, self.weight_ED).float().softmax(-1)
         weights, ids = probs.topk(self.top_k, dim=-1)
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        return ids, weights
+        return _drop_padding(ids, real), weights
 
 
 class GroupedSigmoidGate:
@@ -58,7 +61,7 @@ class GroupedSigmoidGate:
         self.top_k, self.n_group, self.topk_group = top_k, n_group, topk_group
         self.renormalize, self.scale = renormalize, scale
 
-    def __call__(self, x_SD: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_SD: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         scores = F.linear(x_SD.float(), self.weight_ED).sigmoid()
         choice = scores + self.bias_E
         groups = choice.unflatten(1, (self.n_group, -1))
@@ -69,4 +72,10 @@ class GroupedSigmoidGate:
         weights = scores.gather(1, ids)
         if self.renormalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return ids, weights * self.scale
+        return _drop_padding(ids, real), weights * self.scale
+
+
+def _drop_padding(ids_SK: Tensor, real: Tensor | None) -> Tensor:
+    if real is None:
+        return ids_SK
+    return ids_SK.masked_fill_((torch.arange(len(ids_SK), device=ids_SK.device) >= real)[:, None], -1)

@@ -122,8 +122,8 @@ class MoELayer:
     def stages(self, x_SD: Tensor, layout: TokenLayout) -> Stages[Tensor]:
         """The layer's stages; returns [S, D]."""
         context, dispatcher = self.context, self.context.dispatcher
-        ids_SK, weights_SK = self.gate(x_SD)
-        ids_SK = layout.drop_padding(ids_SK)  # neither sent nor counted
+        ids_SK, weights_SK = self.gate(x_SD, layout.real)
+        ids_SK[layout.valid :] = -1  # padding is neither sent nor counted
         slots_SK = context.placement.to_slots(self.index, ids_SK)
         if context.recorder is not None:
             context.recorder.selected(self.index, ids_SK, slots_SK)
