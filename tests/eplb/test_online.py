@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tests.eplb.test_planner import skewed
 from toolkit.engine.eplb import bench, maps
-from toolkit.engine.eplb.online import Rules, update
+from toolkit.engine.eplb.online import Rules, shared_out, update
 from toolkit.engine.eplb.planner import plan
 from toolkit.engine.eplb.pool import Pool
 from toolkit.engine.eplb.relabel import moved
@@ -104,3 +104,13 @@ def test_no_load_changes_nothing_and_a_broken_placement_is_refused() -> None:
     assert (update(np.zeros((4, 64), np.int64), held, 16, Rules()).phy2log_LR == held).all()
     with pytest.raises(ValueError, match="phy2log has no slot for expert"):
         update(counts(), np.zeros_like(held), 16, Rules())
+
+
+def test_a_budget_goes_where_it_relieves_most() -> None:
+    """A way with a dear first step is taken as a whole, or not at all; one that gains nothing is left."""
+    nan = np.nan
+    ways = [np.array([1.5, 1.4, 1.35, 1.34]), np.array([1.3, nan, 1.29, 0.9]), np.array([1.1, 1.1, 1.2, 1.3])]
+    assert shared_out(ways, 0) == [0, 0, 0]
+    assert shared_out(ways, 1) == [1, 0, 0]
+    assert shared_out(ways, 2) == [2, 0, 0] and shared_out(ways, 3) == [0, 3, 0]
+    assert shared_out(ways, 4) == [1, 3, 0] and shared_out(ways, 9) == [3, 3, 0]

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from toolkit.engine.eplb.bounds import lower_bound
+from toolkit.engine.eplb.bounds import lower_bound, simple_bound
+from toolkit.engine.eplb.kernels import descending
 from toolkit.engine.eplb.planner import POLICIES, plan, rebalance
 from toolkit.engine.eplb.relabel import moved
 
@@ -93,7 +94,7 @@ def test_the_bound_holds_for_the_best_of_all_placements(load: list[int], extra: 
             if count.all():
                 share = loads / count
                 best = min(best, max(share[list(left)].sum(), share[list(right)].sum()))
-    assert lower_bound(loads, gpus, slots) <= best * (1 + 1e-9)
+    assert lower_bound(loads, gpus, slots, simple_bound(loads, descending(loads), gpus, slots)) <= best * (1 + 1e-9)
 
 
 def test_deepseek_gives_the_published_placement() -> None:
@@ -239,7 +240,7 @@ def test_the_bound_is_never_above_the_best_of_all_placements(
         if count.all():
             share = load / count
             best = min(best, max(share[list(gpu)].sum() for gpu in chosen))
-    assert lower_bound(load, gpus, slots) <= best * (1 + 1e-9)
+    assert lower_bound(load, gpus, slots, simple_bound(load, descending(load), gpus, slots)) <= best * (1 + 1e-9)
 
 
 def test_the_bound_counts_that_large_replicas_share_the_small_ones() -> None:

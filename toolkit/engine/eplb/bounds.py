@@ -26,17 +26,17 @@ STEPS = 12
 
 
 @jit
-def simple_bound(load_E: Floats, gpus: int, slots: int) -> float:
-    """max(mean, least possible largest replica)."""
+def simple_bound(load_E: Floats, order_E: Ints, gpus: int, slots: int) -> float:
+    """max(mean, least possible largest replica); ``order_E`` is ``kernels.descending``."""
     replicas = gpus * slots
     cap = max(gpus, -(-replicas // len(load_E)))
-    return float(max(load_E.sum() / gpus, (load_E / replica_counts(load_E, replicas, cap)).max()))
+    count_E = replica_counts(load_E, order_E, replicas, cap)
+    return float(max(load_E.sum() / gpus, (load_E / count_E).max()))
 
 
 @jit
-def lower_bound(load_E: Floats, gpus: int, slots: int) -> float:
-    """The largest load that can be proven unavoidable, at least ``simple_bound``; all bisected loads are."""
-    low = simple_bound(load_E, gpus, slots)
+def lower_bound(load_E: Floats, gpus: int, slots: int, low: float) -> float:
+    """The largest load that can be proven unavoidable, at least ``low``, the simple one; all bisected loads are."""
     if slots == 1 or slots > len(load_E) or low <= 0.0 or possible(load_E, gpus, slots, low * (1.0 + 1e-9)):
         return low
     high = 2.0 * low

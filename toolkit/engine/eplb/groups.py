@@ -33,7 +33,8 @@ def home_nodes(load_LE: Floats, groups: int, nodes: int, replicas: int, gpus: in
     """
     load_LK = load_LE.reshape(len(load_LE), groups, -1).sum(-1)
     if _partitions(groups, nodes) <= FEW:
-        return _best_partition(load_LE, load_LK, _all_partitions(groups, nodes), nodes, replicas, gpus)
+        order_LE = np.argsort(-load_LE, axis=1)  # ties do not matter here
+        return _best_partition(load_LE, order_LE, load_LK, _all_partitions(groups, nodes), nodes, replicas, gpus)
     home_LK = np.stack([_packed_groups(load_K, nodes) for load_K in load_LK])
     return home_LK, global_bound(load_LE, replicas, gpus, np.full(len(load_LE), np.inf), 0.0)
 
@@ -47,17 +48,24 @@ def members_of(home_LK: Ints, nodes: int, experts: int) -> Ints:
     return members
 
 
-@jit
 def global_bound(load_LE: Floats, replicas: int, gpus: int, reached_L: Floats, tolerance: float) -> Floats:
     """Lower bound of the largest GPU load when any replica may go anywhere, [L].
 
     Where ``reached_L`` is within ``tolerance`` of the simple bound there is nothing to gain from a better one.
     """
+    order_LE = np.argsort(-load_LE, axis=1)  # ties do not matter here
+    return _global_bound(load_LE, order_LE, replicas, gpus, reached_L, tolerance)
+
+
+@jit
+def _global_bound(
+    load_LE: Floats, order_LE: Ints, replicas: int, gpus: int, reached_L: Floats, tolerance: float
+) -> Floats:
     bound_L, slots = np.empty(len(load_LE)), replicas // gpus
     for layer in range(len(load_LE)):
-        bound_L[layer] = simple_bound(load_LE[layer], gpus, slots)
+        bound_L[layer] = simple_bound(load_LE[layer], order_LE[layer], gpus, slots)
         if reached_L[layer] > bound_L[layer] * (1.0 + tolerance):
-            bound_L[layer] = lower_bound(load_LE[layer], gpus, slots)
+            bound_L[layer] = lower_bound(load_LE[layer], gpus, slots, bound_L[layer])
     return bound_L
 
 
@@ -86,14 +94,14 @@ def _all_partitions(groups: int, nodes: int) -> Ints:
 
 @jit
 def _best_partition(
-    load_LE: Floats, load_LK: Floats, home_TK: Ints, nodes: int, replicas: int, gpus: int
+    load_LE: Floats, order_LE: Ints, load_LK: Floats, home_TK: Ints, nodes: int, replicas: int, gpus: int
 ) -> tuple[Ints, Floats]:
     layers, groups = load_LK.shape
     a_group = load_LE.shape[1] // groups
     node_gpus, slots = gpus // nodes, replicas // gpus
     load_NE = np.empty((nodes, groups // nodes * a_group))
     home_LK, bound_L = np.empty((layers, groups), np.int64), np.empty(layers)
-    heaviest_T = np.empty(len(home_TK))
+    heaviest_T, in_order = np.empty(len(home_TK)), np.arange(load_NE.shape[1])
     for layer in range(layers):
         for t in range(len(home_TK)):
             load_N = np.zeros(nodes)
@@ -105,16 +113,16 @@ def _best_partition(
             if heaviest_T[t] >= best:
                 break
             filled_N = np.zeros(nodes, np.int64)
-            for group in range(groups):
-                node, first = home_TK[t, group], group * a_group
-                at = filled_N[node]
-                load_NE[node, at : at + a_group] = load_LE[layer, first : first + a_group]
-                filled_N[node] += a_group
-            bound = 0.0
+            for expert in order_LE[layer]:
+                node = home_TK[t, expert // a_group]
+                load_NE[node, filled_N[node]] = load_LE[layer, expert]
+                filled_N[node] += 1
+            bound, simple_N = 0.0, np.empty(nodes)
             for node in range(nodes):
-                bound = max(bound, simple_bound(load_NE[node], node_gpus, slots))
+                simple_N[node] = simple_bound(load_NE[node], in_order, node_gpus, slots)
+                bound = max(bound, simple_N[node])
             for node in range(nodes if bound < best else 0):
-                bound = max(bound, lower_bound(load_NE[node], node_gpus, slots))
+                bound = max(bound, lower_bound(load_NE[node], node_gpus, slots, simple_N[node]))
             if bound < best:
                 best, chosen = bound, t
         home_LK[layer], bound_L[layer] = home_TK[chosen], best

@@ -120,10 +120,17 @@ def refresh(load_E: Floats, count_E: Ints, expert_GS: Ints, load_GS: Floats, loa
 
 
 @jit
-def improve(load_E: Floats, expert_GS: Ints, target: float, max_moves: int, node_gpus: int) -> int:
+def improve(
+    load_E: Floats, expert_GS: Ints, aim: float, target: float, max_moves: int, node_gpus: int, reached_M: Floats
+) -> int:
     """Changes ``expert_GS`` until no GPU carries more than ``target``; experts that travelled.
 
     Stops early when ``max_moves`` are used up or nothing helps. Replicas stay on their node of ``node_gpus`` GPUs.
+    With fewer ``max_moves`` it takes the same way, less far.
+
+    Args:
+        reached_M: gets the load of the heaviest GPU after each number of moves, [max_moves + 1]; NaN where the way has
+            no stop.
     """
     gpus, slots = expert_GS.shape
     count_E = np.zeros(len(load_E), np.int64)
@@ -132,6 +139,8 @@ def improve(load_E: Floats, expert_GS: Ints, target: float, max_moves: int, node
     load_GS, load_G = np.empty((gpus, slots)), np.empty(gpus)
     refresh(load_E, count_E, expert_GS, load_GS, load_G)
     moves = 0
+    reached_M[:] = np.nan
+    reached_M[0] = load_G.max()
     while moves < max_moves:
         heavy = int(np.argmax(load_G))
         high = load_G[heavy]
@@ -141,12 +150,12 @@ def improve(load_E: Floats, expert_GS: Ints, target: float, max_moves: int, node
         mine, theirs, partner, swapped = -1, -1, -1, high * (1.0 - 1e-9)
         for other in range(first, first + node_gpus):
             if other != heavy:
-                i, j, after = best_swap(expert_GS, load_GS, load_G, heavy, other, swapped, target)
+                i, j, after = best_swap(expert_GS, load_GS, load_G, heavy, other, swapped, aim)
                 if i >= 0:
                     mine, theirs, partner, swapped = i, j, other, after
         at, new, replaced = best_replacement(load_E, count_E, expert_GS, load_G, heavy, node_gpus)
-        gain_swap = (high - max(swapped, target)) / 2.0 if mine >= 0 and moves + 2 <= max_moves else 0.0
-        gain_replacement = high - max(replaced, target) if at >= 0 else 0.0
+        gain_swap = (high - max(swapped, aim)) / 2.0 if mine >= 0 and moves + 2 <= max_moves else 0.0
+        gain_replacement = high - max(replaced, aim) if at >= 0 else 0.0
         if max(gain_swap, gain_replacement) <= 0.0:
             break
         if gain_replacement >= gain_swap:
@@ -159,4 +168,5 @@ def improve(load_E: Floats, expert_GS: Ints, target: float, max_moves: int, node
         else:
             apply_swap(expert_GS, load_GS, load_G, heavy, mine, partner, theirs)
             moves += 2
+        reached_M[moves] = load_G.max()
     return moves

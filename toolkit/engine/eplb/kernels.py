@@ -18,31 +18,66 @@ Ints = NDArray[np.int64]
 
 
 @jit
-def replica_counts(load_E: Floats, replicas: int, cap: int) -> Ints:
+def descending(load_E: Floats) -> Ints:
+    """Experts by load, largest first; among equals the first."""
+    order_E = np.argsort(-load_E)
+    settle_ties(load_E, order_E)
+    return order_E
+
+
+@jit
+def settle_ties(load_E: Floats, order_E: Ints) -> None:
+    """Puts experts of equal load in ascending order: how a sort leaves them depends on the machine."""
+    for index in range(1, len(order_E)):
+        expert, at = order_E[index], index
+        while at > 0 and order_E[at - 1] > expert and load_E[order_E[at - 1]] == load_E[expert]:
+            order_E[at] = order_E[at - 1]
+            at -= 1
+        order_E[at] = expert
+
+
+@jit
+def replica_counts(load_E: Floats, order_E: Ints, replicas: int, cap: int) -> Ints:
     """How many replicas each expert gets so that the largest load of a replica is the least possible, [E].
 
-    Water-filling with a heap: one each, then again and again one more for the expert with the largest load a
-    replica; among equals the one with fewest replicas. No expert gets more than ``cap``; E * cap >= replicas.
+    Water-filling: one each, then again and again one more for the expert with the largest load a replica; among
+    equals the one with fewest replicas. No expert gets more than ``cap``; E * cap >= replicas. ``order_E`` is
+    ``descending``: those with several are its first, and they alone are in a heap.
     """
     experts = len(load_E)
     count_E = np.ones(experts, np.int64)
-    key_E = load_E.copy()  # load a replica; -1 when capped
-    if cap <= 1:
-        key_E[:] = -1.0
-    heap = np.arange(experts)
-    for root in range(experts // 2 - 1, -1, -1):
-        _sift_experts(heap, root, key_E, count_E)
+    key_E = np.empty(experts)  # load a replica, of those in the heap; -1 when capped
+    heap, size = np.empty(experts, np.int64), 0
     for _ in range(replicas - experts):
+        if size == 0 or (size < experts and load_E[order_E[size]] >= key_E[heap[0]]):
+            expert = order_E[size]
+            count_E[expert] = 2
+            key_E[expert] = load_E[expert] / 2 if cap > 2 else -1.0
+            size = _push(heap, size, expert, key_E, count_E)
+            continue
         top = heap[0]
         count_E[top] += 1
         key_E[top] = load_E[top] / count_E[top] if count_E[top] < cap else -1.0
-        _sift_experts(heap, 0, key_E, count_E)
+        _sift(heap, size, key_E, count_E)
     return count_E
 
 
 @jit
-def _sift_experts(heap: Ints, root: int, key_E: Floats, count_E: Ints) -> None:
-    size, item = len(heap), heap[root]
+def _push(heap: Ints, size: int, item: int, key_E: Floats, count_E: Ints) -> int:
+    at = size
+    while at > 0:
+        parent = (at - 1) // 2
+        if not _needs_more(item, heap[parent], key_E, count_E):
+            break
+        heap[at] = heap[parent]
+        at = parent
+    heap[at] = item
+    return size + 1
+
+
+@jit
+def _sift(heap: Ints, size: int, key_E: Floats, count_E: Ints) -> None:
+    item, root = heap[0], 0
     while True:
         child = 2 * root + 1
         if child >= size:
@@ -70,80 +105,34 @@ def pack(expert_R: Ints, load_R: Floats, slots: int, expert_GS: Ints, load_GS: F
     """Longest first: each replica to the least loaded GPU with a free slot, and not beside its own copy if possible.
 
     ``expert_R`` and ``load_R`` are sorted by load, largest first, replicas of an expert side by side. Fills the three
-    arrays of the GPUs. Among equally loaded GPUs the one with most free slots is taken.
+    arrays of the GPUs. Among equally loaded GPUs the one with most free slots is taken. GPUs are few: looking at all
+    of them is faster than a heap.
     """
     gpus = len(load_G)
     load_G[:] = 0.0
-    held_G = np.zeros(gpus, np.int64)
-    heap = np.arange(gpus)
-    size = gpus
-    aside = np.empty(gpus, np.int64)
+    held_G, last_G, key_G = np.zeros(gpus, np.int64), np.full(gpus, -1), np.zeros(gpus)  # key: infinite when full
     for index in range(len(expert_R)):
-        expert, waiting = expert_R[index], 0
-        while True:
-            gpu = heap[0]
-            duplicate = held_G[gpu] > 0 and expert_GS[gpu, held_G[gpu] - 1] == expert
-            if not duplicate or size == 1:
-                break
-            aside[waiting] = gpu
-            waiting += 1
-            size -= 1
-            heap[0] = heap[size]
-            _sift_gpus(heap, size, load_G, held_G)
-        if duplicate and waiting:  # every GPU with room holds it already: the least loaded of them
-            aside[waiting] = gpu
-            gpu, aside[0] = aside[0], gpu
-            heap[0] = gpu
-        expert_GS[gpu, held_G[gpu]] = expert
-        load_GS[gpu, held_G[gpu]] = load_R[index]
-        load_G[gpu] += load_R[index]
-        held_G[gpu] += 1
-        if held_G[gpu] == slots:
-            size -= 1
-            heap[0] = heap[size]
-        _sift_gpus(heap, size, load_G, held_G)
-        for position in range(waiting):
-            size = _push_gpu(heap, size, aside[position], load_G, held_G)
+        expert, load = expert_R[index], load_R[index]
+        gpu = _lightest(key_G, held_G, last_G, -2)
+        if last_G[gpu] == expert:
+            other = _lightest(key_G, held_G, last_G, expert)
+            gpu = other if other >= 0 else gpu  # else every GPU with room holds it already: the least loaded of them
+        held = held_G[gpu]
+        expert_GS[gpu, held], load_GS[gpu, held] = expert, load
+        load_G[gpu] += load
+        held_G[gpu], last_G[gpu] = held + 1, expert
+        key_G[gpu] = load_G[gpu] if held + 1 < slots else np.inf
 
 
 @jit
-def _lighter(a: int, b: int, load_G: Floats, held_G: Ints) -> bool:
-    if load_G[a] != load_G[b]:
-        return bool(load_G[a] < load_G[b])
-    if held_G[a] != held_G[b]:
-        return bool(held_G[a] < held_G[b])
-    return a < b
-
-
-@jit
-def _sift_gpus(heap: Ints, size: int, load_G: Floats, held_G: Ints) -> None:
-    if size < 1:
-        return
-    item, root = heap[0], 0
-    while True:
-        child = 2 * root + 1
-        if child >= size:
-            break
-        if child + 1 < size and _lighter(heap[child + 1], heap[child], load_G, held_G):
-            child += 1
-        if not _lighter(heap[child], item, load_G, held_G):
-            break
-        heap[root] = heap[child]
-        root = child
-    heap[root] = item
-
-
-@jit
-def _push_gpu(heap: Ints, size: int, gpu: int, load_G: Floats, held_G: Ints) -> int:
-    at = size
-    while at > 0:
-        parent = (at - 1) // 2
-        if not _lighter(gpu, heap[parent], load_G, held_G):
-            break
-        heap[at] = heap[parent]
-        at = parent
-    heap[at] = gpu
-    return size + 1
+def _lightest(key_G: Floats, held_G: Ints, last_G: Ints, without: int) -> int:
+    """The GPU with the least load among those whose last expert is another than ``without``; -1: none has room."""
+    best, least = -1, np.inf
+    for gpu in range(len(key_G)):
+        key = key_G[gpu]
+        if key <= least and last_G[gpu] != without and key < np.inf and (key < least or held_G[gpu] < held_G[best]):
+            best, least = gpu, key
+    return best
 
 
 @jit
@@ -225,13 +214,33 @@ def level(expert_GS: Ints, load_GS: Floats, load_G: Floats, target: float, max_s
 
 
 @jit
-def expand(load_E: Floats, count_E: Ints, expert_R: Ints, load_R: Floats) -> None:
-    """The replicas of all experts, largest load first, replicas of an expert side by side."""
-    share_E = load_E / count_E
-    at = 0
-    for expert in np.argsort(-share_E):
-        for _ in range(count_E[expert]):
-            expert_R[at], load_R[at] = expert, share_E[expert]
+def expand(load_E: Floats, count_E: Ints, order_E: Ints, expert_R: Ints, load_R: Floats) -> None:
+    """The replicas of all experts, largest load first, replicas of an expert side by side.
+
+    ``order_E`` is ``descending``: experts with one replica are in order, the few with more are sorted among them.
+    """
+    experts = len(load_E)
+    share_V, several_V, many = np.empty(experts), np.empty(experts, np.int64), 0
+    for expert in order_E:
+        if count_E[expert] > 1:
+            share, at = load_E[expert] / count_E[expert], many
+            while at > 0 and share_V[at - 1] < share:
+                share_V[at], several_V[at] = share_V[at - 1], several_V[at - 1]
+                at -= 1
+            share_V[at], several_V[at] = share, expert
+            many += 1
+    at, v = 0, 0
+    for index in range(experts + 1):
+        expert = order_E[index] if index < experts else -1
+        if expert >= 0 and count_E[expert] > 1:
+            continue
+        while v < many and (expert < 0 or share_V[v] > load_E[expert]):
+            for _ in range(count_E[several_V[v]]):
+                expert_R[at], load_R[at] = several_V[v], share_V[v]
+                at += 1
+            v += 1
+        if expert >= 0:
+            expert_R[at], load_R[at] = expert, load_E[expert]
             at += 1
 
 

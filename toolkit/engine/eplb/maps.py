@@ -42,10 +42,21 @@ def _fill_log2phy(phy2log_LR: Ints, out_LEX: Ints) -> Ints:
 
 def gpu_loads(load_LE: NDArray[np.number], phy2log_LR: Ints, gpus: int) -> Floats:
     """Load of each GPU when replicas share their expert's load evenly, [L, G]."""
-    layers, slots = phy2log_LR.shape
-    share_LE = load_LE / replica_count(phy2log_LR, load_LE.shape[1])
-    loads: Floats = np.take_along_axis(share_LE, phy2log_LR, axis=1).reshape(layers, gpus, slots // gpus).sum(-1)
-    return loads
+    return _gpu_loads(np.asarray(load_LE, np.float64), phy2log_LR, gpus)
+
+
+@jit
+def _gpu_loads(load_LE: Floats, phy2log_LR: Ints, gpus: int) -> Floats:
+    (layers, slots), experts = phy2log_LR.shape, load_LE.shape[1]
+    load_LG, each = np.zeros((layers, gpus)), slots // gpus
+    for layer in range(layers):
+        count_E = np.zeros(experts)
+        for expert in phy2log_LR[layer]:
+            count_E[expert] += 1.0
+        for slot in range(slots):
+            expert = phy2log_LR[layer, slot]
+            load_LG[layer, slot // each] += load_LE[layer, expert] / count_E[expert]
+    return load_LG
 
 
 def balancedness(loads_LG: Floats) -> Floats:

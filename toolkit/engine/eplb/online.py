@@ -1,8 +1,9 @@
 """Rebalancing a running engine: what to change, from the placement in force and what was counted since.
 
 A layer within tolerance is left alone, and so is one whose imbalance the sampling noise of its window explains. For
-the others the fewest expert moves that bring them back are made, worst layer first, under a transfer budget. Only a
-layer that few moves cannot bring back is planned anew, with GPUs renamed to keep what they hold.
+the others the fewest expert moves that bring them back are looked for; where a transfer budget does not allow all of
+them, those are made that relieve most for what they move. Only a layer that few moves cannot bring back is planned
+anew, with GPUs renamed to keep what they hold.
 Pure functions of counts and placement: every rank computes the same from the same. Knows nothing of moving weights
 (migrate.py) or of when it is called (the manager).
 L: layers, E: experts, R: slots, G: GPUs.
@@ -10,6 +11,8 @@ L: layers, E: experts, R: slots, G: GPUs.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +27,6 @@ from toolkit.engine.eplb.relabel import keep_slots, moved
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-
-PASSES = (4.0, 2.0, 1.0)
-"""Multiples of the tolerance to which all layers are brought one after the other: where the budget does not suffice,
-it goes first to what is worst."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,10 @@ def update(
     excess_L = _beyond_noise(load_LE, phy2log_LR, before_LG, target_L, rules.sigmas)
 
     work = _Work(load_LE, phy2log_LR, gpus, gpus // kept_together, int(rules.budget * layers * slots))
-    few = int(rules.few * slots)
-    for scale in PASSES:
-        limit_L = bound_L * (1 + rules.tolerance * scale)
-        for layer in np.argsort(-excess_L, kind="stable"):
-            if excess_L[layer] > 0:
-                work.improve(int(layer), limit_L[layer], few)
+    late = np.flatnonzero(excess_L > 0).tolist()
+    ways = [work.way(layer, bound_L[layer], target_L[layer], int(rules.few * slots)) for layer in late]
+    for layer, moves in zip(late, shared_out([way / target for way, target in zip(ways, target_L[late])], work.left)):
+        work.improve(layer, bound_L[layer], target_L[layer], moves)
     ask = (groups, nodes, policy)
     for layer in np.argsort(-excess_L, kind="stable"):
         if excess_L[layer] > 0 and work.heaviest_L[layer] > target_L[layer] * (1 + rules.tolerance):
@@ -135,13 +132,19 @@ class _Work:
         self.replanned_L = np.zeros(len(load_LE), bool)
         self.budget = self.left = budget
 
-    def improve(self, layer: int, limit: float, few: int) -> None:
-        """Up to ``few`` moves in the layer, all passes together, as far as the budget goes."""
-        may = min(self.left, few - int(self.moves_L[layer]))
-        if may > 0 and self.heaviest_L[layer] > limit:
-            expert_GS = self.new_LR[layer].reshape(self.gpus, -1).copy()
-            improve(self.load_LE[layer], expert_GS, limit, may, self.node_gpus)
-            self._take(layer, _in_place(self.before_LR[layer], expert_GS))
+    def way(self, layer: int, aim: float, limit: float, most: int) -> Floats:
+        """Load of the heaviest GPU after each number of moves towards ``limit``, NaN where there is no stop."""
+        return self._improved(layer, aim, limit, most)[1]
+
+    def improve(self, layer: int, aim: float, limit: float, moves: int) -> None:
+        """Goes so far on the layer's way."""
+        if moves:
+            self._take(layer, _in_place(self.before_LR[layer], self._improved(layer, aim, limit, moves)[0]))
+
+    def _improved(self, layer: int, aim: float, limit: float, most: int) -> tuple[Ints, Floats]:
+        expert_GS, reached_M = self.new_LR[layer].reshape(self.gpus, -1).copy(), np.empty(most + 1)
+        improve(self.load_LE[layer], expert_GS, aim, limit, most, self.node_gpus, reached_M)
+        return expert_GS, reached_M
 
     def plan_anew(self, layer: int, ask: tuple[int, int, str], matters: float) -> None:
         """A full plan of the layer, if it gains what ``matters``: a policy may not reach the bound at all.
@@ -165,6 +168,34 @@ class _Work:
         self.left = max(0, self.left - (moves - int(self.moves_L[layer])))
         self.new_LR[layer], self.moves_L[layer] = row_R, moves
         self.heaviest_L[layer] = maps.gpu_loads(self.load_LE[rows], self.new_LR[rows], self.gpus).max()
+
+
+def shared_out(ways: Sequence[Floats], budget: int) -> list[int]:
+    """How far to go on each way so that the sum of what is reached is least, with ``budget`` moves in all.
+
+    Args:
+        ways: what each number of moves reaches, beginning with none; NaN: no stop there.
+
+    Stretches of a way are taken as a whole: those between the corners of its lower convex hull, in order of their
+    slope. What is then left of the budget goes to whole stretches that are small enough.
+    """
+    stretches: list[tuple[float, int, int, int]] = []  # slope, way, from, to
+    for index, reached_M in enumerate(ways):
+        corners: list[int] = []
+        for stop in np.flatnonzero(~np.isnan(reached_M)).tolist():
+            while len(corners) > 1 and _slope(reached_M, corners[-2], stop) <= _slope(reached_M, *corners[-2:]):
+                corners.pop()
+            corners.append(stop)
+        stretches += [(_slope(reached_M, a, b), index, a, b) for a, b in itertools.pairwise(corners)]
+    far = [0] * len(ways)
+    for slope, index, begin, end in sorted(stretches):
+        if slope < 0 and far[index] == begin and end - begin <= budget:
+            far[index], budget = end, budget - (end - begin)
+    return far
+
+
+def _slope(reached_M: Floats, begin: int, end: int) -> float:
+    return float((reached_M[end] - reached_M[begin]) / (end - begin))
 
 
 def _in_place(before_R: Ints, expert_GS: Ints) -> Ints:

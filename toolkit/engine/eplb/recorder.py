@@ -55,6 +55,7 @@ class Recorder:
         self._slots_host = list(self._received_host.unbind(0))
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._pairs = torch.zeros(layers if by_ids else 0, experts, experts, dtype=torch.int64, device=device)
+        self._on_host = False  # some dispatcher counted there
         self._passes = self._windows = 0
         self._begin = time.time()
         self.recording = True
@@ -81,7 +82,11 @@ class Recorder:
 
     def received(self, layer: int, counts_e: Tensor) -> None:
         """Rows that each slot of this rank got, on the host or on the device."""
-        (self._slots_host if counts_e.device.type == "cpu" else self._slots)[layer].add_(counts_e)
+        if counts_e.device.type == "cpu":
+            self._on_host = True
+            self._slots_host[layer].add_(counts_e)
+        else:
+            self._slots[layer].add_(counts_e)
 
     @property
     def _samples_pairs(self) -> bool:
@@ -149,7 +154,10 @@ class Recorder:
         self._clear()
 
     def _received_now(self) -> Tensor:
-        return self._received_host if self._cpu else self._received_host.to(self._received.device) + self._received
+        if self._cpu or not self._on_host:
+            return self._received_host if self._cpu else self._received
+        host = self._received_host.pin_memory()  # a copy, which the device takes without the host waiting for its steps
+        return host.to(self._received.device, non_blocking=True) + self._received
 
     def _clear(self) -> None:
         for counted in (self._counts, self._received, self._received_host):

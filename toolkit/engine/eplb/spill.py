@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.engine.eplb.jit import jit
-from toolkit.engine.eplb.kernels import expand, level, pack, replica_counts
+from toolkit.engine.eplb.kernels import descending, expand, level, pack, replica_counts, settle_ties
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -22,6 +22,7 @@ Ints = NDArray[np.int64]
 def assign_nodes(
     load_E: Floats,
     count_E: Ints,
+    order_E: Ints,
     home_E: Ints,
     gpus: int,
     room: int,
@@ -37,7 +38,7 @@ def assign_nodes(
     replicas of an expert than it has ``gpus``, if others have room.
     """
     nodes = int(home_E.max()) + 1
-    expand(load_E, count_E, expert_R, load_R)
+    expand(load_E, count_E, order_E, expert_R, load_R)
     load_N, free_N, held_N = np.zeros(nodes), np.full(nodes, room), np.zeros(nodes, np.int64)
     for expert in range(len(load_E)):
         load_N[home_E[expert]] += load_E[expert] / count_E[expert]
@@ -67,6 +68,21 @@ def assign_nodes(
 
 
 @jit
+def merged(priced_E: Floats, queue_NE: Ints, length_N: Ints) -> Ints:
+    """``descending`` by price: a node has one price, so its experts keep their order, and nodes are merged."""
+    order_E, at_N = np.empty(len(priced_E), np.int64), np.zeros(len(length_N), np.int64)
+    for index in range(len(order_E)):
+        best, dearest = -1, -1.0
+        for node in range(len(length_N)):
+            if at_N[node] < length_N[node] and priced_E[queue_NE[node, at_N[node]]] > dearest:
+                best, dearest = node, priced_E[queue_NE[node, at_N[node]]]
+        order_E[index] = queue_NE[best, at_N[best]]
+        at_N[best] += 1
+    settle_ties(priced_E, order_E)
+    return order_E
+
+
+@jit
 def spill_layer(
     load_E: Floats, home_E: Ints, gpus: int, slots: int, bound: float, tolerance: float, tries: int
 ) -> Ints:
@@ -84,16 +100,22 @@ def spill_layer(
     limit = bound * gpus * (1.0 + tolerance)
     price_N = np.ones(nodes)
     best, best_E = np.inf, np.ones(experts, np.int64)
+    order_E = descending(load_E)
+    queue_NE, length_N = np.empty((nodes, experts), np.int64), np.zeros(nodes, np.int64)
+    for expert in order_E:
+        queue_NE[home_E[expert], length_N[home_E[expert]]] = expert
+        length_N[home_E[expert]] += 1
     for _ in range(tries):
-        count_E = replica_counts(load_E * price_N[home_E], replicas, cap)
-        load_N = assign_nodes(load_E, count_E, home_E, gpus, room, limit, expert_R, load_R, node_R)
+        priced_E = load_E * price_N[home_E]
+        count_E = replica_counts(priced_E, merged(priced_E, queue_NE, length_N), replicas, cap)
+        load_N = assign_nodes(load_E, count_E, order_E, home_E, gpus, room, limit, expert_R, load_R, node_R)
         heaviest = max(load_N.max(), (load_E / count_E).max() * gpus)
         if heaviest < best:
             best, best_E = heaviest, count_E
         if best <= limit:
             break
         price_N *= (load_N / load_N.mean()) ** 2
-    assign_nodes(load_E, best_E, home_E, gpus, room, limit, expert_R, load_R, node_R)
+    assign_nodes(load_E, best_E, order_E, home_E, gpus, room, limit, expert_R, load_R, node_R)
     phy2log = np.empty(replicas, np.int64)
     expert_GS, load_GS, load_G = np.empty((gpus, slots), np.int64), np.empty((gpus, slots)), np.empty(gpus)
     for node in range(nodes):
