@@ -31,6 +31,14 @@ def test_reported_figures_are_the_servers(compiled: bool, transport: str) -> Non
     assert "4 x 20 ms" in render([outcome], "title")
 
 
+def test_every_process_has_a_server_of_its_own() -> None:
+    case = Case(3, exact.Schedule(ttft_ms=30, itl_ms=20), tokens=5)
+    outcome = asyncio.run(run_case(case, "socket", workers=2, pin=False))
+    assert (outcome.requests, outcome.failed, outcome.proof.workers) == (18, 0, 2)
+    assert outcome.ttft_p50_error_ms > -1
+    assert "6 x 20 ms" in render([outcome], "title")
+
+
 def test_the_log_is_what_was_sent() -> None:
     import urllib.request
 

@@ -8,14 +8,16 @@ less than the client could do elsewhere; ``server late`` says how late the serve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
+import itertools
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
@@ -34,17 +36,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """``streams`` at a time, each request ``tokens`` long, ``rounds`` of them after one that warms up."""
+    """``streams`` at a time a process, each request ``tokens`` long, ``rounds`` of them after one that warms up."""
 
     streams: int
     schedule: exact.Schedule
     tokens: int
     rounds: int = 2
 
-    @property
-    def name(self) -> str:
+    def name(self, workers: int = 1) -> str:
+        """With the streams of all processes."""
         grid = self.schedule.grid_ms
-        return f"{self.streams} x {self.schedule.itl_ms:g} ms" + (f", one {grid:g} ms grid" if grid else "")
+        return f"{self.streams * workers} x {self.schedule.itl_ms:g} ms" + (f", one {grid:g} ms grid" if grid else "")
 
 
 @dataclass(frozen=True)
@@ -74,27 +76,36 @@ QUICK = (
 
 
 async def run_case(case: Case, transport: str, workers: int = 1, pin: bool = True, compiled: bool = True) -> Outcome:
-    """Runs one case; the server has the first allowed core to itself when ``pin`` and there is more than one."""
+    """Runs one case; each process loads a server of its own, so that no server is what limits them.
+
+    Each server has a core to itself when ``pin`` and there are enough.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    own = pin and len(cores) > workers
-    with (
-        exact.running(case.schedule, compiled, cores[0] if own else -1) as server,
-        tempfile.TemporaryDirectory(prefix="loadgen-") as folder,
-    ):
-        setup = Setup(f"{server.url}/v1/chat/completions", "socket" if transport == "socket" else "aiohttp", 120.0)
-        async with Pool(pinned(setup, workers, own), Path(folder)) as pool:
-            table, proof = await _load(pool, case, transport)
-    return _compare(case, transport, table, server.truth.after(case.streams), proof)
+    own = pin and len(cores) >= 2 * workers
+    with tempfile.TemporaryDirectory(prefix="loadgen-") as folder:
+        with contextlib.ExitStack() as stack:
+            servers = [
+                stack.enter_context(exact.running(case.schedule, compiled, core if own else -1))
+                for _, core in zip(range(workers), itertools.cycle(cores))
+            ]
+            kind: Literal["socket", "aiohttp"] = "socket" if transport == "socket" else "aiohttp"
+            setups = [Setup(f"{server.url}/v1/chat/completions", kind, 120.0) for server in servers]
+            async with Pool([pinned(one, workers, own)[i] for i, one in enumerate(setups)], Path(folder)) as pool:
+                table, proof = await _load(pool, case, transport, workers)
+        truths = [server.truth.after(case.streams) for server in servers]
+    truth = exact.Truth(np.concatenate([one.arrived for one in truths]), [sent for one in truths for sent in one.sent])
+    return _compare(case, transport, table, truth, proof)
 
 
-async def _load(pool: Pool, case: Case, transport: str) -> tuple[pa.Table, ClientProof]:
-    load = Load(0, case.streams, case.streams, open_loop=False, ramp_s=0.0)
+async def _load(pool: Pool, case: Case, transport: str, workers: int) -> tuple[pa.Table, ClientProof]:
+    streams = case.streams * workers
+    load = Load(0, streams, streams, open_loop=False, ramp_s=0.0)
     files = pool.files(load)
     body = msgspec.json.encode(
         {"model": "exact", "messages": [{"role": "user", "content": "word " * 100}], "max_tokens": case.tokens}
     )
-    for number in range(case.streams * (case.rounds + 1)):
-        call = Call(f"check-{number}", "check", number < case.streams, case.tokens, 0, 0)
+    for number in range(streams * (case.rounds + 1)):
+        call = Call(f"check-{number}", "check", number < streams, case.tokens, 0, 0)
         files[owner(number, load, len(files))].add(call, body)
     result = await pool.run(load, files, _quiet, 0.25)
     return result.table, judge(result.evidence, transport, len(files))
@@ -146,7 +157,7 @@ def render(outcomes: Sequence[Outcome], title: str) -> str:
     for one in outcomes:
         proof = one.proof
         table.add_row(
-            one.case.name, one.transport, str(proof.workers), str(one.failed), f"{one.tok_s:,.0f}",
+            one.case.name(proof.workers), one.transport, str(proof.workers), str(one.failed), f"{one.tok_s:,.0f}",
             f"{one.ttft_p99_error_ms:+.2f}", f"{one.itl_p99_error_ms:+.2f}", f"{one.e2e_p99_error_ms:+.2f}",
             f"{proof.held:.1%}", f"{proof.cpu_ms_per_1000_tokens:.1f}", f"{proof.peak_rss_mb:.0f}",
             f"{proof.lag_p99_ms:.2f}", f"{proof.coalesced:.2%}", f"{one.server_late_ms:.2f}", proof.verdict,
@@ -163,9 +174,10 @@ def ceiling(outcomes: Sequence[Outcome]) -> str:
         return "No case was free of the client's own delays: this machine is too slow or too busy to measure from."
     best = max(good, key=lambda one: one.tok_s)
     error_ms = max(abs(best.ttft_p99_error_ms), abs(best.itl_p99_error_ms))
+    workers = best.proof.workers
     return (
-        f"This machine bears at least {best.tok_s:,.0f} tok/s over {best.case.streams} streams with "
-        f"{best.proof.workers} process(es), its percentiles off by {error_ms:.2f} ms. Plan for less than 60 % of it."
+        f"This machine bears at least {best.tok_s:,.0f} tok/s over {best.case.streams * workers} streams with "
+        f"{workers} process(es), its percentiles off by {error_ms:.2f} ms. Plan for less than 60 % of it."
     )
 
 
@@ -178,7 +190,7 @@ def main(words: Sequence[str]) -> int:
         return 2
     outcomes = []
     for case in QUICK:
-        sys.stderr.write(f"{case.name} ...\n")
+        sys.stderr.write(f"{case.name(int(workers))} ...\n")
         outcomes.append(asyncio.run(run_case(case, transport, int(workers))))
     sys.stdout.write(render(outcomes, "this machine's load generator against an exact-schedule server"))
     sys.stdout.write(ceiling(outcomes) + "\n")
