@@ -32,9 +32,10 @@ def load(results: Path, osl: int, **groups: Any) -> ExpConfig:
 
 def run(cfgs: Sequence[ExpConfig]) -> tuple[int, str, list[Path]]:
     """(exit code, what the user saw, run folders)"""
-    out = io.StringIO()
+    out, before = io.StringIO(), set(psutil.Process().children(recursive=True))  # other tests' resource tracker
     code = run_here([Experiment(cfg, []) for cfg in cfgs], Console(file=out, width=200))
-    assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    after = set(psutil.Process().children(recursive=True)) - before
+    assert not [process for process in after if process.status() != psutil.STATUS_ZOMBIE]
     results = Path(cfgs[0].cluster.results_dir)
     return code, out.getvalue(), sorted(p for p in (results / "test").iterdir() if not p.is_symlink())
 
