@@ -163,7 +163,7 @@ def stacks(served: Served) -> str:
     return "\n".join(f"{log.name}: {log.read_text()[-6000:]}" for log in logs)
 
 
-@pytest.mark.slow  # about one run in twenty a rank stays for ever, not yet understood: its stacks are printed then
+@pytest.mark.slow  # once in some 35 runs a rank stayed for ever, not yet understood: its stacks are printed then
 def test_a_rank_killed_while_experts_move_ends_all_and_leaves_readable_files(tmp_path: Path) -> None:
     """Nothing hangs in a transfer; what the folder tells are whole placements."""
     options = EPLB | {"eplb_rebalance_layers_per_chunk": 1}
