@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import numpy as np
-import pytest
 import torch
 
+from tests.interpreted import interpret, needs_triton
 from toolkit.engine.eplb.planner import plan
 from toolkit.engine.eplb.replicas import WeightedOnDevice, WeightedOnHost
 
@@ -44,10 +38,6 @@ def both_ways(experts: int, slots: int, gpus: int, assignments: int) -> None:
         assert device(0, ids[:0]).shape == (0, 4) and device.table_L.data_ptr() == addresses
 
 
-@pytest.mark.skipif(not find_spec("triton"), reason="pip install triton (1 GB): its interpreter runs the kernels here")
+@needs_triton
 def test_kernels_do_what_the_host_does() -> None:
-    """In a process of its own: the interpreter is chosen when the kernels are imported."""
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    code = f"from {__name__} import SHAPES, both_ways\nfor shape in SHAPES: both_ways(*shape)"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    interpret(__name__, "both_ways")

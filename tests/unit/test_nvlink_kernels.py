@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
-import pytest
 import torch
 from torch import Tensor
 
+from tests.interpreted import interpret, needs_triton
 from toolkit.engine.fp8 import quantize_groups
 from toolkit.engine.moe.place import room_for
 
@@ -76,10 +70,6 @@ def _given(rows: int, hidden: int, top_k: int, slots: int) -> tuple[Tensor, Tens
     return x, ids, torch.rand(rows, top_k, generator=generator)
 
 
-@pytest.mark.skipif(not find_spec("triton"), reason="pip install triton (1 GB): its interpreter runs the kernels here")
+@needs_triton
 def test_rows_come_back() -> None:
-    """In a process of its own: the interpreter is chosen when the kernels are imported."""
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    code = f"from {__name__} import SHAPES, rounds\nfor shape in SHAPES: rounds(*shape)"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    interpret(__name__, "rounds")

@@ -129,13 +129,24 @@ def _scalar(value: str) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(sys.argv[1:] if argv is None else argv)
+    return bench(arguments(sys.argv[1:] if argv is None else argv), run, _report)
+
+
+def bench(
+    args: argparse.Namespace, run: Callable[[Job, int], None], report: Callable[[Job, Path], None], suffix: str = ""
+) -> int:
+    """Runs all ranks of what ``args`` ask for in a new folder, then ``report``; the exit code.
+
+    Args:
+        run: one rank's part, in a process of its own.
+        suffix: of the folder's name, where ``args`` give none.
+    """
     try:
         job = make_job(args)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    folder = Path(args.out or f"results/bench/{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(args.out or f"results/bench/{time.strftime('%Y%m%d-%H%M%S')}{suffix}")
     folder.mkdir(parents=True, exist_ok=True)
     job = msgspec.structs.replace(job, folder=str(folder.absolute()), port=free_port())
     (folder / "config.json").write_text(json.dumps(msgspec.to_builtins(job), indent=1))
@@ -143,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failed:
         sys.stderr.write(f"rank {failed[0]} failed: see {folder}/rank-{failed[0]}.log and the output above\n")
         return 1
-    _report(job, folder)
+    report(job, folder)
     return 0
 
 

@@ -11,10 +11,8 @@ with ``migration.md`` (the table), ``rank-<R>.json`` (every step) and ``rebalanc
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +26,8 @@ from numpy.typing import NDArray
 from toolkit.engine import device as devices
 from toolkit.engine.agree import Agreement, Proposal, agree
 from toolkit.engine.arch import read_arch
-from toolkit.engine.bench.__main__ import arguments, free_port, make_job, run_ranks
-from toolkit.engine.bench.rank import Job, Loop
+from toolkit.engine.bench.__main__ import arguments, bench
+from toolkit.engine.bench.rank import Job, Loop, log_to
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.eplb.manager import Manager
 from toolkit.engine.eplb.setup import make_manager, make_recorder
@@ -147,10 +145,7 @@ def exchanged(phy2log_LP: Ints, ranks: int, share: float, seed: int) -> Ints:
 def run(job: Job, rank: int) -> None:
     """Everything of one rank."""
     folder = Path(job.folder)
-    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank-{rank}.log")]
-    if rank == 0:
-        handlers.append(logging.StreamHandler(sys.stdout))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers)
+    log_to(folder, rank)
     device = devices.use(job.device, rank)
     groups = Groups.connect(ParallelDims.of(job.parallel), rank, job.host, job.port, device)
     arch = read_arch(job.model)
@@ -232,26 +227,16 @@ def _times(seconds: list[float], ranks: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(sys.argv[1:] if argv is None else argv, "python -m toolkit.engine.bench.migration", __doc__ or "")
     args.set = [*EPLB, *args.set]
-    try:
-        job = make_job(args)
-    except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    folder = Path(args.out or f"results/bench/{time.strftime('%Y%m%d-%H%M%S')}-migration")
-    folder.mkdir(parents=True, exist_ok=True)
-    job = msgspec.structs.replace(job, folder=str(folder.absolute()), port=free_port())
-    (folder / "config.json").write_text(json.dumps(msgspec.to_builtins(job), indent=1))
-    failed = run_ranks(job, run)
-    if failed:
-        sys.stderr.write(f"rank {failed[0]} failed: see {folder}/rank-{failed[0]}.log and the output above\n")
-        return 1
+    return bench(args, run, _report, "-migration")
+
+
+def _report(job: Job, folder: Path) -> None:
     ranks = range(job.parallel.tp_size)
     results = [msgspec.json.decode((folder / f"rank-{r}.json").read_bytes(), type=RankResult) for r in ranks]
     way = "straight into the peer's memory" if results[0].direct else "by NCCL, or gloo on CPUs"
     report = f"{results[0].device}, experts move {way}\n\n{table(results, read_rebalances(folder))}\n"
     (folder / "migration.md").write_text(report)
     sys.stdout.write(f"{report}\n{folder}\n")
-    return 0
 
 
 if __name__ == "__main__":

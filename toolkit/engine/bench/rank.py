@@ -164,13 +164,18 @@ class Loop:
         self.steps.append(StepTime(step.duration_s, prefill, len(step.batch.decode), extending))
 
 
-def run(job: Job, rank: int) -> None:
-    """Everything of one rank; leaves ``rank-<R>.json`` and its log in the job's folder."""
-    folder = Path(job.folder)
+def log_to(folder: Path, rank: int) -> None:
+    """A log for each rank; what rank 0 says is shown, too."""
     handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank-{rank}.log")]
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stdout))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers)
+
+
+def run(job: Job, rank: int) -> None:
+    """Everything of one rank; leaves ``rank-<R>.json`` and its log in the job's folder."""
+    folder = Path(job.folder)
+    log_to(folder, rank)
     begin = time.perf_counter()
     device = devices.use(job.device, rank)
     dims = ParallelDims.of(job.parallel)
