@@ -18,7 +18,7 @@ from toolkit.engine.eplb import transfers
 from toolkit.engine.parallel import Groups
 from toolkit.engine.pipeline import Pipeline, Step
 from toolkit.engine.prepare import prepare
-from toolkit.records import read_experts
+from toolkit.records.experts import read_experts
 
 REQUESTS, PROMPT, OUTPUT = 6, 40, 48
 TIES = {False: 0.3, True: 0.6}  # in FP8: logprobs nearer than this are a tie, which another rounding may tip over

@@ -18,7 +18,7 @@ from typing import Any
 
 from toolkit.config import ClusterConfig
 from toolkit.launch.provenance import URL_LOGIN, output
-from toolkit.records import replacing
+from toolkit.records.files import replacing
 
 log = logging.getLogger(__name__)
 
