@@ -14,7 +14,7 @@ from tests.dist.cases import Case, engine
 from tests.dist.families import make_case
 from tests.dist.migrating import Migrated, migrate_under_load
 from tests.dist.ranks import run_ranks
-from toolkit.config import ParallelConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.dims import ParallelDims
 from toolkit.records.experts import read_experts, read_rebalances
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from tests.dist.migrating import Rank, _sabotage, random_placement
-from toolkit.config import EngineConfig, ModelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.agree import Proposal, agree
 from toolkit.engine.core import SamplingParams, TokenLogprobs
 from toolkit.engine.eplb import transfers

@@ -17,7 +17,7 @@ from tests.unit.analysis_run import EPOCH, record, skewed_experts
 from tests.unit.launch_experiment import experiment
 from toolkit import heartbeat, point_files, records
 from toolkit.analysis import Run
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch import attempts, run
 from toolkit.launch.attempts import deployment_key
 from toolkit.loadgen import resume

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from tests.unit.launch_experiment import experiment
 from tests.unit.loadgen_server import ScriptedServer, tokens
-from toolkit import config
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping, to_mapping
 from toolkit.launch import deployment, load, ports, run
 from toolkit.launch.adapters import Processes
 from toolkit.launch.check import check
@@ -188,7 +188,7 @@ def test_a_cancelled_run_says_so_and_leaves_its_folder(
     status = read_status(run_dir)
     assert (status.state, status.reason) == ("cancelled", f"cancelled by {signum.name}")
     cfg = experiment(cluster={"results_dir": str(tmp_path)})
-    assert config.from_mapping(yaml.safe_load((run_dir / "config.yaml").read_text()), ExpConfig) == cfg
+    assert from_mapping(yaml.safe_load((run_dir / "config.yaml").read_text()), ExpConfig) == cfg
     assert yaml.safe_load((run_dir / "overrides.yaml").read_text()) == ["load.osl=1"]
     assert (run_dir / "plan.json").exists() and (run_dir / "manifest.json").exists()
 
@@ -213,7 +213,7 @@ def test_the_load_generator_gets_every_key(tmp_path: Path) -> None:
     options = parse(load.command(cfg, plan(cfg, 25_000), [Node("127.0.0.1", 25_000)], tmp_path, "")[3:])
     assert options.url == "http://127.0.0.1:25000"
     assert (options.model, options.tokenizer, options.num_gpus, options.out) == ("m", "bytes", 4, str(tmp_path))
-    for key, value in config.to_mapping(cfg.load).items():
+    for key, value in to_mapping(cfg.load).items():
         assert getattr(options, key) == value
 
 

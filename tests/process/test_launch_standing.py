@@ -16,7 +16,7 @@ from rich.console import Console
 from tests.process.test_launch_run import SLEEP, deploy
 from tests.unit.launch_experiment import experiment
 from toolkit import records
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch.__main__ import run_here
 from toolkit.launch.launcher import ProcessSpec
 from toolkit.launch.share import FOLDER, Share

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.unit.launch_experiment import experiment
-from toolkit import config
+from toolkit.config.mapping import to_mapping
 from toolkit.launch import exclude, inside, job_file, preflight, watch
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.launch.preflight import BadNode
@@ -43,7 +43,7 @@ def found(folder: Path, *hosts: str) -> None:
 
 def again(run_dir: Path, **cluster: Any) -> bool:
     """Whether it starts again, as its job finds when it has ended."""
-    values = config.to_mapping(experiment())
+    values = to_mapping(experiment())
     values["cluster"] |= {"exclude_bad_nodes": True, "launcher": "slurm", **cluster}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(values))
     return inside.Again([], done_before=1)(run_dir)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from toolkit import records
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.core import Batch, Request, SamplingParams, ScheduledRequest
 from toolkit.engine.eplb import formats
 from toolkit.engine.eplb.history import History, Summed

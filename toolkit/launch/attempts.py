@@ -18,8 +18,9 @@ from typing import Any
 
 import yaml
 
-from toolkit import config, heartbeat, point_files, records
-from toolkit.config import ExpConfig, to_mapping
+from toolkit import heartbeat, point_files, records
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping, to_mapping
 from toolkit.engine import pulse
 from toolkit.launch import provenance_files, share
 from toolkit.launch.launcher import STATE_DIR
@@ -80,7 +81,7 @@ def find(cfg: ExpConfig) -> Path | None:
 
 def read_config(folder: Path) -> ExpConfig:
     """The experiment of a run folder; keys that came later have their defaults."""
-    return config.from_mapping(yaml.safe_load((folder / records.CONFIG).read_text()), ExpConfig)
+    return from_mapping(yaml.safe_load((folder / records.CONFIG).read_text()), ExpConfig)
 
 
 def differences(before: ExpConfig, now: ExpConfig) -> Iterator[str]:

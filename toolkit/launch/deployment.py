@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from toolkit import records
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.engine.args import TOKEN_ENV
 from toolkit.heartbeat import beating
 from toolkit.launch import attempts, sampler

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch import attempts, job_file, queue, sbatch
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.records.files import write_json

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from toolkit.config import ExpConfig, to_mapping
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import to_mapping
 from toolkit.engine.args import TOKEN_ENV
 from toolkit.launch.attempts import deployment_key
 from toolkit.launch.interrupts import Interrupts

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch.launcher import STATE_DIR, Job, Launcher, Node, ProcessSpec, ProcessState, tail
 from toolkit.launch.node_checks import FIRST_WORD, Ask, Report, look
 from toolkit.launch.plan import DeploymentPlan

@@ -18,7 +18,8 @@ import yaml
 from rich.console import Console
 
 from toolkit import point_files, records
-from toolkit.config import ExpConfig, to_mapping
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import to_mapping
 from toolkit.heartbeat import beating
 from toolkit.launch import attempts, child, job_file, provenance, provenance_files, queue, sampler
 from toolkit.launch.check import check_model, will_build

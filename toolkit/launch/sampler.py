@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from toolkit import records
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch.launcher import ProcessSpec
 from toolkit.records.samples import HOST, NodeSample
 from toolkit.records.streams import open_rows, read_streams

@@ -16,7 +16,8 @@ import msgspec
 from rich.console import Console
 
 from toolkit import records
-from toolkit.config import ExpConfig, to_mapping
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import to_mapping
 from toolkit.launch.deployment import Deployment
 from toolkit.launch.pools import worker_pools
 from toolkit.launch.preflight import NODES_FILE

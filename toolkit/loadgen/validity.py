@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from toolkit.config import LoadConfig
+from toolkit.config.load import LoadConfig
 from toolkit.records.status import ClientProof
 
 if TYPE_CHECKING:
