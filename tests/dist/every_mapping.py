@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from tests.dist.cases import Case, check_close, engine
 from tests.dist.forced import forced_logits
-from toolkit.config import ParallelConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.arch import Arch, check, read_arch
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Comm, Groups

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from tests.dist.migrating import Rank, _sabotage, random_placement
-from toolkit.config import EngineConfig, ModelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.agree import Proposal, agree
 from toolkit.engine.core import SamplingParams, TokenLogprobs
 from toolkit.engine.eplb import transfers
 from toolkit.engine.parallel import Groups
 from toolkit.engine.pipeline import Pipeline, Step
 from toolkit.engine.prepare import prepare
-from toolkit.records import read_experts
+from toolkit.records.experts import read_experts
 
 REQUESTS, PROMPT, OUTPUT = 6, 40, 48
 TIES = {False: 0.3, True: 0.6}  # in FP8: logprobs nearer than this are a tie, which another rounding may tip over

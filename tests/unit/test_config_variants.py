@@ -7,25 +7,27 @@ from pathlib import Path
 import yaml
 from omegaconf import OmegaConf
 
-from toolkit import config
+from toolkit.config.compose import from_omegaconf, variants
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping, to_mapping
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
 def node(**changes: object) -> object:
-    values = config.to_mapping(config.ExpConfig(exp="ab")) | changes
+    values = to_mapping(ExpConfig(exp="ab")) | changes
     return OmegaConf.create(values)
 
 
 def test_without_variants_nothing_changes() -> None:
     plain = node()
-    assert config.variants(plain, ["a=1"]) == [(plain, ["a=1"])]
+    assert variants(plain, ["a=1"]) == [(plain, ["a=1"])]
 
 
 def test_each_variant_is_the_experiment_with_its_keys_and_name() -> None:
     given = {"off": None, "on": {"engine": {"enable_eplb": True}, "load": {"osl": 9}}}
-    made = config.variants(node(variants=given), ["load.osl=3"])
-    cfgs = [config.from_omegaconf(one) for one, _ in made]
+    made = variants(node(variants=given), ["load.osl=3"])
+    cfgs = [from_omegaconf(one) for one, _ in made]
     assert [cfg.exp for cfg in cfgs] == ["ab-off", "ab-on"] and [cfg.variants for cfg in cfgs] == [{}, {}]
     assert [cfg.engine.enable_eplb for cfg in cfgs] == [False, True] and cfgs[1].load.osl == 9
     assert cfgs[0].compare_with == ""
@@ -38,4 +40,4 @@ def test_the_ab_experiment_differs_in_eplb_only() -> None:
     assert list(values["variants"]) == ["without", "with"]
     for variant in values["variants"].values():
         assert list(variant) == ["engine"]
-        config.from_mapping({"engine": values["engine"] | variant["engine"]}, config.ExpConfig)
+        from_mapping({"engine": values["engine"] | variant["engine"]}, ExpConfig)

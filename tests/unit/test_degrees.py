@@ -9,7 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.arch import Arch, check, read_arch
 from toolkit.engine.dims import ParallelDims
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.test_released_models import arch_of
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.arch import memory_by_kind
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.prepare import most_tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.unit.test_config import compose
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.arch import memory_by_kind, read_arch
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.dims import ParallelDims

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.config import EngineConfig, ParallelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.arch import check
 from toolkit.engine.core import Batch, Request, SamplingParams, ScheduledRequest
 from toolkit.engine.dims import ParallelDims

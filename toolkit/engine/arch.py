@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import EngineConfig, ModelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.eplb.check import check_eplb
 from toolkit.engine.experts_check import check_experts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from toolkit.config import ParallelConfig
+from toolkit.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ from toolkit.engine.prepare import prepare
 from toolkit.engine.pulse import Pulse
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.steplog import StepLog
-from toolkit.records import steps_path
+from toolkit.records.steps import steps_path
 
 log = logging.getLogger("toolkit.engine.worker")
 

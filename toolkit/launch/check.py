@@ -13,7 +13,11 @@ from pathlib import Path
 
 import psutil
 
-from toolkit.config import ClusterConfig, DeployConfig, ExpConfig, HealthConfig, ModelConfig
+from toolkit.config.cluster import ClusterConfig
+from toolkit.config.deploy import DeployConfig
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.health import HealthConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine import arch as shapes
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.frontend.router import ROUTERS

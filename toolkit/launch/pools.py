@@ -10,7 +10,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from toolkit.config import POOLS, EngineConfig, ExpConfig, ParallelConfig, PoolConfig, from_mapping, to_mapping
+from toolkit.config.deploy import POOLS, PoolConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping, to_mapping
+from toolkit.config.parallel import ParallelConfig
 
 AGG = "agg"
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.arch import DTYPE_BYTES, Arch, kv_value_bytes, memory_by_kind
 from toolkit.engine.dims import ParallelDims
 
