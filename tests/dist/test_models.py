@@ -14,7 +14,8 @@ from tests.dist.forced import forced_logits
 from tests.dist.ranks import run_ranks
 from toolkit.config.model import ModelConfig
 from toolkit.config.parallel import ParallelConfig
-from toolkit.engine.arch import check, read_arch
+from toolkit.engine.arch import read_arch
+from toolkit.engine.arch_check import check
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Groups
 

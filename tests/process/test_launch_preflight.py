@@ -18,9 +18,10 @@ from tests.unit.launch_experiment import experiment
 from toolkit.config.experiment import ExpConfig
 from toolkit.config.mapping import from_mapping, to_mapping
 from toolkit.launch import node_checks, ports
+from toolkit.launch.clock import STAMP, measure_offset
 from toolkit.launch.launcher import Node
 from toolkit.launch.local import LocalLauncher
-from toolkit.launch.node_checks import STAMP, Ask, Report, measure_offset
+from toolkit.launch.node_checks import Ask, Report
 from toolkit.launch.plan import DeploymentPlan, num_ports, plan
 from toolkit.launch.preflight import BadNodes, ask_of, compare, preflight, read_bad
 

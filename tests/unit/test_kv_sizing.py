@@ -8,8 +8,8 @@ import pytest
 
 from tests.unit.test_released_models import arch_of
 from toolkit.config.engine import EngineConfig
-from toolkit.engine.arch import memory_by_kind
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.memory import memory_by_kind
 from toolkit.engine.prepare import most_tokens
 
 ONE = ParallelDims(1, 1, 1, 1, None)

@@ -4,5 +4,5 @@ A module for each group of keys, as in conf/: ``model.py``, ``parallel.py``, ``e
 ``health.py``, ``cluster.py``, ``load.py``; ``experiment.py`` puts them together. What Hydra composed becomes an
 ``ExpConfig`` (``compose.py``, ``mapping.py``), and what depends on other keys is filled in (``resolve.py``).
 Nothing here knows Slurm, torch or the engine: relations between degrees and model shapes are checked by
-``engine/dims.py`` and ``launch/check.py``. Read next: ``launch/plan.py``.
+``engine/arch_check.py`` and ``launch/check.py``. Read next: ``launch/plan.py``.
 """

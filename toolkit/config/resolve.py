@@ -1,6 +1,6 @@
 """``resolve``: fills in the keys that depend on other keys, and logs each.
 
-Relations between degrees and model shapes are not its business: ``engine/dims.py`` and ``launch/check.py``.
+Relations between degrees and model shapes are not its business: ``engine/arch_check.py`` and ``launch/check.py``.
 """
 
 from __future__ import annotations

@@ -172,8 +172,9 @@ def run_here(experiments: Sequence[Experiment], console: Console) -> int:
 
 def show_plan(cfg: ExpConfig, console: Any) -> None:
     """What a run of ``cfg`` would start, with names in place of what only the run can know."""
-    from toolkit.launch import check, ports
+    from toolkit.launch import ports
     from toolkit.launch.adapters import adapters
+    from toolkit.launch.check_model import memory
     from toolkit.launch.launcher import Node, with_environment
     from toolkit.launch.plan import num_ports, plan
     from toolkit.launch.pools import worker_pools
@@ -186,8 +187,8 @@ def show_plan(cfg: ExpConfig, console: Any) -> None:
     run_dir = Path(cfg.cluster.results_dir).absolute() / cfg.exp / "<time>"
     nodes = [Node(host, base) for host in hosts]
     specs = with_environment(adapters()[cfg.engine.backend](deployment, cfg, hosts, run_dir).specs, cfg, nodes)
-    memory = {pool.name: check.memory(pool.view(cfg)) for pool in worker_pools(cfg)}
-    show(console, cfg, deployment, specs, memory)
+    by_pool = {pool.name: memory(pool.view(cfg)) for pool in worker_pools(cfg)}
+    show(console, cfg, deployment, specs, by_pool)
 
 
 def override_names(overrides: Collection[str]) -> set[str]:

@@ -8,6 +8,7 @@ one case. Read next: ``plan.py``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from toolkit.config.deploy import POOLS, PoolConfig
@@ -58,3 +59,15 @@ def _pool(cfg: ExpConfig, name: str, config: PoolConfig) -> Pool:
     except ValueError as error:
         raise ValueError(f"deploy.{name}.engine.{error}") from None
     return Pool(name, config.workers, config.parallel, engine)
+
+
+def named(pool: Pool, errors: Iterable[str]) -> list[str]:
+    """``errors`` about keys of one pool, with the pool's own names for these keys."""
+    return [
+        f"{pool.field}{error}"
+        if error.startswith(("parallel.", "engine."))
+        else f"{pool.name} worker: {error}"
+        if pool.field
+        else error
+        for error in errors
+    ]

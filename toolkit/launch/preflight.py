@@ -116,7 +116,7 @@ def specs(num_nodes: int, run_dir: Path) -> list[ProcessSpec]:
 
 def ask_of(cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir: Path) -> Ask:
     """What every node is asked; ports and ranks by node."""
-    from toolkit.launch.check import memory
+    from toolkit.launch.check_model import memory
 
     ranks = Counter(rank.node for rank in plan.ranks())
     ports: dict[int, list[int]] = {node: [] for node in range(plan.num_nodes)}

@@ -22,7 +22,7 @@ from toolkit.config.experiment import ExpConfig
 from toolkit.config.mapping import to_mapping
 from toolkit.heartbeat import beating
 from toolkit.launch import attempts, child, job_file, provenance, provenance_files, queue, sampler
-from toolkit.launch.check import check_model, will_build
+from toolkit.launch.check_model import check_model, will_build
 from toolkit.launch.interrupts import Cancelled, Interrupts
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.launch.load import LoadFailed, run_load

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from toolkit.config.engine import EngineConfig
-from toolkit.engine.arch import DTYPE_BYTES, Arch, kv_value_bytes, memory_by_kind
+from toolkit.engine.arch import Arch
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.memory import DTYPE_BYTES, kv_value_bytes, memory_by_kind
 
 
 @dataclass(frozen=True)
