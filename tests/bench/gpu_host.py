@@ -81,8 +81,7 @@ def jobs(n: int) -> Iterator[Work]:
     yield Work("migration", n, 200, moving(n, 400, deepep))
     yield Work("migration-weighted", n, 200, moving(n, 100, deepep, "engine.ep_dispatch_algorithm=weighted"))
     yield Work("moe", n, 200, ("-m", "toolkit.engine.moe.bench", "--ranks", str(n), "--out", "OUT/moe.json"))
-    whole = f"{{tp_size: {2 * half}, dp_size: {2 * half}, ep_size: {2 * half}}}"
-    split = (f"+variants.agg.parallel={whole}", f"parallel@deploy.prefill.parallel=dep{half}",
+    split = (f"parallel=dep{2 * half}", f"parallel@deploy.prefill.parallel=dep{half}",
              f"parallel@deploy.decode.parallel=dep{half}")  # fmt: skip
     agg = "variants.agg.engine.moe_a2a_backend=nvlink"
     disagg = f"variants.disagg.engine.moe_a2a_backend={'nvlink' if half > 1 else 'allgather'}"
