@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.fp8 import BLOCK
 from toolkit.engine.late import Late
 from toolkit.engine.layers import RMSNorm
