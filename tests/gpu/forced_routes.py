@@ -17,7 +17,7 @@ from torch import Tensor
 
 from toolkit.engine.core import Request
 from toolkit.engine.models.base import Forward
-from toolkit.engine.moe.gate import _drop_padding
+from toolkit.engine.moe import gate
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.sampler import Chosen
 
@@ -49,9 +49,10 @@ class TableGate:
         self.ids_VK = torch.from_numpy(order.copy()).to(device)
         self.weights_VK = torch.from_numpy(weights).float().to(device)
 
-    def __call__(self, x_SD: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_SD: Tensor, real: Tensor | None = None, table: Tensor | None = None) -> gate.Chosen:
         assert len(x_SD) == len(self._tokens.ids_T)
-        return _drop_padding(self.ids_VK[self._tokens.ids_T], real), self.weights_VK[self._tokens.ids_T]
+        ids_SK = gate._drop_padding(self.ids_VK[self._tokens.ids_T], real)
+        return gate.Chosen(ids_SK, self.weights_VK[self._tokens.ids_T])
 
 
 class ForcedSampler:

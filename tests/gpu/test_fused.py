@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from toolkit.engine import fused
+from toolkit.engine.late import Late, late_linear
 from toolkit.engine.layers import RMSNorm, Rotary
 from toolkit.engine.moe.gate import SoftmaxGate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-DEVICE = "cuda:0"
+DEVICE, BF16 = "cuda:0", torch.bfloat16
 
 
 class Given:
@@ -57,6 +58,20 @@ def test_norms(size: int, rows: int, dtype: torch.dtype, add_one: bool, monkeypa
     close(added, wanted)
 
 
+@pytest.mark.parametrize(("hidden", "wide"), [(2048, 4096), (256, 1024), (2880, 4096)])
+@pytest.mark.parametrize("rows", [1, 32, 64])
+def test_a_product_in_parts_goes_on_to_the_norm(hidden: int, wide: int, rows: int) -> None:
+    n, (x, residual) = norm(hidden, BF16, False), (torch.randn(rows, size, device=DEVICE) for size in (wide, hidden))
+    weight = (torch.randn(hidden, wide, device=DEVICE) / wide**0.5).to(BF16)
+    late = late_linear(x.to(BF16), weight)
+    assert isinstance(late, Late)
+    wanted = torch.nn.functional.linear(x.to(BF16), weight)
+    close(late.alone(), wanted)
+    for found, expected in zip(n.add(residual.to(BF16), late), n.add(residual.to(BF16), wanted)):
+        close(found, expected)
+    assert torch.is_tensor(late_linear(x.to(BF16).repeat(65, 1), weight))
+
+
 @pytest.mark.parametrize("dim", [12, 64, 128])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -86,7 +101,9 @@ def test_rotate_and_write(dim: int, normed: bool, dtype: torch.dtype, heads: int
 def test_softmax_topk(experts: int, top_k: int, rows: int, renormalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = SoftmaxGate(torch.randn(experts, 64, device=DEVICE), top_k, renormalize)
     x, real = torch.randn(rows, 64, device=DEVICE), torch.tensor([60], dtype=torch.int32, device=DEVICE)
-    (ids, weights, _), (padded, _, _) = gate(x), gate(x, real)
+    table = torch.cat([torch.randperm(experts, device=DEVICE), torch.tensor([-1], device=DEVICE)])
+    (ids, weights, _), (padded, _, slots) = gate(x), gate(x, real, table)
+    assert slots is not None and torch.equal(slots, table[padded])
     reference(monkeypatch)
     wanted_ids, wanted, _ = gate(x)
     assert torch.equal(ids, wanted_ids) and torch.equal(padded, gate(x, real)[0])
