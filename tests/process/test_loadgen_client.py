@@ -33,7 +33,7 @@ from tests.unit.loadgen_server import (
 )
 from toolkit.loadgen import answers
 from toolkit.loadgen.receive import native
-from toolkit.records import RequestRecord
+from toolkit.records.requests import RequestRecord
 
 
 @pytest.fixture

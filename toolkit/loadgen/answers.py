@@ -19,7 +19,7 @@ from toolkit.loadgen.http1 import EVENT_STREAM, FramingError, Head, open_answer
 from toolkit.loadgen.openai_api import ERROR_CHARS, Answer, AnswerError, error_message
 from toolkit.loadgen.scan import Scanner, Seen, library
 from toolkit.loadgen.sse import SSEParser
-from toolkit.records import RequestRecord
+from toolkit.records.requests import RequestRecord
 
 FAILED_FINISHES = ("abort", "error")
 BLUR_NS = 2_000_000  # a read that came later than this after the kernel had its bytes may be why they came together
