@@ -56,7 +56,10 @@ def violations(importers: str, *allowed: str) -> list[str]:
     ]
 
 
-BASE = ("toolkit.config", "toolkit.records", "toolkit.registry", "toolkit.point_files", "toolkit.heartbeat")
+BASE = (
+    "toolkit.cache", "toolkit.config", "toolkit.records", "toolkit.registry", "toolkit.point_files",
+    "toolkit.heartbeat",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("module", BASE)

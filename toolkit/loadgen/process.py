@@ -100,9 +100,10 @@ class Process:
                 batch.clear()
                 raws.clear()
 
-            for record, raw in worker.rows(point, evidence):
+            for record, exchange in worker.rows(point, evidence):
                 batch.append(record)
-                raws.append(raw)
+                if keep_raw:
+                    raws.append(worker.spool.get(exchange))
                 if len(batch) == BATCH:
                     write()
                     _report(Progress(len(worker.exchanges), worker.failed, worker.client.reads, parsing=True))
