@@ -6,6 +6,7 @@ import torch
 
 from tests.interpreted import interpret, needs_triton
 from toolkit.engine.layers import RMSNorm
+from toolkit.engine.moe.gate import GroupedSigmoidGate
 
 # rows, hidden, wide: of a product with few rows that goes on to a norm
 SHAPES = [(1, 256, 512), (19, 512, 1024)]
@@ -54,6 +55,27 @@ def experts_and_slots(rows: int, hidden: int, wide: int) -> None:
     y, at = torch.randn(50, hidden), torch.randint(-1, 50, (rows, top_k))
     found = kernels.gather_rows(y, at, weights, torch.float32)
     torch.testing.assert_close(found, ((at >= 0) * weights)[..., None].mul(y[at]).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def experts_by_groups(rows: int, hidden: int, wide: int) -> None:
+    """DeepSeek's choice; groups and experts that are no powers of two."""
+    from toolkit.engine.kernels import gate as kernels
+
+    for experts, groups, best, top_k in ((24, 4, 2, 3), (30, 5, 3, 4)):
+        weight, bias = torch.randn(experts, hidden) / hidden**0.5, 0.3 * torch.randn(experts)
+        gate = GroupedSigmoidGate(weight, bias, top_k, groups, best, renormalize=top_k == 3, scale=2.5)
+        x, real = torch.randn(rows, hidden), torch.tensor([max(rows - 2, 1)], dtype=torch.int32)
+        table = torch.cat([torch.randperm(experts) + 100, torch.tensor([-1])])
+        ids, weights, slots = kernels.grouped_route(x, gate, real, table)
+        wanted = gate(x, real)
+        assert torch.equal(ids, wanted.ids_SK)
+        assert slots is not None and torch.equal(slots, table[ids])
+        torch.testing.assert_close(weights, wanted.weights_SK)
+
+
+@needs_triton
+def test_experts_by_groups() -> None:
+    interpret(__name__, "experts_by_groups")
 
 
 @needs_triton

@@ -14,6 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from toolkit.engine.layers import RMSNorm, Rotary
+    from toolkit.engine.moe.gate import GroupedSigmoidGate
 
 
 @cache
@@ -85,6 +86,14 @@ def softmax_route(
     out: tuple[Tensor, Tensor, Tensor | None] = _kernels()["gate"].softmax_route(
         x_SD, weight_ED, top_k, renormalize, real, table
     )
+    return out
+
+
+def grouped_route(
+    x_SD: Tensor, gate: GroupedSigmoidGate, real: Tensor | None, table: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``gate(x)``; the rest as ``softmax_route``."""
+    out: tuple[Tensor, Tensor, Tensor | None] = _kernels()["gate"].grouped_route(x_SD, gate, real, table)
     return out
 
 

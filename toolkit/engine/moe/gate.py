@@ -66,11 +66,13 @@ class GroupedSigmoidGate:
         renormalize: bool,
         scale: float,
     ) -> None:
-        self.weight_ED, self.bias_E = weight_ED.float(), bias_E.float()
+        self.given_ED, self.weight_ED, self.bias_E = weight_ED, weight_ED.float(), bias_E.float()
         self.top_k, self.n_group, self.topk_group = top_k, n_group, topk_group
         self.renormalize, self.scale = renormalize, scale
 
     def __call__(self, x_SD: Tensor, real: Tensor | None = None, table: Tensor | None = None) -> Chosen:
+        if fused.supported(x_SD):
+            return Chosen(*fused.grouped_route(x_SD, self, real, table))
         scores = F.linear(x_SD.float(), self.weight_ED).sigmoid()
         choice = scores + self.bias_E
         groups = choice.unflatten(1, (self.n_group, -1))
