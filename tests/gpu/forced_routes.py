@@ -29,17 +29,17 @@ class Tokens:
     """The model, which lets its gates know the step's token ids, also inside a CUDA graph."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._forward, self.ids_T = runner.model.forward, torch.empty(0)
+        self._forward, self.ids_T, self.halved = runner.model.forward, torch.empty(0), False
         runner.model.forward = self.forward  # type: ignore[method-assign]
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
-        assert step.layout.comm.size == 1 and step.halves is None, "rows are not the step's tokens"
-        self.ids_T = tokens_T
+        assert step.layout.comm.size == 1, "rows are not the step's tokens"
+        self.ids_T, self.halved = tokens_T, step.halves is not None
         return self._forward(tokens_T, step)
 
 
 class TableGate:
-    """A layer's gate: experts by token id, the popular ones more often."""
+    """A layer's gate: experts by token id, the popular ones more often; where halves take turns, one id's for all."""
 
     def __init__(self, tokens: Tokens, vocab: int, experts: int, top_k: int, seed: int, device: str) -> None:
         rng, self._tokens = np.random.default_rng(seed), tokens
@@ -50,9 +50,11 @@ class TableGate:
         self.weights_VK = torch.from_numpy(weights).float().to(device)
 
     def __call__(self, x_SD: Tensor, real: Tensor | None = None, table: Tensor | None = None) -> gate.Chosen:
-        assert len(x_SD) == len(self._tokens.ids_T)
-        ids_SK = gate._drop_padding(self.ids_VK[self._tokens.ids_T], real)
-        return gate.Chosen(ids_SK, self.weights_VK[self._tokens.ids_T])
+        ids_T = self._tokens.ids_T
+        if self._tokens.halved:
+            ids_T = ids_T.new_zeros(len(x_SD))
+        assert len(x_SD) == len(ids_T)
+        return gate.Chosen(gate._drop_padding(self.ids_VK[ids_T], real), self.weights_VK[ids_T])
 
 
 class ForcedSampler:

@@ -43,6 +43,10 @@ NVLINK = {
         tolerance=FP8_TOLERANCE if dtype == "fp8" else {torch.bfloat16: 2e-2},
     )
     for dtype in ("bf16", "fp8")
+} | {
+    "deepseek": Case(
+        "nvlink", 64, "cuda", slots=256, hidden=7168, top_k=8, fp8=True, dtypes=BF16, tolerance=FP8_TOLERANCE
+    ),
 }  # fmt: skip
 NCCL = {
     name: Case(name, 128, "cuda", slots=16, hidden=2048, is_extend=(True, False))
