@@ -29,12 +29,13 @@ class Tokens:
     """The model, which lets its gates know the step's token ids, also inside a CUDA graph."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._forward, self.ids_T, self.halved = runner.model.forward, torch.empty(0), False
+        self._forward, self.ids_T = runner.model.forward, torch.empty(0)
+        self.halved = runner.engine.enable_two_batch_overlap
         runner.model.forward = self.forward  # type: ignore[method-assign]
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
         assert step.layout.comm.size == 1, "rows are not the step's tokens"
-        self.ids_T, self.halved = tokens_T, step.halves is not None
+        self.ids_T = tokens_T
         return self._forward(tokens_T, step)
 
 

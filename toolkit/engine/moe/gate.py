@@ -73,6 +73,10 @@ class GroupedSigmoidGate:
     def __call__(self, x_SD: Tensor, real: Tensor | None = None, table: Tensor | None = None) -> Chosen:
         if fused.supported(x_SD):
             return Chosen(*fused.grouped_route(x_SD, self, real, table))
+        return self.plain(x_SD, real)
+
+    def plain(self, x_SD: Tensor, real: Tensor | None = None) -> Chosen:
+        """In torch."""
         scores = F.linear(x_SD.float(), self.weight_ED).sigmoid()
         choice = scores + self.bias_E
         groups = choice.unflatten(1, (self.n_group, -1))
