@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGKILL
 
+import psutil
 import torch
 
 from tests.gpu.needs import GPUS
@@ -137,6 +139,16 @@ class Host:
         self.running[process] = (work, gpus, time.monotonic())
         print(f"{work.name}: started on GPUs {sorted(gpus)}", flush=True)
 
+    def stacks(self, pid: int, name: str) -> None:
+        """Where each process of a job stands, at the end of its log."""
+        if (spy := shutil.which("py-spy", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")) is None:
+            return
+        with (self.out / f"{name}.log").open("ab") as log, suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(pid).children(recursive=True):
+                subprocess.run(
+                    [spy, "dump", "--pid", str(process.pid)], stdout=log, stderr=log, timeout=10, check=False
+                )
+
     def collect(self, wait_for: Callable[[], bool]) -> None:
         """Waits until ``wait_for`` holds, ending jobs whose time is up."""
         while not wait_for():
@@ -146,6 +158,8 @@ class Host:
                 if process.poll() is None and now < min(since + work.seconds, self.deadline):
                     continue
                 how = "timed out" if process.poll() is None else f"exit {process.returncode}"
+                if process.poll() is None:
+                    self.stacks(process.pid, work.name)
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, SIGKILL)
                 process.wait()
