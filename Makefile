@@ -17,7 +17,7 @@ PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c
 PARALLEL := tests/unit tests/process tests/eplb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check fmt hooks test-gpu
+.PHONY: help demo test unit check fmt hooks test-gpu measure-gpu
 .PHONY: slurm-install slurm-up slurm-down test-slurm test-slurm-all test-slurm-segment
 .PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-migration bench-engine bench-recorder bench-kv
 
@@ -46,6 +46,9 @@ bench-kv: $(STAMP)  ## KV transfer beside the bare NIXL library, 4 KiB to 256 Mi
 
 test-gpu: $(STAMP)  ## backends, layers and the engine on this machine's GPUs against the CPU (pip install -e '.[gpu]' first)
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+measure-gpu: $(STAMP)  ## all GPU tests and benchmarks, as many beside each other as there are GPUs (ARGS='--minutes 15 --only ...')
+	$(BIN)/python -m tests.bench.gpu_host $(ARGS)
 
 bench-moe: $(STAMP)  ## dispatch, experts and combine on this machine's GPUs, beside DeepEP's own calls
 	$(BIN)/python -m toolkit.engine.moe.bench $(ARGS)

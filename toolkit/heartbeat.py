@@ -2,7 +2,7 @@
 
 status.json says ``running`` for ever when its launcher is killed. While it lives, a thread renews the heartbeat; who
 reads the folder asks ``run_state``. On the same machine the process itself is looked for; from elsewhere its silence
-tells, and clocks of different hosts are trusted to a minute, no more. Imports nothing of the toolkit but records.py.
+tells, and clocks of different hosts are trusted to a minute, no more. Imports nothing of the toolkit but records/.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from toolkit.records import RunStatus, write_json
+from toolkit.records.files import write_json
+from toolkit.records.status import RunStatus
 
 FILE = "heartbeat.json"
 EVERY_S = 2.0

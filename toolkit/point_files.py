@@ -5,7 +5,7 @@ state, its row of the sweep and the settings it was measured under. It is writte
 flushed to the disk and renamed, so that whatever is killed later, a point is there whole or not at all.
 
 A key is a hash of what matters to the figures: the deployment, the load, and which point of the sweep it is; never of
-paths, ports or names. A sweep that is taken up again recognises by it what it has. Uses records.py and nothing else.
+paths, ports or names. A sweep that is taken up again recognises by it what it has. Uses records/ and nothing else.
 Read next: ``loadgen/sweep.py``, which writes them.
 """
 
@@ -22,7 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from toolkit.records import RAW, REQUESTS, PointStatus, replacing, requests_schema
+from toolkit.records import RAW, REQUESTS
+from toolkit.records.files import replacing
+from toolkit.records.requests import requests_schema
+from toolkit.records.status import PointStatus
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,7 +119,7 @@ def join(folder: Path, keys: Sequence[str]) -> None:
     One batch at a time: memory does not grow with the run. Points without a file have no rows.
     """
     _join(folder, keys, REQUESTS, SUFFIX, requests_schema())
-    from toolkit.records import raw_schema
+    from toolkit.records.requests import raw_schema
 
     _join(folder, keys, RAW, RAW_SUFFIX, raw_schema())
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from toolkit import records
+from toolkit.records.requests import requests_schema
 
 SIZES = (62_500, 250_000, 1_000_000)
 POINTS, TOKENS = 8, 32
@@ -31,7 +32,7 @@ def write_run(folder: Path, rows: int) -> None:
     """A closed loop of ``POINTS`` load points, 64 slots each, ``TOKENS`` tokens a request, a little text."""
     rng = np.random.default_rng(0)
     each = rows // POINTS
-    with pq.ParquetWriter(folder / records.REQUESTS, records.requests_schema(), compression="zstd") as out:
+    with pq.ParquetWriter(folder / records.REQUESTS, requests_schema(), compression="zstd") as out:
         for point in range(POINTS):
             gaps = rng.gamma(20, 0.001, (each, TOKENS))
             gaps[:, 0] = 0.1 + 0.1 * rng.random(each)
@@ -52,7 +53,7 @@ def write_run(folder: Path, rows: int) -> None:
                 "chunk_s": pa.ListArray.from_arrays(offsets, times.ravel()),
                 "chunk_tokens": pa.ListArray.from_arrays(offsets, np.ones(each * TOKENS, np.int32)),
             }  # fmt: skip
-            schema = records.requests_schema()
+            schema = requests_schema()
             out.write_table(pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema))
 
 

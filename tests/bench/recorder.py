@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from toolkit.config import EngineConfig, ModelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.arch import read_arch
 from toolkit.engine.core import Batch, SamplingParams, StepContext
 from toolkit.engine.eplb.placement import Placement

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.kv.kinds import layer_kinds
 from toolkit.engine.kv.tables import BlockTables

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.moe.dispatch import Dispatched, ExpertShape, StepRows, TokenDispatcher, make_dispatcher
 from toolkit.engine.moe.gemm import dequantize_rows
 from toolkit.engine.parallel import Groups

@@ -6,7 +6,8 @@ import pytest
 
 from tests.contract.dispatch_cases import ROUTINGS, ROWS, Case, round_trips, rows_meet_their_experts
 from tests.dist.ranks import run_ranks
-from toolkit.config import EngineConfig, ParallelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.moe.dispatch import DISPATCHERS, ExpertShape, make_dispatcher
 from toolkit.engine.parallel import Groups

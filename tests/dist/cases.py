@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toolkit.config import EngineConfig, ModelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
 
 VOCAB, LENGTH, PROMPT = 96, 22, 15
 

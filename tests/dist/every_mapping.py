@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from tests.dist.cases import Case, check_close, engine
 from tests.dist.forced import forced_logits
-from toolkit.config import ParallelConfig
-from toolkit.engine.arch import Arch, check, read_arch
+from toolkit.config.parallel import ParallelConfig
+from toolkit.engine.arch import Arch, read_arch
+from toolkit.engine.arch_check import check
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Comm, Groups
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from tests.dist.cases import LENGTH, VOCAB, Case
-from toolkit.config import ModelConfig
+from toolkit.config.model import ModelConfig
 
 
 def mixtral() -> torch.nn.Module:

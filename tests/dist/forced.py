@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from toolkit.config import EngineConfig, ModelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.agree import Proposal, agree
 from toolkit.engine.arch import context_length, read_arch
 from toolkit.engine.core import SamplingParams

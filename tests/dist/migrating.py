@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from tests.dist.cases import PROMPT, Case, check_close
-from toolkit.config import EngineConfig, ModelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.agree import Proposal, agree
 from toolkit.engine.arch import context_length, read_arch
 from toolkit.engine.core import SamplingParams

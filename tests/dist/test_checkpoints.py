@@ -16,7 +16,8 @@ from tests.dist.cases import Case, check_close, engine
 from tests.dist.families import gemma3, make_case, randomize, score
 from tests.dist.forced import forced_logits
 from tests.dist.ranks import run_ranks
-from toolkit.config import ModelConfig, ParallelConfig
+from toolkit.config.model import ModelConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Groups
 from toolkit.engine.weights import SafetensorsWeights, Shard

@@ -14,9 +14,9 @@ from tests.dist.cases import Case, engine
 from tests.dist.families import make_case
 from tests.dist.migrating import Migrated, migrate_under_load
 from tests.dist.ranks import run_ranks
-from toolkit.config import ParallelConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.dims import ParallelDims
-from toolkit.records import read_experts, read_rebalances
+from toolkit.records.experts import read_experts, read_rebalances
 
 DEP2 = ParallelConfig(2, 2, 2, enable_dp_attention=True)
 DEP4 = ParallelConfig(4, 4, 4, enable_dp_attention=True, moe_dense_tp_size=1)

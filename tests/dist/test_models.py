@@ -12,8 +12,10 @@ from tests.dist.cases import PROMPT, Case, check_close, engine
 from tests.dist.families import FAMILIES, make_case
 from tests.dist.forced import forced_logits
 from tests.dist.ranks import run_ranks
-from toolkit.config import ModelConfig, ParallelConfig
-from toolkit.engine.arch import check, read_arch
+from toolkit.config.model import ModelConfig
+from toolkit.config.parallel import ParallelConfig
+from toolkit.engine.arch import read_arch
+from toolkit.engine.arch_check import check
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Groups
 

@@ -15,7 +15,9 @@ from typing import IO, Any
 import requests
 
 from tests.e2e.serving import tiny_model
-from toolkit.config import ExpConfig, from_mapping, resolve
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping
+from toolkit.config.resolve import resolve
 from toolkit.engine.args import TOKEN_ENV
 from toolkit.launch import ports
 from toolkit.launch.adapters import adapters

@@ -13,7 +13,8 @@ import requests
 
 from tests.e2e.serving import Served, serve
 from tests.e2e.test_server import complete, gauge, post, wait_for, wait_idle
-from toolkit.records import EXPERTS, PROFILES, read_experts
+from toolkit.records import EXPERTS, PROFILES
+from toolkit.records.experts import read_experts
 
 RANKS = 4
 PARALLEL = {"tp_size": RANKS, "dp_size": 2, "ep_size": RANKS, "enable_dp_attention": True}

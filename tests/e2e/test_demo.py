@@ -15,6 +15,10 @@ import torch
 
 from toolkit import records
 from toolkit.engine import demo_gguf
+from toolkit.records.experts import read_experts
+from toolkit.records.requests import read_requests
+from toolkit.records.status import read_status
+from toolkit.records.sweep import SWEEP_COLUMNS, read_sweep
 
 OSL = 12
 MAPPINGS = {
@@ -77,7 +81,7 @@ def test_every_text_is_the_dense_models(run_folder: Path, greedy, demo_model: Pa
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     prompts = Path(records.__file__).parent / "loadgen" / "datasets" / "prompts.jsonl"
     by_id = {p["id"]: p for p in map(json.loads, prompts.read_text().splitlines())}
-    requests = records.read_requests(run_folder)
+    requests = read_requests(run_folder)
     assert len(requests) == 8 and (requests.status == "ok").all()
     for row in requests.itertuples():
         prompt = by_id[row.prompt_id]
@@ -90,10 +94,10 @@ def test_every_text_is_the_dense_models(run_folder: Path, greedy, demo_model: Pa
 
 
 def test_the_run_folder_keeps_its_promises(run_folder: Path) -> None:
-    status = records.read_status(run_folder)
+    status = read_status(run_folder)
     assert status.state == "done" and [p.state for p in status.points] == ["done", "done"]
-    sweep = records.read_sweep(run_folder)
-    assert tuple(sweep.columns) == records.SWEEP_COLUMNS
+    sweep = read_sweep(run_folder)
+    assert tuple(sweep.columns) == SWEEP_COLUMNS
     assert sweep.concurrency.tolist() == [1, 4] and (sweep.failed == 0).all() and (sweep.requests == 3).all()
     # three requests a point are too few for a steady state at concurrency 4; CPUs tell no power; all went well
     empty = [name for name in sweep if name.startswith("steady_") or name.endswith(("power_w", "_per_w", "reason"))]
@@ -111,11 +115,11 @@ def test_the_run_folder_keeps_its_promises(run_folder: Path) -> None:
 
 def test_experts_are_counted_once_each(run_folder: Path) -> None:
     """Every token of every forward chose two experts in each of 30 layers, on exactly one rank."""
-    experts = records.read_experts(run_folder / records.EXPERTS)
+    experts = read_experts(run_folder / records.EXPERTS)
     assert experts.counts.shape[1:] == (30, 8)
     per_layer = experts.counts.sum((0, 2))
     assert (per_layer == per_layer[0]).all()
-    requests = records.read_requests(run_folder)
+    requests = read_requests(run_folder)
     computed = requests.prompt_tokens - requests.cached_tokens + requests.output_tokens - 1
     assert per_layer[0] == 2 * computed.sum()
     hottest = experts.counts.sum(0).max(1) / experts.counts.sum(0).mean(1)

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from tests.e2e.serving import Served, serve, tiny_model
-from toolkit import records
+from toolkit.records.steps import read_transfers
 
 # 16 KV heads' worth of grouped queries, and layers that see 40 tokens: heads are cut and windows move on.
 MIXTRAL = {
@@ -82,7 +82,7 @@ def test_the_text_is_that_of_aggregated_serving(
         info = requests.get(f"{served.url}/get_server_info", timeout=10).json()
         assert [worker["pool"] for worker in info["workers"]] == ["prefill", "decode"]
         assert requests.post(f"{served.url}/flush_cache", timeout=30).status_code == 200  # and the rows of transfers
-    transfers = records.read_transfers(tmp_path / "disagg")
+    transfers = read_transfers(tmp_path / "disagg")
     assert len(transfers) == len(PROMPTS) + 1 + 3, "every request but the one of a single token was handed on"
     assert (transfers["bytes"] > 0).all() and (transfers["first_decode_s"] > 0).all()
     assert (transfers["hidden_s"] > 0).any() == (handoff == "bootstrap")

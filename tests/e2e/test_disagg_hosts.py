@@ -13,7 +13,7 @@ import requests
 
 from tests.e2e.processes import processes
 from tests.e2e.test_disagg import DEP2, ENGINE, PROMPTS, aggregated, model_of
-from toolkit import records
+from toolkit.records.steps import read_transfers
 
 NET, BRIDGE = "10.231.7", "kvbr0"
 
@@ -71,5 +71,5 @@ def test_kv_goes_over_tcp_between_two_hosts(
             got = requests.post(f"{d.url}/v1/completions", json=body | {"prompt": prompt}, timeout=60)
             assert [choice["text"] for choice in got.json()["choices"]] == [text]
         assert requests.post(f"{d.url}/flush_cache", timeout=30).status_code == 200  # and the rows of transfers
-    transfers = records.read_transfers(tmp_path / "disagg")
+    transfers = read_transfers(tmp_path / "disagg")
     assert len(transfers) == len(PROMPTS) and (transfers["bytes"] > 0).all()

@@ -15,6 +15,8 @@ from typing import Any
 import requests
 
 from toolkit import records
+from toolkit.records.requests import read_requests
+from toolkit.records.status import read_status
 
 WORDS = [
     "+exp=disagg_ab", "~variants.agg", "model=tiny", "deploy.decode.workers=2", "deploy.restart_workers=1",
@@ -50,9 +52,9 @@ def test_a_killed_worker_is_started_anew_and_used_again(tmp_path: Path) -> None:
             process.kill()
     assert process.returncode == 0, output
     assert "decode0 has ended: it is started anew (deploy.restart_workers: 0 more)" in output
-    rows = records.read_requests(folder)
+    rows = read_requests(folder)
     assert len(rows) == 60 and (rows["status"] == "ok").all() and (rows["output_tokens"] == 12).all()
-    assert records.read_status(folder).state == "done"
+    assert read_status(folder).state == "done"
 
 
 def until(process: subprocess.Popen[str], condition: Callable[[], bool], what: str, limit_s: float = 90.0) -> None:

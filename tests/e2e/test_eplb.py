@@ -21,6 +21,7 @@ from tests.e2e.test_options import texts
 from tests.e2e.test_server import complete, gauge, post, wait_for
 from toolkit import records
 from toolkit.engine.arch import read_arch
+from toolkit.records.experts import read_experts, read_rebalances
 
 PARALLEL = {"tp_size": 4, "dp_size": 2, "ep_size": 4, "enable_dp_attention": True}
 ENGINE = {"max_total_tokens": 512, "max_running_requests": 8, "chunked_prefill_size": 48, "ep_num_redundant_experts": 4}
@@ -95,10 +96,10 @@ def test_experts_move_by_themselves_when_they_are_unevenly_loaded(served: Served
 
     wait_for(told, "always busy")
     wait_for(lambda: state(served)["state"]["state"] == "waiting", "still moving")
-    lines = len(records.read_rebalances(served.run_dir))
+    lines = len(read_rebalances(served.run_dir))
     for _ in range(6):
         assert texts(served) == plain
-    own = [line for line in records.read_rebalances(served.run_dir)[lines:] if line.trigger == "iterations"]
+    own = [line for line in read_rebalances(served.run_dir)[lines:] if line.trigger == "iterations"]
     assert own, "nothing was rebalanced"
     assert all(line.state == "done" and line.balancedness_after > line.balancedness_before for line in own)
 
@@ -130,10 +131,10 @@ def test_a_placement_that_is_none_is_refused(served: Served, rows: Any, status: 
 
 def test_the_run_folder_tells_every_rebalance(served: Served) -> None:
     assert post(served, "/dump_expert_distribution_record", {}).status_code == 200
-    lines = records.read_rebalances(served.run_dir)
+    lines = read_rebalances(served.run_dir)
     assert len(lines) == done(served)
     assert [line.number for line in lines] == sorted(line.number for line in lines)
-    experts = records.read_experts(served.run_dir / records.EXPERTS)
+    experts = read_experts(served.run_dir / records.EXPERTS)
     assert len(experts.placement) == len(lines) + 1 and (np.diff(experts.placement_times) > 0).all()
     assert experts.slot_counts is not None
     assert (experts.slot_counts.sum(2) == experts.counts.sum(2)).all(), "every assignment was received by one slot"
@@ -171,6 +172,6 @@ def test_a_rank_killed_while_experts_move_ends_all_and_leaves_readable_files(ser
 
         wait_for(ended, "a rank hangs")
         wait_for(lambda: not planning.is_running(), "the planning process outlives its rank")
-    experts = records.read_experts(served.run_dir / records.EXPERTS)
+    experts = read_experts(served.run_dir / records.EXPERTS)
     for row in experts.placement.reshape(-1, experts.placement.shape[2]):
         assert set(row.tolist()) == set(range(experts.counts.shape[2]))

@@ -14,9 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from toolkit import heartbeat, records
+from toolkit import heartbeat
 from toolkit.analysis import Run as Analysis
 from toolkit.analysis.levels import run_levels
+from toolkit.records.requests import read_requests
+from toolkit.records.status import read_status
 
 LAUNCHER = (sys.executable, "-m", "toolkit.launch")
 
@@ -75,19 +77,19 @@ def test_a_killed_rank_fails_the_run_by_name(run: Run) -> None:
     assert run.process.returncode == 1
     assert "rank-2" in output and "SIGKILL" in output
     assert "rank 2 ready" in output, "the end of its log is shown"
-    status = records.read_status(run.folder)
+    status = read_status(run.folder)
     assert status.state == "failed" and "rank-2" in status.reason
     assert [p.state for p in status.points] == ["cancelled", "cancelled"]
     assert all("rank-2" in p.reason for p in status.points)
-    rows = records.read_requests(run.folder)
+    rows = read_requests(run.folder)
     assert (rows.status == "ok").any(), "what was measured before is kept"
 
 
 def is_cancelled_and_kept(run: Run, output: str) -> None:
     assert run.process.returncode == 130, output
-    status = records.read_status(run.folder)
+    status = read_status(run.folder)
     assert status.state == "cancelled"
-    assert (records.read_requests(run.folder).status == "ok").any()
+    assert (read_requests(run.folder).status == "ok").any()
     assert (run.folder / "logs" / "rank-0.log").stat().st_size > 0
 
 
@@ -121,7 +123,7 @@ def test_a_killed_launcher_leaves_nothing(run: Run) -> None:
     while left := run.left():
         assert time.monotonic() < deadline, f"processes outlive their launcher: {left}"
         time.sleep(0.5)
-    status = records.read_status(run.folder)
+    status = read_status(run.folder)
     assert status.state == "running", "only the launcher has the last word, and it had none"
     assert heartbeat.run_state(run.folder, status) == "dead", "what readers show"
 
@@ -139,7 +141,7 @@ def test_a_run_whose_launcher_was_killed_is_taken_up_again(tmp_path: Path) -> No
     finally:
         first.process.kill()
         first.process.wait()
-    done = [point.key for point in records.read_status(first.folder).points if point.state == "done"]
+    done = [point.key for point in read_status(first.folder).points if point.state == "done"]
     kept = {row.request_id for row in Analysis(first.folder).requests.itertuples() if row.point == 0}
     folder = first.folder.resolve()
     _until_dead(folder)

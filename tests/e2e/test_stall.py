@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_lifecycle import Run
-from toolkit import records
+from toolkit.records.status import read_status
 
 STALL = ["health.stall_s=15", "health.preflight=false"]
 
@@ -69,7 +69,7 @@ sys.exit(launch.main())
 def check(run: Run, output: str, rank: int) -> str:
     """The run failed, naming ``rank``, and can be taken up; gives the log of the rank."""
     assert run.process.returncode == 1
-    status = records.read_status(run.folder)
+    status = read_status(run.folder)
     assert status.state == "failed" and f"rank-{rank} is behind" in status.reason, status.reason
     assert f"rank-{rank} is behind" in output
     assert [point.state for point in status.points] == ["cancelled", "cancelled"]

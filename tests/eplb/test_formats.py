@@ -14,7 +14,7 @@ from tests.eplb.test_planner import skewed
 from toolkit.engine.eplb import formats
 from toolkit.engine.eplb.__main__ import main
 from toolkit.engine.eplb.planner import plan
-from toolkit.records import ExpertCounts, write_experts
+from toolkit.records.experts import ExpertCounts, write_experts
 
 LAYERS = (1, 2, 3)  # the model's layer 0 is dense
 

@@ -9,7 +9,7 @@ import transformers
 
 from tests.dist.cases import Case
 from tests.dist.families import randomize, score
-from toolkit.config import ModelConfig
+from toolkit.config.model import ModelConfig
 
 VOCAB = 512
 

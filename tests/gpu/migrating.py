@@ -19,7 +19,8 @@ import torch
 
 from tests.dist.migrating import Rank, _sabotage, random_placement
 from tests.gpu.forced_routes import Rows, force, furthest
-from toolkit.config import EngineConfig, ModelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.agree import Proposal, agree
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.eplb import transfers
@@ -27,7 +28,7 @@ from toolkit.engine.eplb.manager import READY
 from toolkit.engine.parallel import Groups
 from toolkit.engine.pipeline import Pipeline, Step
 from toolkit.engine.prepare import prepare
-from toolkit.records import read_experts
+from toolkit.records.experts import read_experts
 
 REQUESTS, PROMPT, OUTPUT = 6, 40, 32
 SPIN = 600_000_000  # cycles, about 0.3 s: what the host must not wait for

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.arch import Arch, read_arch
 from toolkit.engine.core import StepContext
 from toolkit.engine.dims import ParallelDims

@@ -19,7 +19,7 @@ import requests
 
 from tests.e2e.serving import Served, serve
 from tests.gpu.needs import needs_gpus, needs_library
-from toolkit import records
+from toolkit.records.steps import read_transfers
 
 pytestmark = needs_gpus(2)
 
@@ -74,6 +74,6 @@ def test_the_text_is_that_of_one_gpu(backend: str, family: tuple[dict[str, Any],
             assert time.monotonic() < deadline, f"blocks are left behind: {ranks}"
             time.sleep(0.1)
         assert requests.post(f"{served.url}/flush_cache", timeout=30).status_code == 200  # and the rows of transfers
-    transfers = records.read_transfers(tmp_path / "run")
+    transfers = read_transfers(tmp_path / "run")
     assert len(transfers) == len(PROMPTS) + 48 and (transfers["bytes"] > 0).all()
     assert (transfers["hidden_s"] > 0).any(), "chunks are read while later ones are computed"

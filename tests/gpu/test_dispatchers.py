@@ -9,7 +9,8 @@ from tests.contract.dispatch_cases import ROUTINGS, ROWS, Case, round_trips, row
 from tests.dist.ranks import run_ranks
 from tests.gpu.dispatch_graphs import graph_follows_its_inputs
 from tests.gpu.needs import needs_gpus, needs_library
-from toolkit.config import EngineConfig, ParallelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Groups
 

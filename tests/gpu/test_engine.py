@@ -13,7 +13,9 @@ from tests.dist.cases import Case
 from tests.dist.forced import forced_logits
 from tests.dist.ranks import run_ranks
 from tests.dist.steps import texts
-from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.arch import read_arch
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.dims import ParallelDims

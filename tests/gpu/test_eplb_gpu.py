@@ -17,7 +17,7 @@ from tests.dist.ranks import run_ranks
 from tests.gpu.migrating import Result, migrate_on_gpus
 from tests.gpu.moe_layers import COMMON, dims
 from tests.gpu.needs import needs_gpus, needs_library
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 
 TIMES = 3
 MODEL = COMMON | {

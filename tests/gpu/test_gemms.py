@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.contract.gemm_cases import COUNTS, Case, equals_a_float32_loop
 from tests.gpu.needs import needs_gpus, needs_library
-from toolkit.config import ModelConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.fp8 import BlockFp8, Matrix, quantize_blocks, quantize_groups
 from toolkit.engine.layers import linear, swiglu
 from toolkit.engine.weights import DummyWeights, Shard, open_weights

@@ -7,7 +7,7 @@ import pytest
 from tests.dist.ranks import run_ranks
 from tests.gpu.moe_layers import close_to_the_cpu, dims
 from tests.gpu.needs import needs_gpus, needs_library
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.parallel import Groups
 
 # dispatcher, GEMM, FP8 experts; relative error: two roundings to bf16, or e4m3's 2^-4 spread over sums

@@ -14,7 +14,7 @@ from tests.unit.analysis_run import EPOCH, make_run
 from toolkit import records
 from toolkit.analysis import Run, against, rebalances
 from toolkit.analysis.finish import finish_run
-from toolkit.records import RebalanceRecord
+from toolkit.records.experts import RebalanceRecord, append_rebalance, read_experts, read_rebalances, write_experts
 
 BEGIN, END = EPOCH + 3.0, EPOCH + 3.4
 
@@ -34,15 +34,15 @@ def line(number: int, begin: float, end: float, **changes: object) -> RebalanceR
 def rebalanced(results: Path) -> Path:
     """A run whose ranks receive evenly much from its rebalance on; a second one is given up."""
     folder = make_run(results, points=(2, 4))
-    experts = records.read_experts(folder / records.EXPERTS)
+    experts = read_experts(folder / records.EXPERTS)
     slots = np.take_along_axis(experts.counts, experts.placement.repeat(len(experts.counts), 0).astype(np.int64), 2)
     later = experts.times[:, 0] >= END
     slots[later] = slots[later].sum(2, keepdims=True) // slots.shape[2]
-    records.write_experts(folder / records.EXPERTS, dataclasses.replace(experts, slot_counts=slots))
-    records.append_rebalance(folder, line(1, BEGIN, END))
+    write_experts(folder / records.EXPERTS, dataclasses.replace(experts, slot_counts=slots))
+    append_rebalance(folder, line(1, BEGIN, END))
     late = float(experts.times[-3, 0])
     gone = {"state": "aborted", "reason": "rank 1 could not move experts", "balancedness_bound": float("nan")}
-    records.append_rebalance(folder, line(2, late, late + 0.1, moved_slots=0, chunks=0, transfers_ms=[], **gone))
+    append_rebalance(folder, line(2, late, late + 0.1, moved_slots=0, chunks=0, transfers_ms=[], **gone))
     return folder
 
 
@@ -98,20 +98,20 @@ def test_a_run_to_compare_with_that_is_not_there_is_a_warning(tmp_path: Path) ->
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
-    records.append_rebalance(tmp_path, line(1, BEGIN, END))
+    append_rebalance(tmp_path, line(1, BEGIN, END))
     with (tmp_path / records.REBALANCES).open("ab") as out:
         out.write(b'{"number": 2, "sta')
-    assert [found.number for found in records.read_rebalances(tmp_path)] == [1]
+    assert [found.number for found in read_rebalances(tmp_path)] == [1]
 
 
 def test_rows_that_slots_received_are_the_load_where_they_were_counted(tmp_path: Path) -> None:
     folder = make_run(tmp_path, points=(1,))
-    experts = records.read_experts(folder / records.EXPERTS)
+    experts = read_experts(folder / records.EXPERTS)
     slots = np.zeros((*experts.counts.shape[:2], 8), np.int64)
     slots[..., 6] = 5
-    records.write_experts(folder / records.EXPERTS, dataclasses.replace(experts, slot_counts=slots))
+    write_experts(folder / records.EXPERTS, dataclasses.replace(experts, slot_counts=slots))
     windows = Run(folder).windows
     assert windows is not None and (windows.loads_WLG == [0, 0, 0, 5]).all()
-    records.write_experts(folder / records.EXPERTS, dataclasses.replace(experts, slot_counts=slots[:, :, :5]))
+    write_experts(folder / records.EXPERTS, dataclasses.replace(experts, slot_counts=slots[:, :, :5]))
     broken = Run(folder)
     assert broken.experts is None and any("slot_counts" in warning for warning in broken.warnings)

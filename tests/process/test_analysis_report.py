@@ -23,7 +23,10 @@ from toolkit.analysis.findings import best_row, verdict
 from toolkit.analysis.finish import complete_sweep, finish_run, terminal_table
 from toolkit.analysis.report import write_report
 from toolkit.analysis.trust import warnings
-from toolkit.records import PointStatus, RunStatus
+from toolkit.records.experts import read_experts, write_experts
+from toolkit.records.requests import RequestRecord, read_requests, write_requests
+from toolkit.records.status import PointStatus, RunStatus, write_status
+from toolkit.records.sweep import SWEEP_COLUMNS, SWEEP_TEXTS, read_sweep, write_sweep
 
 CHART_NAMES = {
     "nodes",
@@ -99,12 +102,12 @@ def test_the_report_stands_alone(finished: Path) -> None:
 
 
 def test_the_sweep_gets_its_expert_figures_and_keeps_the_rest(finished: Path) -> None:
-    run, sweep = Run(finished), records.read_sweep(finished)
+    run, sweep = Run(finished), read_sweep(finished)
     for (_, row), point, load in zip(sweep.iterrows(), run.points, run.point_loads, strict=True):
         assert load is not None
         expected = metrics.sweep_row(point.requests, point.concurrency, 4, load.balancedness_mean, load.imbalance_max)
         power = ("power_w", "output_tok_s_per_w")  # from nodes.parquet
-        figures = {name: value for name, value in expected.items() if name not in (*records.SWEEP_TEXTS, *power)}
+        figures = {name: value for name, value in expected.items() if name not in (*SWEEP_TEXTS, *power)}
         assert {name: row[name] for name in figures} == pytest.approx(figures, rel=1e-5, nan_ok=True)
     assert (sweep["imbalance_max"] > 1.2).all()
     assert (sweep["output_tok_s_per_w"] * sweep["power_w"]).to_numpy() == pytest.approx(
@@ -141,7 +144,7 @@ def test_warnings_count_failures_and_short_answers(tmp_path: Path) -> None:
     rows = [record(request_id=str(i), t_send=EPOCH + i) for i in range(120)]
     rows[3].output_tokens, rows[3].chunk_tokens = 2, [1, 1, 0]
     rows[4].chunk_tokens = [1, 1, 1]
-    records.write_requests(tmp_path, [*rows, failure(), failure(error="timeout"), failure()])
+    write_requests(tmp_path, [*rows, failure(), failure(error="timeout"), failure()])
     found = warnings(Run(tmp_path))
     assert "concurrency 1: 3 of 123 requests failed (3 error); most often: HTTP 503: overloaded" in found
     assert any("1 of 120 answers are not as long as asked (mean 2.00 of 5.00 tokens)" in line for line in found)
@@ -152,7 +155,7 @@ def test_warnings_count_failures_and_short_answers(tmp_path: Path) -> None:
 
 def test_what_a_run_says_is_escaped(run_folder: Path) -> None:
     reason = "<script>alert(1)</script> & more"
-    records.write_status(run_folder, RunStatus("failed", reason, [PointStatus(4, "failed", "<b>rank 2</b>")]))
+    write_status(run_folder, RunStatus("failed", reason, [PointStatus(4, "failed", "<b>rank 2</b>")]))
     _, page = report_without_charts(run_folder)
     assert "<script" not in page and "<b>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
@@ -188,12 +191,12 @@ def test_a_broken_part_is_reported_and_costs_no_other(run_folder: Path, name: st
 
 
 def test_a_lost_sweep_is_computed_from_the_requests(run_folder: Path) -> None:
-    before = records.read_sweep(run_folder)
+    before = read_sweep(run_folder)
     (run_folder / records.SWEEP).unlink()
     complete_sweep(Run(run_folder))
-    after = records.read_sweep(run_folder)
-    filled_in = ("balancedness_mean", "imbalance_max", "power_w", "output_tok_s_per_w", *records.SWEEP_TEXTS)
-    columns = [name for name in records.SWEEP_COLUMNS if name not in filled_in]
+    after = read_sweep(run_folder)
+    filled_in = ("balancedness_mean", "imbalance_max", "power_w", "output_tok_s_per_w", *SWEEP_TEXTS)
+    columns = [name for name in SWEEP_COLUMNS if name not in filled_in]
     np.testing.assert_allclose(after[columns], before[columns], rtol=1e-5)
     assert after["balancedness_mean"].notna().all()
 
@@ -201,7 +204,7 @@ def test_a_lost_sweep_is_computed_from_the_requests(run_folder: Path) -> None:
 def test_a_run_that_failed_before_its_first_request(tmp_path: Path) -> None:
     folder = records.new_run_folder(tmp_path, "smoke")
     points = [PointStatus(1, "pending")]
-    records.write_status(folder, RunStatus("failed", "rank 2 ended with exit code -9", points))
+    write_status(folder, RunStatus("failed", "rank 2 ended with exit code -9", points))
     table = finish_run(folder)
     assert "Run failed: rank 2 ended with exit code -9" in table
     assert "No load point has a request that succeeded" in table
@@ -213,11 +216,11 @@ def test_a_run_that_failed_before_its_first_request(tmp_path: Path) -> None:
 
 def test_a_point_where_every_request_failed_leaves_nan_not_a_crash(run_folder: Path) -> None:
     rows = [failure(point=2, concurrency=8, t_send=EPOCH + 50 + i) for i in range(3)]
-    sweep = records.read_sweep(run_folder).astype(object).to_dict("records")
+    sweep = read_sweep(run_folder).astype(object).to_dict("records")
     requests = [*_read_records(run_folder), *rows]
-    records.write_requests(run_folder, requests)
-    frame = records.read_requests(run_folder)
-    records.write_sweep(run_folder, [*sweep, metrics.sweep_row(frame[frame["point"] == 2], 8, 4)])
+    write_requests(run_folder, requests)
+    frame = read_requests(run_folder)
+    write_sweep(run_folder, [*sweep, metrics.sweep_row(frame[frame["point"] == 2], 8, 4)])
     table, _ = report_without_charts(run_folder)
     assert re.search(r"8 +3 +3 +–", table)
     latency = CHARTS["latency_vs_concurrency"].draw(Run(run_folder))
@@ -225,11 +228,11 @@ def test_a_point_where_every_request_failed_leaves_nan_not_a_crash(run_folder: P
 
 
 def test_counts_outside_the_load_leave_the_figures_empty(run_folder: Path) -> None:
-    experts = records.read_experts(run_folder / records.EXPERTS)
-    records.write_experts(run_folder / records.EXPERTS, dataclasses.replace(experts, times=experts.times - 1e6))
+    experts = read_experts(run_folder / records.EXPERTS)
+    write_experts(run_folder / records.EXPERTS, dataclasses.replace(experts, times=experts.times - 1e6))
     run = Run(run_folder)
     complete_sweep(run)
-    assert records.read_sweep(run_folder)["imbalance_max"].isna().all()
+    assert read_sweep(run_folder)["imbalance_max"].isna().all()
     assert any("no recorder window overlaps" in line for line in warnings(run))
 
 
@@ -249,7 +252,7 @@ def test_nothing_is_unpickled(run_folder: Path) -> None:
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = records.new_run_folder(tmp_path, "smoke")
-    records.write_status(folder, RunStatus("cancelled", "interrupted"))
+    write_status(folder, RunStatus("cancelled", "interrupted"))
     assert main(["report", str(folder), str(tmp_path)]) == 2
     told = capsys.readouterr()
     assert f"report: {folder}/report.html" in told.out and "Run cancelled: interrupted" in told.out
@@ -266,6 +269,6 @@ def test_metrics_alone_import_no_heavy_library() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def _read_records(folder: Path) -> list[records.RequestRecord]:
-    rows = records.read_requests(folder).to_dict("records")
-    return [records.RequestRecord(**{str(k): v for k, v in row.items()}) for row in rows]
+def _read_records(folder: Path) -> list[RequestRecord]:
+    rows = read_requests(folder).to_dict("records")
+    return [RequestRecord(**{str(k): v for k, v in row.items()}) for row in rows]

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.config import EngineConfig, ParallelConfig, from_mapping
-from toolkit.config import ModelConfig as Model
+from toolkit.config.engine import EngineConfig
+from toolkit.config.mapping import from_mapping
+from toolkit.config.model import ModelConfig as Model
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.arch import read_arch
 from toolkit.engine.bench.__main__ import CONF, arguments, main, make_job
 from toolkit.engine.bench.roofline import Rates, Roofline
 from toolkit.engine.dims import ParallelDims
-from toolkit.records import read_rebalances
+from toolkit.records.experts import read_rebalances
 
 
 def test_two_ranks_leave_a_run_folder(tmp_path: Path) -> None:

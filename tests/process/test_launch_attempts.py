@@ -17,13 +17,17 @@ from tests.unit.analysis_run import EPOCH, record, skewed_experts
 from tests.unit.launch_experiment import experiment
 from toolkit import heartbeat, point_files, records
 from toolkit.analysis import Run
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch import attempts, run
 from toolkit.launch.attempts import deployment_key
 from toolkit.loadgen import resume
 from toolkit.loadgen.options import Options
 from toolkit.loadgen.points import points_of
-from toolkit.records import PointState, PointStatus, StepRecord
+from toolkit.records.experts import write_experts
+from toolkit.records.requests import requests_table
+from toolkit.records.samples import MetricSample, write_server_metrics
+from toolkit.records.status import PointState, PointStatus, RunStatus, read_status, write_status
+from toolkit.records.steps import StepRecord, open_steps, steps_path
 
 
 def again(results: Path, **groups: object) -> ExpConfig:
@@ -37,7 +41,7 @@ def finish(folder: Path, cfg: ExpConfig, states: Sequence[PointState]) -> None:
     for index, (point, state) in enumerate(zip(points_of(cfg.load), states, strict=True)):
         settings = resume.point_settings(base, point)
         status = PointStatus(point.concurrency, state, "because", key=point_files.key_of(settings), ended=EPOCH + index)
-        rows = records.requests_table([record(point=index, concurrency=point.concurrency, t_send=EPOCH + index)])
+        rows = requests_table([record(point=index, concurrency=point.concurrency, t_send=EPOCH + index)])
         point_files.write_point(folder, status, {"concurrency": point.concurrency}, settings, rows)
 
 
@@ -55,19 +59,19 @@ def test_a_second_attempt_puts_the_first_aside(tmp_path: Path, monkeypatch: pyte
     assert [entry["attempt"] for entry in entries] == [1, 2]
     assert [entry["reason"] for entry in entries] == ["rank-0 exited with code 3", "rank-0 exited with code 4"]
     assert (run_dir / "attempts/1/overrides.yaml").read_text() == "- load.osl=1\n"
-    assert records.read_status(run_dir).reason == "rank-0 exited with code 4"
+    assert read_status(run_dir).reason == "rank-0 exited with code 4"
 
 
 def test_what_changed_between_attempts_is_in_the_manifest(tmp_path: Path) -> None:
     manifest = {"git": {"commit": "aaa", "dirty": False}, "host": {"name": "node1"}, "packages": {"torch": "2.13"}}
     assert attempts.begin(tmp_path, manifest) == 1
-    records.write_status(tmp_path, records.RunStatus("cancelled", "preempted", [PointStatus(1, "done")]))
+    write_status(tmp_path, RunStatus("cancelled", "preempted", [PointStatus(1, "done")]))
     later = {"git": {"commit": "bbb", "dirty": False}, "host": {"name": "node7"}, "packages": {"torch": "2.13"}}
     assert attempts.begin(tmp_path, later) == 2
     found = json.loads((tmp_path / records.MANIFEST).read_text())
     assert found["attempts"][1]["changed"] == {"git.commit": ["aaa", "bbb"], "host.name": ["node1", "node7"]}
     assert found["git"]["commit"] == "bbb"
-    assert records.read_status(tmp_path).points[0].state == "done"
+    assert read_status(tmp_path).points[0].state == "done"
 
 
 def test_points_are_told_apart_and_nothing_starts_when_all_are_done(
@@ -85,7 +89,7 @@ def test_points_are_told_apart_and_nothing_starts_when_all_are_done(
     out = io.StringIO()
     assert run.run(cfg, [], Console(file=out, width=200)) == 0
     assert "Every load point is done: nothing is started" in out.getvalue()
-    assert records.read_status(run_dir).state == "done"
+    assert read_status(run_dir).state == "done"
 
 
 def test_a_folder_of_something_else_or_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,11 +115,11 @@ def test_a_resumed_run_reads_as_one(tmp_path: Path) -> None:
     for number, folder in enumerate((first, tmp_path)):
         (folder / records.STEPS).mkdir(parents=True)
         begin = EPOCH + 100 * number
-        with records.open_steps(records.steps_path(folder, 0)) as write:
+        with open_steps(steps_path(folder, 0)) as write:
             write([StepRecord(step, begin + step, 0.01, 0, 1, 1, 0, 1, 0, 0, 100, 0) for step in range(5)])
-        records.write_experts(folder / records.EXPERTS, skewed_experts(rng, begin, begin + 5, layers=2))
-        records.write_server_metrics(folder, [records.MetricSample(begin, "u", "n", "{}", 1.0)])
-    records.write_status(tmp_path, records.RunStatus("done"))
+        write_experts(folder / records.EXPERTS, skewed_experts(rng, begin, begin + 5, layers=2))
+        write_server_metrics(folder, [MetricSample(begin, "u", "n", "{}", 1.0)])
+    write_status(tmp_path, RunStatus("done"))
     read = Run(tmp_path)
     assert read.steps["step"].tolist() == list(range(10)), "no two passes share a number"
     assert len(read.server_metrics) == 2

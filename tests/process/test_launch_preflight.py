@@ -15,12 +15,13 @@ import pytest
 
 from tests.process.test_launch_processes import make_folder
 from tests.unit.launch_experiment import experiment
-from toolkit import config
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping, to_mapping
 from toolkit.launch import node_checks, ports
+from toolkit.launch.clock import STAMP, measure_offset
 from toolkit.launch.launcher import Node
 from toolkit.launch.local import LocalLauncher
-from toolkit.launch.node_checks import STAMP, Ask, Report, measure_offset
+from toolkit.launch.node_checks import Ask, Report
 from toolkit.launch.plan import DeploymentPlan, num_ports, plan
 from toolkit.launch.preflight import BadNodes, ask_of, compare, preflight, read_bad
 
@@ -32,9 +33,9 @@ def run_dir(tmp_path: Path) -> Path:
 
 def two_nodes(**health: Any) -> tuple[ExpConfig, DeploymentPlan, list[Node]]:
     """A deployment planned over two nodes, both of them this machine."""
-    values = config.to_mapping(experiment(health=health))
+    values = to_mapping(experiment(health=health))
     values["cluster"] |= {"launcher": "slurm", "gpus_per_node": 2}
-    cfg = config.from_mapping(values, ExpConfig)
+    cfg = from_mapping(values, ExpConfig)
     first = ports.free_range(2 * num_ports(cfg))
     nodes = [Node("127.0.0.1", first), Node("127.0.0.1", first + num_ports(cfg))]
     return cfg, plan(cfg, [node.port for node in nodes]), nodes

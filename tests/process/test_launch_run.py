@@ -19,8 +19,8 @@ from rich.console import Console
 
 from tests.unit.launch_experiment import experiment
 from tests.unit.loadgen_server import ScriptedServer, tokens
-from toolkit import config, records
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping, to_mapping
 from toolkit.launch import deployment, load, ports, run
 from toolkit.launch.adapters import Processes
 from toolkit.launch.check import check
@@ -30,6 +30,7 @@ from toolkit.launch.launcher import Node, ProcessSpec
 from toolkit.launch.local import LocalLauncher
 from toolkit.launch.plan import DeploymentPlan, plan
 from toolkit.launch.watch import RunFailed, Watch
+from toolkit.records.status import read_status
 from toolkit.registry import Registry
 
 FRONTEND = """
@@ -93,7 +94,7 @@ def test_a_rank_that_dies_while_loading_fails_the_run(tmp_path: Path, monkeypatc
     deploy(monkeypatch, 503, LOADING, "print('no such tensor'); raise SystemExit(3)")
     code, run_dir, seen = execute(tmp_path)
     assert code == 1
-    status = records.read_status(run_dir)
+    status = read_status(run_dir)
     assert (status.state, status.reason) == ("failed", "rank-0 exited with code 3")
     assert [point.state for point in status.points] == ["cancelled"] * 4
     assert "failed: rank-0 exited with code 3" in seen
@@ -105,7 +106,7 @@ def test_a_failure_that_the_frontend_reports_is_the_reason(tmp_path: Path, monke
     deploy(monkeypatch, 503, {"state": "failed", "error": "rank 0: out of memory"}, SLEEP)
     code, run_dir, _ = execute(tmp_path)
     assert code == 1
-    assert records.read_status(run_dir).reason == "the engine failed to start: rank 0: out of memory"
+    assert read_status(run_dir).reason == "the engine failed to start: rank 0: out of memory"
 
 
 class Frontend(http.server.ThreadingHTTPServer):
@@ -184,10 +185,10 @@ def test_a_cancelled_run_says_so_and_leaves_its_folder(
     when((tmp_path / "test/latest/launch/rank-0.json").exists, lambda: os.kill(os.getpid(), signum))
     code, run_dir, _ = execute(tmp_path)
     assert code == 130
-    status = records.read_status(run_dir)
+    status = read_status(run_dir)
     assert (status.state, status.reason) == ("cancelled", f"cancelled by {signum.name}")
     cfg = experiment(cluster={"results_dir": str(tmp_path)})
-    assert config.from_mapping(yaml.safe_load((run_dir / "config.yaml").read_text()), ExpConfig) == cfg
+    assert from_mapping(yaml.safe_load((run_dir / "config.yaml").read_text()), ExpConfig) == cfg
     assert yaml.safe_load((run_dir / "overrides.yaml").read_text()) == ["load.osl=1"]
     assert (run_dir / "plan.json").exists() and (run_dir / "manifest.json").exists()
 
@@ -197,7 +198,7 @@ def test_a_load_generator_that_fails_fails_the_run(tmp_path: Path, monkeypatch: 
     deploy(monkeypatch, 200, {"state": "ready", "ranks": [], "data": [{"id": "another-model"}]}, SLEEP)
     code, run_dir, seen = execute(tmp_path)
     assert code == 1
-    status = records.read_status(run_dir)
+    status = read_status(run_dir)
     assert status.state == "failed"
     assert "another-model" in status.reason
     assert "another-model" in (run_dir / "logs/loadgen-0.log").read_text()
@@ -212,7 +213,7 @@ def test_the_load_generator_gets_every_key(tmp_path: Path) -> None:
     options = parse(load.command(cfg, plan(cfg, 25_000), [Node("127.0.0.1", 25_000)], tmp_path, "")[3:])
     assert options.url == "http://127.0.0.1:25000"
     assert (options.model, options.tokenizer, options.num_gpus, options.out) == ("m", "bytes", 4, str(tmp_path))
-    for key, value in config.to_mapping(cfg.load).items():
+    for key, value in to_mapping(cfg.load).items():
         assert getattr(options, key) == value
 
 
@@ -234,7 +235,7 @@ def test_a_load_generator_on_several_nodes(tmp_path: Path) -> None:
             load.run_load(cfg, planned, nodes, tmp_path, launcher, Watch(job, tmp_path), interrupts)
     finally:
         job.stop(5)
-    status = records.read_status(tmp_path)
+    status = read_status(tmp_path)
     assert (status.state, status.points[0].state) == ("running", "done"), "the run's end is the launcher's to say"
     assert status.points[0].client is not None and status.points[0].client.workers == 2
     assert "joined 127.0.0.1" in (tmp_path / "logs/loadgen-1.log").read_text()

@@ -14,7 +14,8 @@ from tests.unit.launch_experiment import experiment
 from toolkit import records
 from toolkit.analysis import Run
 from toolkit.launch import sampler
-from toolkit.records import HOST, NodeSample
+from toolkit.records.samples import HOST, NodeSample
+from toolkit.records.streams import open_rows
 
 
 def test_it_samples_until_it_is_ended(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ def test_it_samples_until_it_is_ended(tmp_path: Path) -> None:
 
 def test_rows_of_a_killed_run_are_read(tmp_path: Path) -> None:
     (tmp_path / records.NODE_SAMPLES).mkdir()
-    with records.open_rows(tmp_path / records.NODE_SAMPLES / "node-0.arrows", NodeSample) as write:
+    with open_rows(tmp_path / records.NODE_SAMPLES / "node-0.arrows", NodeSample) as write:
         write([NodeSample(1.0, "a", HOST, 0.5)])
         (tmp_path / records.STATUS).write_text('{"state": "running"}')
         assert Run(tmp_path).nodes["utilization"].tolist() == [0.5]

@@ -16,12 +16,16 @@ from rich.console import Console
 from tests.process.test_launch_run import SLEEP, deploy
 from tests.unit.launch_experiment import experiment
 from toolkit import records
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch.__main__ import run_here
 from toolkit.launch.launcher import ProcessSpec
 from toolkit.launch.share import FOLDER, Share
 from toolkit.launch.submit import Experiment
-from toolkit.records import ExpertCounts, NodeSample, StepRecord
+from toolkit.records.experts import ExpertCounts, read_experts, write_experts
+from toolkit.records.samples import NodeSample
+from toolkit.records.status import read_status
+from toolkit.records.steps import StepRecord, open_steps, read_steps, steps_path
+from toolkit.records.streams import open_rows, read_rows
 
 ANSWER = {"state": "ready", "ranks": [], "data": [{"id": "another-model"}]}
 
@@ -60,7 +64,7 @@ def test_loads_share_processes_and_other_deployments_do_not(tmp_path: Path, monk
     assert "The deployment is up: load 2 on the same processes" in seen
     for folder in folders:
         assert not [path for path in folder.rglob("*") if path.is_symlink()], "each folder is whole by itself"
-        assert "another-model" in records.read_status(folder).reason
+        assert "another-model" in read_status(folder).reason
         assert json.loads((folder / "launch/rank-0.json").read_text())["name"] == "rank-0"
     assert (first / "logs/rank-0.log").read_text() == "up\n" == (third / "logs/rank-0.log").read_text()
     assert (
@@ -85,7 +89,7 @@ def test_a_rank_that_dies_ends_its_run_and_the_next_one_starts_afresh(
     deploy(monkeypatch, 503, {"state": "loading"}, "print('no such tensor'); raise SystemExit(3)")
     code, _, folders = run([load(tmp_path, 1), load(tmp_path, 2)])
     assert code == 1
-    assert [records.read_status(f).reason for f in folders] == ["rank-0 exited with code 3"] * 2
+    assert [read_status(f).reason for f in folders] == ["rank-0 exited with code 3"] * 2
     assert [(f / "logs/rank-0.log").read_text() for f in folders] == ["no such tensor\n"] * 2
 
 
@@ -93,15 +97,15 @@ def test_a_rank_that_dies_ends_its_run_and_the_next_one_starts_afresh(
 
 
 def add_steps(home: Path, begins: Sequence[float]) -> None:
-    path = records.steps_path(home, 0)
+    path = steps_path(home, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with records.open_steps(path) as write:
+    with open_steps(path) as write:
         write([StepRecord(i, t, 0.01, 0, 4, 4, 0, 4, 0, 16, 64, 0) for i, t in enumerate(begins)])
 
 
 def add_samples(home: Path, times: Sequence[float]) -> None:
     (home / records.NODE_SAMPLES).mkdir(exist_ok=True)
-    with records.open_rows(home / records.NODE_SAMPLES / "node-0.arrows", NodeSample) as write:
+    with open_rows(home / records.NODE_SAMPLES / "node-0.arrows", NodeSample) as write:
         write([NodeSample(time, "n", -1) for time in times])
 
 
@@ -130,8 +134,8 @@ def test_each_run_gets_the_rows_of_its_own_load(tmp_path: Path, monkeypatch: pyt
     add_steps(home, [50.0, 60.0])
     add_steps(prefill, [40.0])
     add_samples(home, [50.0])
-    records.write_experts(home / records.EXPERTS, counts([50.0], 7))
-    assert len(records.read_steps(runs[0])) == 2, "also while it runs"
+    write_experts(home / records.EXPERTS, counts([50.0], 7))
+    assert len(read_steps(runs[0])) == 2, "also while it runs"
     share.settle(runs[0], specs, ["launch/worker-args.json"])
     share.lend(runs[1], specs, ["launch/worker-args.json"])
     with (home / "logs/rank-0.log").open("a") as log:
@@ -139,15 +143,15 @@ def test_each_run_gets_the_rows_of_its_own_load(tmp_path: Path, monkeypatch: pyt
     add_steps(home, [50.0, 60.0, 150.0])
     add_steps(prefill, [40.0, 140.0])
     add_samples(home, [50.0, 150.0])
-    records.write_experts(home / records.EXPERTS, counts([50.0, 150.0, 160.0], 10))
+    write_experts(home / records.EXPERTS, counts([50.0, 150.0, 160.0], 10))
     share.settle(runs[1], specs, ["launch/worker-args.json"])
     share.over()
-    assert [records.read_steps(folder)["t_begin"].tolist() for folder in runs] == [[50.0, 60.0], [150.0]]
-    theirs = [records.read_steps(folder / records.WORKERS / "prefill0")["t_begin"].tolist() for folder in runs]
+    assert [read_steps(folder)["t_begin"].tolist() for folder in runs] == [[50.0, 60.0], [150.0]]
+    theirs = [read_steps(folder / records.WORKERS / "prefill0")["t_begin"].tolist() for folder in runs]
     assert theirs == [[40.0], [140.0]], "of every worker"
-    samples = [records.read_rows(folder / records.NODE_SAMPLES, NodeSample)["time"].tolist() for folder in runs]
+    samples = [read_rows(folder / records.NODE_SAMPLES, NodeSample)["time"].tolist() for folder in runs]
     assert samples == [[50.0], [150.0]]
-    first, second = (records.read_experts(folder / records.EXPERTS) for folder in runs)
+    first, second = (read_experts(folder / records.EXPERTS) for folder in runs)
     assert (first.times[:, 1].tolist(), second.times[:, 1].tolist()) == ([50.0], [150.0, 160.0])
     assert second.counts.tolist() == [[[2, 3]], [[4, 5]]] and second.slot_counts is not None
     assert first.pairs is not None and second.pairs is not None
@@ -165,6 +169,6 @@ def test_what_cannot_be_cut_out_stays_a_link_and_is_kept(tmp_path: Path) -> None
     (home / records.EXPERTS).write_bytes(b"half a file")
     share.settle(run_dir, [], [])
     share.over()
-    assert records.read_steps(run_dir)["t_begin"].tolist() == [50.0]
+    assert read_steps(run_dir)["t_begin"].tolist() == [50.0]
     assert (run_dir / records.EXPERTS).is_symlink() and (run_dir / records.EXPERTS).read_bytes() == b"half a file"
     assert (home / records.STEPS).exists()

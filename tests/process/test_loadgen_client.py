@@ -32,7 +32,7 @@ from tests.unit.loadgen_server import (
     tokens,
 )
 from toolkit.loadgen.receive import native
-from toolkit.records import RequestRecord
+from toolkit.records.requests import RequestRecord
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ from toolkit.loadgen.links import TOKEN_ENV, Begin, Hello, Link, LinkError, Ping
 from toolkit.loadgen.pool import Member, WorkerError
 from toolkit.loadgen.rows import moved
 from toolkit.loadgen.wire import Point, Setup
+from toolkit.records.requests import read_requests
+from toolkit.records.status import read_status
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_two_nodes_share_every_point(server: ScriptedServer, tmp_path: Path, add
     more = ["concurrency=[1,6]", "num_requests=24", "workers=1", "record_raw=true"]
     assert main(words(server, tmp_path, address, *more)) == 0
     assert other.wait(30) == 0
-    requests, status = records.read_requests(tmp_path), records.read_status(tmp_path)
+    requests, status = read_requests(tmp_path), read_status(tmp_path)
     assert requests.groupby("point").size().tolist() == [25, 30]
     assert requests["request_id"].is_unique
     assert set(requests["status"]) == {"ok"}
@@ -71,8 +73,8 @@ def test_one_command_on_every_node_of_a_job_step(server: ScriptedServer, tmp_pat
     argv = [sys.executable, "-m", "toolkit.loadgen", *words(server, tmp_path, address, "concurrency=4", "nodes=3")]
     tasks = [subprocess.Popen(argv, env=os.environ | {"SLURM_PROCID": str(rank)}) for rank in (2, 1, 0)]
     assert [task.wait(60) for task in tasks] == [0, 0, 0]
-    assert records.read_status(tmp_path).state == "done"
-    assert len(records.read_requests(tmp_path)) == 4 + 8
+    assert read_status(tmp_path).state == "done"
+    assert len(read_requests(tmp_path)) == 4 + 8
 
 
 def test_interruption_keeps_what_the_other_node_measured(server: ScriptedServer, tmp_path: Path, address: str) -> None:
@@ -85,7 +87,7 @@ def test_interruption_keeps_what_the_other_node_measured(server: ScriptedServer,
     leader.send_signal(signal.SIGINT)
     assert leader.wait(60) == 130
     assert other.wait(30) == 0
-    assert records.read_requests(tmp_path)["status"].tolist() == ["cancelled"] * 4
+    assert read_requests(tmp_path)["status"].tolist() == ["cancelled"] * 4
 
 
 def test_a_node_that_dies_fails_the_run_by_name(
@@ -98,7 +100,7 @@ def test_a_node_that_dies_fails_the_run_by_name(
         time.sleep(0.02)
     other.kill()
     assert leader.wait(60) == 1
-    assert "group on" in records.read_status(tmp_path).reason
+    assert "group on" in read_status(tmp_path).reason
 
 
 def test_a_stranger_is_refused(server: ScriptedServer, tmp_path: Path, address: str) -> None:

@@ -12,10 +12,13 @@ import pandas as pd
 import pytest
 
 from tests.unit.loadgen_server import ScriptedServer, delta, hang, reply, stream, tokens
-from toolkit import point_files, records
+from toolkit import point_files
 from toolkit.analysis import Run
 from toolkit.analysis.levels import run_levels
 from toolkit.loadgen.__main__ import main
+from toolkit.records.requests import read_requests
+from toolkit.records.status import read_status
+from toolkit.records.sweep import read_sweep
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def words(server: ScriptedServer, out: Path, *more: str) -> list[str]:
 
 
 def states(out: Path) -> list[str]:
-    return [point.state for point in records.read_status(out).points]
+    return [point.state for point in read_status(out).points]
 
 
 def kill_in_point(server: ScriptedServer, argv: list[str], bodies: int) -> None:
@@ -55,17 +58,17 @@ def test_a_killed_sweep_goes_on_where_it_was(
     kill_in_point(server, words(server, cut, points), bodies=12)
     assert states(cut) == ["done", "done", "running"]
     assert len(Run(cut).requests) == 10, "rows of finished points are there, although the sweep never ended"
-    kept = records.read_requests(cut)
+    kept = read_requests(cut)
     server.behaviours, server.bodies = [tokens(gap_s=0.001)], []
     caplog.set_level("INFO")
     assert main(words(server, cut, points, "resume=true", "attempt=2")) == 0
     assert "2 done, 1 missing" in caplog.text
-    status, rows = records.read_status(cut), records.read_requests(cut)
+    status, rows = read_status(cut), read_requests(cut)
     assert status.state == "done" and states(cut) == ["done"] * 3
     assert [point.attempt for point in status.points] == [1, 1, 2]
     assert rows.groupby("point").size().tolist() == [5, 5, 5]
     pd.testing.assert_frame_equal(rows[:10], kept)
-    assert records.read_sweep(cut)["concurrency"].tolist() == [1, 2, 3]
+    assert read_sweep(cut)["concurrency"].tolist() == [1, 2, 3]
     assert sorted(map(str, server.bodies)) == sorted(map(str, expected[10:])), "the same prompts and seeds"
     assert main(words(server, cut, points, "resume=true")) == 0
     assert len(server.bodies) == 5, "nothing is left to do"
@@ -79,7 +82,7 @@ def test_what_did_not_end_well_is_run_again_and_told_apart(
     server.behaviours = [*[good] * 5, *[boom] * 5, *[good] * 4, boom, *[short] * 5, good]
     assert main(words(server, tmp_path, "concurrency=[1,2,3,4]")) == 1
     assert states(tmp_path) == ["done", "failed", "invalid", "invalid"]
-    sweep = records.read_sweep(tmp_path)
+    sweep = read_sweep(tmp_path)
     assert sweep["state"].tolist() == ["done", "failed", "invalid", "invalid"]
     assert "1 of 4 requests failed, more than max_failed_share=0.01" in sweep["reason"][2]
     assert "4 of 4 answers are not as long as asked" in sweep["reason"][3]
@@ -105,14 +108,14 @@ def test_a_folder_holds_one_kind_of_load(
     assert "temperature=0.0 there, 0.5 now" in capsys.readouterr().err
     other_keys = ["concurrency=2", "resume=true", "timeout_s=99", "workers=1", "slo_ttft_ms=500"]
     assert main(words(server, tmp_path, *other_keys)) == 0
-    status = records.read_status(tmp_path)
+    status = read_status(tmp_path)
     assert [(p.concurrency, p.state, p.good_share) for p in status.points] == [(1, "done", 1.0), (2, "done", 1.0)]
-    assert records.read_requests(tmp_path)["point"].unique().tolist() == [0, 1]
+    assert read_requests(tmp_path)["point"].unique().tolist() == [0, 1]
 
 
 def test_repeats_are_passes_over_the_sweep(server: ScriptedServer, tmp_path: Path) -> None:
     assert main(words(server, tmp_path, "concurrency=[1,2]", "repeat=3")) == 0
-    sweep = records.read_sweep(tmp_path)
+    sweep = read_sweep(tmp_path)
     assert sweep["concurrency"].tolist() == [1, 2] * 3
     assert sweep["repeat"].tolist() == [0, 0, 1, 1, 2, 2]
     levels = run_levels(Run(tmp_path))
@@ -130,12 +133,12 @@ def test_a_server_that_dies_cancels_its_point(tmp_path: Path) -> None:
             assert process.poll() is None
             signal.sigtimedwait([], 0.01)
     assert process.wait(30) == 4
-    status = records.read_status(tmp_path)
+    status = read_status(tmp_path)
     assert states(tmp_path) == ["done", "cancelled", "pending"]
     assert status.state == "failed" and "the server is gone" in status.reason
-    rows = records.read_requests(tmp_path)
+    rows = read_requests(tmp_path)
     assert (rows[rows["point"] == 1]["status"] == "ok").sum() == 3
-    assert records.read_sweep(tmp_path)["concurrency"].tolist() == [1]
+    assert read_sweep(tmp_path)["concurrency"].tolist() == [1]
 
 
 def test_a_server_that_says_it_has_failed_is_gone_at_once(server: ScriptedServer, tmp_path: Path) -> None:
@@ -153,7 +156,7 @@ def test_a_server_that_says_it_has_failed_is_gone_at_once(server: ScriptedServer
     server.behaviours = [*[tokens(gap_s=0.001)] * 5, dies]
     assert main(words(server, tmp_path, "concurrency=[1,2,3]", "gone_s=600")) == 4
     assert states(tmp_path) == ["done", "cancelled", "pending"]
-    assert "rank 2: out of memory" in records.read_status(tmp_path).reason
+    assert "rank 2: out of memory" in read_status(tmp_path).reason
 
 
 def test_a_restarted_server_makes_the_point_invalid(server: ScriptedServer, tmp_path: Path) -> None:
@@ -164,7 +167,7 @@ def test_a_restarted_server_makes_the_point_invalid(server: ScriptedServer, tmp_
     server.metrics = "# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds 1.6e9\n"
     server.behaviours = [*[tokens(gap_s=0.001)] * 7, restarts]  # type: ignore[list-item]
     assert main(words(server, tmp_path, "concurrency=[1,2,3]")) == 1
-    status = records.read_status(tmp_path)
+    status = read_status(tmp_path)
     assert states(tmp_path) == ["done", "invalid", "done"]
     assert status.points[1].reason == "the server was restarted meanwhile"
 
@@ -172,7 +175,7 @@ def test_a_restarted_server_makes_the_point_invalid(server: ScriptedServer, tmp_
 def test_no_tokens_is_no_success(server: ScriptedServer, tmp_path: Path) -> None:
     server.behaviours = [stream(delta("", finish="stop"), b"data: [DONE]\n\n")]
     assert main(words(server, tmp_path, "concurrency=1", "ignore_eos=false")) == 1
-    (point,) = records.read_status(tmp_path).points
+    (point,) = read_status(tmp_path).points
     assert point.state == "invalid" and "no token was generated" in point.reason
 
 

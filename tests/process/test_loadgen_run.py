@@ -17,6 +17,10 @@ from aiohttp import web
 from tests.unit.loadgen_server import DONE, ScriptedServer, delta, event, hang, reply, stream, tokens
 from toolkit import records
 from toolkit.loadgen.__main__ import main
+from toolkit.records.requests import read_requests
+from toolkit.records.samples import read_server_metrics
+from toolkit.records.status import read_status
+from toolkit.records.sweep import read_sweep
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def words(server: ScriptedServer, out: Path, *more: str) -> list[str]:
 def test_a_sweep(server: ScriptedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "folder"
     assert main(words(server, out, "concurrency=[1,3]", "num_gpus=2")) == 0
-    requests, sweep, status = records.read_requests(out), records.read_sweep(out), records.read_status(out)
+    requests, sweep, status = read_requests(out), read_sweep(out), read_status(out)
     assert (status.state, [p.state for p in status.points]) == ("done", ["done", "done"])
     assert requests.groupby("point")["warmup"].sum().tolist() == [1, 3], "as many as concurrency"
     assert requests.groupby("point").size().tolist() == [1 + 4, 3 + 6], "max(min_requests, 2 * concurrency) measured"
@@ -74,13 +78,13 @@ def test_without_out_nothing_is_written(
 
 def test_text_is_left_out_when_asked(server: ScriptedServer, tmp_path: Path) -> None:
     assert main(words(server, tmp_path, "concurrency=1", "record_text=false")) == 0
-    assert set(records.read_requests(tmp_path)["output_text"]) == {""}
+    assert set(read_requests(tmp_path)["output_text"]) == {""}
 
 
 def test_under_a_launcher_a_run_that_failed_is_the_launchers_to_say(server: ScriptedServer, tmp_path: Path) -> None:
     server.behaviours = [reply(503, "queue is full")]
     assert main(words(server, tmp_path, "concurrency=1", "deployment=its-key")) == 1
-    status = records.read_status(tmp_path)
+    status = read_status(tmp_path)
     assert (status.state, [p.state for p in status.points]) == ("running", ["failed"])
     assert "failed" in status.reason, "what the launcher passes on"
 
@@ -90,7 +94,7 @@ def test_a_point_where_everything_fails(
 ) -> None:
     server.behaviours = [*[tokens()] * 5, *[reply(503, '{"error": {"message": "queue is full"}}')] * 6, tokens()]
     assert main(words(server, tmp_path, "concurrency=[1,2,3]")) == 1
-    status, sweep = records.read_status(tmp_path), records.read_sweep(tmp_path)
+    status, sweep = read_status(tmp_path), read_sweep(tmp_path)
     assert (status.state, [p.state for p in status.points]) == ("failed", ["done", "failed", "done"])
     assert status.points[1].reason == "4 of 4 requests failed, the first with: HTTP 503: queue is full"
     assert sweep["failed"].tolist() == [0, 4, 0]
@@ -102,11 +106,11 @@ def test_a_point_where_everything_fails(
 def test_some_failures_do_not_fail_a_point(server: ScriptedServer, tmp_path: Path) -> None:
     server.behaviours = [tokens(), reply(500, "boom", "text/plain"), tokens()]
     assert main(words(server, tmp_path, "concurrency=1", "num_requests=4", "max_failed_share=0.25")) == 0
-    (point,) = records.read_status(tmp_path).points
+    (point,) = read_status(tmp_path).points
     assert (point.state, point.reason) == ("done", "1 of 4 requests failed, the first with: HTTP 500: boom")
-    requests = records.read_requests(tmp_path)
+    requests = read_requests(tmp_path)
     assert requests["status"].tolist() == ["ok", "error", "ok", "ok", "ok"]
-    assert records.read_sweep(tmp_path)["failed"].tolist() == [1]
+    assert read_sweep(tmp_path)["failed"].tolist() == [1]
 
 
 def test_progress_goes_to_the_file(server: ScriptedServer, tmp_path: Path) -> None:
@@ -138,16 +142,16 @@ def test_an_interrupted_run_keeps_what_was_measured(
             signal.sigtimedwait([], 0.01)
         process.send_signal(number)
         assert process.wait(20) == 130
-    status, requests = records.read_status(tmp_path), records.read_requests(tmp_path)
+    status, requests = read_status(tmp_path), read_requests(tmp_path)
     assert (status.state, [p.state for p in status.points]) == ("cancelled", ["done", "cancelled", "pending"])
     assert requests.query("point == 0")["status"].tolist() == ["ok"] * 5
     assert sorted(requests.query("point == 1")["status"]) == ["cancelled", "cancelled", "ok"]
-    assert records.read_sweep(tmp_path)["concurrency"].tolist() == [1], "an interrupted point has no figures"
+    assert read_sweep(tmp_path)["concurrency"].tolist() == [1], "an interrupted point has no figures"
 
 
 def test_a_server_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert main(["url=http://127.0.0.1:9", "model=demo", f"out={tmp_path}", "concurrency=[1,2]"]) == 1
-    status = records.read_status(tmp_path)
+    status = read_status(tmp_path)
     assert (status.state, [p.state for p in status.points]) == ("failed", ["pending", "pending"])
     assert "cannot be reached" in status.reason
     assert "cannot be reached" in caplog.text
@@ -156,11 +160,11 @@ def test_a_server_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_a_server_that_is_not_ready(server: ScriptedServer, tmp_path: Path) -> None:
     server.health = web.HTTPServiceUnavailable
     assert main(words(server, tmp_path)) == 1
-    assert "not ready: /health answers 503" in records.read_status(tmp_path).reason
+    assert "not ready: /health answers 503" in read_status(tmp_path).reason
     assert server.bodies == []
     server.health = web.HTTPOk
     assert main(words(server, tmp_path, "concurrency=1")) == 0, "nothing was measured: the folder may be used again"
-    assert records.read_status(tmp_path).state == "done"
+    assert read_status(tmp_path).state == "done"
 
 
 def test_a_server_without_health(server: ScriptedServer, tmp_path: Path) -> None:
@@ -171,7 +175,7 @@ def test_a_server_without_health(server: ScriptedServer, tmp_path: Path) -> None
 def test_a_model_that_is_not_served(server: ScriptedServer, tmp_path: Path) -> None:
     server.models = ["demo-a", "demo-b"]
     assert main(words(server, tmp_path)) == 1
-    assert "it serves: demo-a, demo-b" in records.read_status(tmp_path).reason
+    assert "it serves: demo-a, demo-b" in read_status(tmp_path).reason
 
 
 def test_results_are_never_overwritten(
@@ -188,9 +192,9 @@ def test_request_rates(server: ScriptedServer, tmp_path: Path) -> None:
     more = ["request_rate=[40,80]", "arrival=constant", "num_requests=8", "warmup_requests=2"]
     assert main(words(server, tmp_path, *more)) == 0
     requests, sweep, status = (
-        records.read_requests(tmp_path),
-        records.read_sweep(tmp_path),
-        records.read_status(tmp_path),
+        read_requests(tmp_path),
+        read_sweep(tmp_path),
+        read_status(tmp_path),
     )
     assert sweep["request_rate"].tolist() == [40, 80] == [p.request_rate for p in status.points]
     assert sweep["requests"].tolist() == [8, 8]
@@ -205,10 +209,10 @@ def test_a_cap_shows_in_the_figures_from_the_schedule(server: ScriptedServer, tm
     server.behaviours = [tokens(gap_s=0.05)]
     more = ["request_rate=100", "arrival=constant", "num_requests=6", "warmup_requests=0", "max_concurrency=1"]
     assert main(words(server, tmp_path, *more)) == 0
-    sweep = records.read_sweep(tmp_path)
+    sweep = read_sweep(tmp_path)
     assert max(server.open_at_arrival) == 1
     assert sweep["e2e_sched_p99_ms"][0] > sweep["e2e_p99_ms"][0] + 300, "five answers of 0.1 s and more came before"
-    (point,) = records.read_status(tmp_path).points
+    (point,) = read_status(tmp_path).points
     assert point.client is not None
     assert point.client.verdict == "client_limited"
 
@@ -219,18 +223,18 @@ def test_a_trace_is_replayed(server: ScriptedServer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more = ["dataset=trace", f"dataset_path={trace}", "arrival=trace", "speedup=4"]
     assert main(words(server, out, *more)) == 0
-    requests = records.read_requests(out)
+    requests = read_requests(out)
     assert sorted(body["max_tokens"] for body in server.bodies) == [2, 3, 4]
     assert sorted(requests["output_tokens"]) == sorted(requests["expected_output_tokens"]) == [2, 3, 4]
     due = (requests["t_send"] + requests["scheduled_s"]).sort_values().diff().dropna()
     assert due.tolist() == pytest.approx([0.1, 0.1], abs=1e-3)
-    assert records.read_sweep(out)["requests"].tolist() == [3]
+    assert read_sweep(out)["requests"].tolist() == [3]
 
 
 def test_conversations_carry_the_answers(server: ScriptedServer, tmp_path: Path) -> None:
     more = ["dataset=random", "isl=4", "turns=3", "concurrency=2", "num_requests=6", "warmup_requests=0", "seed=3"]
     assert main(words(server, tmp_path, *more)) == 0
-    requests = records.read_requests(tmp_path)
+    requests = read_requests(tmp_path)
     assert requests.groupby("session")["turn"].apply(list).tolist() == [[0, 1, 2], [0, 1, 2]]
     longest = [body["messages"] for body in server.bodies if len(body["messages"]) == 5]
     assert len(longest) == 2
@@ -245,10 +249,10 @@ def test_some_requests_are_given_up(server: ScriptedServer, tmp_path: Path) -> N
     server.behaviours = [tokens(50, gap_s=0.02)]
     more = ["cancel_fraction=1", "cancel_after_s=0.15", "concurrency=2", "num_requests=4"]
     assert main(words(server, tmp_path, *more)) == 0
-    requests = records.read_requests(tmp_path)
+    requests = read_requests(tmp_path)
     assert set(requests["status"]) == {"cancelled"}
     assert set(requests["error"]) == {"given up after 0.15 s, as cancel_fraction asks"}
-    assert records.read_status(tmp_path).points[0].state == "done"
+    assert read_status(tmp_path).points[0].state == "done"
 
 
 def test_the_search_finds_the_objective(
@@ -263,7 +267,7 @@ def test_the_search_finds_the_objective(
     more += ["max_wrong_length_share=1"]
     caplog.set_level("INFO")
     assert main(words(server, tmp_path, *more)) == 0
-    status = records.read_status(tmp_path)
+    status = read_status(tmp_path)
     tried = {p.concurrency: p.good_share for p in status.points}
     assert list(tried)[:2] == [1, 6]
     assert tried[1] == 1
@@ -276,11 +280,11 @@ def test_metrics_and_hooks(server: ScriptedServer, tmp_path: Path, caplog: pytes
     server.metrics = 'vllm:num_requests_running{model_name="demo"} 3.0\nsglang:token_usage 0.5\n'
     more = ["concurrency=[1,2]", "flush_cache=true", "profile=true", "scrape_interval_s=0.05"]
     assert main(words(server, tmp_path, *more)) == 0
-    samples = records.read_server_metrics(tmp_path)
+    samples = read_server_metrics(tmp_path)
     assert set(samples["name"]) == {"vllm:num_requests_running", "sglang:token_usage"}
     row = samples[samples["name"] == "vllm:num_requests_running"].iloc[0]
     assert (row["labels"], row["value"], row["url"]) == ('{"model_name": "demo"}', 3.0, f"{server.url}/metrics")
-    assert row["time"] == pytest.approx(records.read_requests(tmp_path)["t_send"].iloc[0], abs=30)
+    assert row["time"] == pytest.approx(read_requests(tmp_path)["t_send"].iloc[0], abs=30)
     assert server.hooks == ["/flush_cache", "/start_profile"] * 2
     assert caplog.text.count("/stop_profile: HTTP 404; the sweep goes on without it") == 1
 
@@ -289,7 +293,7 @@ def test_raw_answers_are_kept_when_asked(server: ScriptedServer, tmp_path: Path)
     import pandas as pd
 
     assert main(words(server, tmp_path, "concurrency=1", "num_requests=2", "record_raw=true")) == 0
-    raw, requests = pd.read_parquet(tmp_path / records.RAW), records.read_requests(tmp_path)
+    raw, requests = pd.read_parquet(tmp_path / records.RAW), read_requests(tmp_path)
     assert raw["request_id"].tolist() == requests["request_id"].tolist()
     assert b"".join(raw["data"][0]).count(b'"content": "w') == 3
     seconds = (raw["read_ns"][0][0] * 1e-9) - requests["t_send"][0]
@@ -300,13 +304,13 @@ def test_strict_turns_the_verdict_into_a_status(server: ScriptedServer, tmp_path
     more = ["request_rate=100", "num_requests=6", "max_concurrency=1", "strict=true"]
     server.behaviours = [tokens(gap_s=0.05)]
     assert main(words(server, tmp_path, *more)) == 3
-    assert records.read_status(tmp_path).state == "done"
+    assert read_status(tmp_path).state == "done"
 
 
 def test_several_processes_share_a_point(server: ScriptedServer, tmp_path: Path) -> None:
     server.behaviours = [tokens(gap_s=0.05)]  # long enough to overlap, however busy the machine
     assert main(words(server, tmp_path, "concurrency=[1,5]", "workers=2", "num_requests=21")) == 0
-    requests, status = records.read_requests(tmp_path), records.read_status(tmp_path)
+    requests, status = read_requests(tmp_path), read_status(tmp_path)
     assert requests.groupby("point").size().tolist() == [22, 26]
     assert requests["request_id"].is_unique
     assert [p.client.workers for p in status.points if p.client] == [1, 2], "one slot is one process's"
@@ -327,7 +331,7 @@ def test_a_server_that_restarts(tmp_path: Path) -> None:
     signal.sigtimedwait([], 0.5)
     with second.running(port):
         assert process.wait(60) == 0
-    requests = records.read_requests(tmp_path)
+    requests = read_requests(tmp_path)
     assert len(requests) == 62
     assert requests["request_id"].is_unique
     assert {"ok", "error"} == set(requests["status"])
@@ -343,4 +347,4 @@ def test_chunks_that_hide_tokens_are_reported(
     server.behaviours = [stream(delta("abc"), delta("def", finish="stop"), total, DONE)]
     assert main(words(server, tmp_path, "concurrency=1", "max_wrong_length_share=1")) == 0
     assert "in 4 of 4 requests the server counted other than one token a chunk" in caplog.text
-    assert set(records.read_requests(tmp_path)["output_tokens"]) == {9}
+    assert set(read_requests(tmp_path)["output_tokens"]) == {9}

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.unit.loadgen_server import ScriptedServer
-from toolkit import records
 from toolkit.loadgen.client import choose_transport
+from toolkit.records.requests import read_requests
+from toolkit.records.status import read_status
 
 
 def run(url: str, out: Path, **env: str) -> tuple[str, str]:
@@ -24,8 +25,8 @@ def run(url: str, out: Path, **env: str) -> tuple[str, str]:
         [sys.executable, "-m", "toolkit.loadgen", *words], env=clean | env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    status = records.read_status(out)
-    assert set(records.read_requests(out)["status"]) == {"ok"}
+    status = read_status(out)
+    assert set(read_requests(out)["status"]) == {"ok"}
     assert status.points[0].client is not None
     return status.points[0].client.transport, done.stderr
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 
-from toolkit import records
 from toolkit.launch import job_file
 from toolkit.launch.job_file import JobRecord
+from toolkit.records.status import RunStatus, read_status
 
 ROOT = Path(__file__).parents[2]
 TINY = ["+exp=dep16", "cluster=slurm", "cluster.device=cpu"]
@@ -55,8 +55,8 @@ class Run:
         assert note is not None
         return note
 
-    def status(self) -> records.RunStatus:
-        return records.read_status(self.folder)
+    def status(self) -> RunStatus:
+        return read_status(self.folder)
 
     def progress(self) -> dict[str, Any]:
         try:

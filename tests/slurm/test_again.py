@@ -10,7 +10,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import Run, rank_process
-from toolkit import records
+from toolkit.records.requests import read_requests
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def ran_once(run: Run) -> None:
     """Every point is there, and its requests are those of one pass over it."""
     status = run.status()
     assert (status.state, [p.state for p in status.points]) == ("done", ["done"] * 3), status
-    rows = records.read_requests(run.folder)
+    rows = read_requests(run.folder)
     assert rows.groupby("point").size().tolist() == [40, 40, 40]
     assert set(rows.status) == {"ok"}
 
@@ -102,4 +102,4 @@ def test_the_time_limit_is_no_end_where_a_job_may_start_again(cluster: Cluster, 
     assert code == 0, output + run.story()
     assert "start 2" in output
     assert [p.state for p in run.status().points] == ["done"] * len(rates)
-    assert records.read_requests(run.folder).groupby("point").size().tolist() == [round(15 * rate) for rate in rates]
+    assert read_requests(run.folder).groupby("point").size().tolist() == [round(15 * rate) for rate in rates]

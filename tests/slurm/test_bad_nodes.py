@@ -13,6 +13,7 @@ from tests.slurm.runs import SHORT, Run
 from toolkit import records
 from toolkit.launch import job_file
 from toolkit.launch.preflight import read_bad
+from toolkit.records.status import read_status
 
 TWO = ["parallel=dep2", "cluster.gpus_per_node=1", "cluster.exclude_bad_nodes=true", *SHORT]
 BAD = 2
@@ -36,7 +37,7 @@ def hosts(folder: Path) -> set[str]:
 
 def is_left_out(folder: Path) -> None:
     """The run is done, on other nodes, and says why it was submitted again."""
-    assert records.read_status(folder).state == "done"
+    assert read_status(folder).state == "done"
     assert f"node{BAD}" not in hosts(folder)
     assert json.loads((folder / "launch/excluded.json").read_text()) == {"nodes": [f"node{BAD}"], "times": 1}
     (first, second) = json.loads((folder / records.MANIFEST).read_text())["attempts"]
@@ -94,7 +95,7 @@ def test_a_task_of_an_array_goes_on_as_a_job_of_its_own(cluster: Cluster, tmp_pa
     code, output = run.end(600)
     assert code == 0, output + run.story()
     folders = run.folders()
-    assert [records.read_status(folder).state for folder in folders] == ["done"] * 4
+    assert [read_status(folder).state for folder in folders] == ["done"] * 4
     again = [folder for folder in folders if (folder / "launch/run-again-1.sbatch").exists()]
     assert len(again) == 1, "of the task that had the bad node"
     is_left_out(again[0])

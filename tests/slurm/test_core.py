@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import SHORT, Run
-from toolkit import records
+from toolkit.records.requests import read_requests
 
 
 def test_dep8_on_four_nodes_from_submit_to_charts(cluster: Cluster, tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_dep8_on_four_nodes_from_submit_to_charts(cluster: Cluster, tmp_path: Pa
     assert f"Report:     {run.folder}/report.html" in output
     status = run.status()
     assert (status.state, [p.state for p in status.points]) == ("done", ["done", "done"])
-    rows = records.read_requests(run.folder)
+    rows = read_requests(run.folder)
     assert set(rows.status) == {"ok"}
     assert (run.folder / "charts/latency_vs_concurrency.png").exists()
     hosts = {json.loads(p.read_text())["host"] for p in (run.folder / "launch").glob("rank-*.json")}

@@ -12,13 +12,13 @@ import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import LONG, ROOT, SHORT, Run, rank_process
-from toolkit import records
+from toolkit.records.requests import read_requests
 
 TWO = ["parallel=dep2", "cluster.gpus_per_node=1"]
 
 
 def kept(run: Run) -> bool:
-    return bool((records.read_requests(run.folder).status == "ok").any())
+    return bool((read_requests(run.folder).status == "ok").any())
 
 
 def test_a_killed_rank_ends_the_run_with_its_name(cluster: Cluster, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_two_jobs_share_nodes_without_sharing_ports(cluster: Cluster, tmp_path: 
     for run in runs:
         code, output = run.end()
         assert code == 0, output
-        assert set(records.read_requests(run.folder).status) == {"ok"}
+        assert set(read_requests(run.folder).status) == {"ok"}
 
 
 @pytest.mark.slow

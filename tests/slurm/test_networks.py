@@ -13,8 +13,9 @@ from tests.slurm.cluster import Cluster, ClusterError, check_machine
 from tests.slurm.runs import SHORT, Run
 from tests.slurm.settings import FOLDER, Layout
 from tests.unit.launch_experiment import experiment
-from toolkit import records
 from toolkit.launch import check, queue
+from toolkit.records.requests import read_requests
+from toolkit.records.steps import read_transfers
 
 pytestmark = pytest.mark.slow
 
@@ -67,8 +68,8 @@ def test_prefill_and_decode_are_components_of_one_job_and_kv_goes_from_node_to_n
     assert [(pool["name"], pool["num_nodes"]) for pool in plan["pools"]] == [("prefill", 1), ("decode", 1)]
     states = {p.stem: json.loads(p.read_text())["host"] for p in (run.folder / "launch").glob("*[0-9]-[0-9].json")}
     assert states["prefill0-0"] == states["prefill0-1"] != states["decode0-0"] == states["decode0-1"]
-    sent = records.read_requests(run.folder)
-    handed_on = records.read_transfers(run.folder)
+    sent = read_requests(run.folder)
+    handed_on = read_transfers(run.folder)
     assert len(handed_on) == len(sent) > 0 and (handed_on.bytes > 0).all(), "every prompt's KV came from the other node"
 
 

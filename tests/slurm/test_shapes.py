@@ -18,6 +18,9 @@ from toolkit import records
 from toolkit.launch import check, job_file
 from toolkit.launch.plan import FRONTEND_PORTS, WORKER_PORTS
 from toolkit.launch.run import create_folder
+from toolkit.records.requests import read_requests
+from toolkit.records.status import read_status
+from toolkit.records.steps import read_steps
 
 TWO = ["parallel=dep2", "cluster.gpus_per_node=1", "load.concurrency=[1]", "load.osl=4", "load.warmup_requests=0"]
 
@@ -65,7 +68,7 @@ def test_deployments_that_differ_are_an_array(cluster: Cluster, tmp_path: Path) 
     assert code == 0, output + run.story()
     jobs = [job_file.read(folder) for folder in run.folders()]
     assert sorted(job.job_id.partition("_")[2] for job in jobs if job) == ["0", "1"]
-    assert [records.read_status(folder).state for folder in run.folders()] == ["done", "done"]
+    assert [read_status(folder).state for folder in run.folders()] == ["done", "done"]
 
 
 def test_loads_of_one_deployment_share_a_job_and_its_processes(cluster: Cluster, tmp_path: Path) -> None:
@@ -80,13 +83,13 @@ def test_loads_of_one_deployment_share_a_job_and_its_processes(cluster: Cluster,
     assert {"rank-0", "rank-1", "frontend-0"} <= served[0]["processes"].keys()
     assert served[0]["processes"] == served[1]["processes"], "started once: the same pids"
     for folder in folders:
-        assert records.read_status(folder).state == "done"
+        assert read_status(folder).state == "done"
         links = [path for path in folder.rglob("*") if path.is_symlink() and path.parent.name != "submitit"]
         assert (folder / "report.html").exists() and not links
     in_order = [folder for _, folder in sorted(zip([one["loads_before"] for one in served], folders))]
     for earlier, later in pairwise(in_order):
-        assert records.read_steps(earlier).t_begin.max() < records.read_requests(later).t_send.min()
-        assert records.read_steps(later).t_begin.min() > records.read_requests(earlier).t_send.max()
+        assert read_steps(earlier).t_begin.max() < read_requests(later).t_send.min()
+        assert read_steps(later).t_begin.min() > read_requests(earlier).t_send.max()
 
 
 @pytest.mark.slow
@@ -99,7 +102,7 @@ def test_the_script_for_plain_sbatch(cluster: Cluster, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, out.read_text()
     (folder,) = job_file.find(tmp_path)
-    assert records.read_status(folder).state == "done"
+    assert read_status(folder).state == "done"
     assert (folder / "report.html").exists()
     job = job_file.read(folder)
     assert job is not None and f"Submitted batch job {job.job_id}" in done.stdout
@@ -113,7 +116,7 @@ def test_an_emitted_script_is_the_one_that_is_submitted(cluster: Cluster, tmp_pa
     assert script.read_text() in output and f"sbatch {script}" in output
     assert not cluster.run("squeue", "-h").strip(), "nothing is submitted"
     cluster.run("sbatch", "--wait", str(script), timeout_s=200)
-    assert records.read_status(script.parents[1]).state == "done"
+    assert read_status(script.parents[1]).state == "done"
     submitted = Run(tmp_path / "b", *TWO, "cluster.follow=false")
     assert submitted.process.wait(60) == 0
     theirs = (submitted.folder / "launch/run.sbatch").read_text()
@@ -168,4 +171,4 @@ def test_a_refused_submission_says_why_and_leaves_a_word(cluster: Cluster, tmp_p
     assert run.process.returncode == 2
     assert "Slurm did not take the job" in output and "Invalid feature specification" in output
     (folder,) = (p.parent for p in tmp_path.glob("dep16/2*/status.json"))
-    assert records.read_status(folder).state == "cancelled"
+    assert read_status(folder).state == "cancelled"

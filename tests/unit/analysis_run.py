@@ -13,7 +13,15 @@ import yaml
 from toolkit import records
 from toolkit.analysis.imbalance import window_loads
 from toolkit.analysis.metrics import sweep_row
-from toolkit.records import HOST, ExpertCounts, NodeSample, PointStatus, RequestRecord, RunStatus, StepRecord
+from toolkit.records.experts import ExpertCounts, write_experts
+from toolkit.records.files import write_json
+from toolkit.records.requests import RequestRecord, read_requests, write_requests
+from toolkit.records.samples import HOST, NodeSample
+from toolkit.records.status import PointStatus, RunStatus, write_status
+from toolkit.records.steps import StepRecord, steps_path
+from toolkit.records.streams import open_rows
+from toolkit.records.sweep import write_sweep
+from toolkit.records.tables import to_table, write_table
 
 EPOCH = 1_760_000_000.0
 
@@ -137,23 +145,21 @@ def make_run(results: Path, points: tuple[int, ...] = (1, 2, 4, 8), requests_per
         rows += point_records(rng, index, concurrency, begin, requests_per_slot * concurrency)
         begin = max(row.t_send + row.end_s for row in rows) + 0.2
     rows.append(failure(point=len(points) - 1, concurrency=points[-1], request_id="late", t_send=begin - 0.5))
-    records.write_requests(folder, rows)
-    requests = records.read_requests(folder)
-    records.write_sweep(
-        folder, [sweep_row(requests[requests["point"] == i], c, num_gpus=4) for i, c in enumerate(points)]
-    )
+    write_requests(folder, rows)
+    requests = read_requests(folder)
+    write_sweep(folder, [sweep_row(requests[requests["point"] == i], c, num_gpus=4) for i, c in enumerate(points)])
     experts = skewed_experts(rng, EPOCH, begin)
-    records.write_experts(folder / records.EXPERTS, experts)
+    write_experts(folder / records.EXPERTS, experts)
     (folder / records.STEPS).mkdir()
-    with records.open_rows(records.steps_path(folder, 0), records.StepRecord) as write:
+    with open_rows(steps_path(folder, 0), StepRecord) as write:
         write(skewed_steps(rng, EPOCH, begin, experts))
-    records.write_table(folder / records.NODES, records.to_table(NodeSample, node_samples(EPOCH, begin)))
-    records.write_status(folder, RunStatus("done", "", [PointStatus(c, "done") for c in points]))
+    write_table(folder / records.NODES, to_table(NodeSample, node_samples(EPOCH, begin)))
+    write_status(folder, RunStatus("done", "", [PointStatus(c, "done") for c in points]))
     ranks = [{"rank": r, "dp_rank": r, "ep_rank": r, "node": r // 2} for r in range(4)]
-    records.write_json(
+    write_json(
         folder / records.PLAN, {"mapping": "DEP=4", "num_nodes": 2, "num_gpus": 4, "workers": [{"ranks": ranks}]}
     )
-    records.write_json(
+    write_json(
         folder / records.MANIFEST,
         {
             "git": {"commit": "0123abc", "dirty": False},

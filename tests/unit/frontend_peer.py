@@ -13,7 +13,9 @@ import aiohttp
 import zmq
 import zmq.asyncio
 
-from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.args import FrontendArgs, WorkerAddress
 from toolkit.engine.frontend.server import Server
 from toolkit.engine.messages import (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from toolkit import config
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping
+from toolkit.config.resolve import resolve
 
 TINY_MOE = {
     "model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -23,4 +24,4 @@ def experiment(**groups: dict[str, Any]) -> ExpConfig:
     }
     for group, keys in groups.items():
         base[group] = {**base.get(group, {}), **keys} if isinstance(keys, dict) else keys
-    return config.resolve(config.from_mapping(base, ExpConfig))
+    return resolve(from_mapping(base, ExpConfig))

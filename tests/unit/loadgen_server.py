@@ -17,7 +17,7 @@ from toolkit.loadgen.exchange import Call
 from toolkit.loadgen.proof import Evidence
 from toolkit.loadgen.wire import Point, Setup
 from toolkit.loadgen.worker import Worker
-from toolkit.records import RequestRecord
+from toolkit.records.requests import RequestRecord
 
 Behaviour = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 

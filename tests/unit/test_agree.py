@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from toolkit.config import AttentionDpConfig
+from toolkit.config.engine import AttentionDpConfig
 from toolkit.engine.agree import AttentionDpBalance, Proposal, agree
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Groups, choose_padding

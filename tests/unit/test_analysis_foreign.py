@@ -23,6 +23,8 @@ from toolkit.analysis.finish import complete_sweep
 from toolkit.analysis.foreign import import_run
 from toolkit.analysis.foreign.benchmarks import most_at_once
 from toolkit.analysis.foreign.tensors import read_tensors
+from toolkit.records.status import RunStatus, write_status
+from toolkit.records.sweep import read_sweep
 
 SUMMARY: dict[str, Any] = {
     "model_id": "deepseek-r1", "max_concurrency": 2, "duration": 4.0, "completed": 3, "total_input_tokens": 30,
@@ -68,7 +70,7 @@ def test_a_summary_keeps_the_tools_own_figures_and_leaves_the_rest_empty(tmp_pat
     assert math.isnan(row["ttft_p90_ms"]) and math.isnan(row["output_tok_s_per_gpu"]) and len(run.requests) == 0
     assert "the tool does not keep when requests were sent" in " ".join(run.manifest["notes"])
     complete_sweep(run)
-    assert records.read_sweep(run.path)["output_tok_s"].tolist() == [3.0, 3.0]
+    assert read_sweep(run.path)["output_tok_s"].tolist() == [3.0, 3.0]
 
 
 def aiperf_line(index: int, start_s: float, **metadata: Any) -> dict[str, Any]:
@@ -260,6 +262,6 @@ def test_what_is_written_as_aiperf_has_its_names_and_units(tmp_path: Path) -> No
 
 def test_a_run_without_answers_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = records.new_run_folder(tmp_path, "empty")
-    records.write_status(folder, records.RunStatus("failed", "no server"))
+    write_status(folder, RunStatus("failed", "no server"))
     assert main(["export", str(folder), "--format", "vllm"]) == 2
     assert "holds no request that ended well" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.analysis.imbalance import balancedness, co_activation, gpu_loads, imbalance, point_load
-from toolkit.records import ExpertCounts
+from toolkit.records.experts import ExpertCounts
 
 
 def counts(*layers: list[int]) -> np.ndarray:

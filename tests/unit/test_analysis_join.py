@@ -16,12 +16,17 @@ from toolkit.analysis.charts.experts import placements
 from toolkit.analysis.join import losses, moments, passes, point_loss, with_passes
 from toolkit.analysis.timeline import timeline
 from toolkit.analysis.traffic import cross_node
+from toolkit.records.experts import read_experts, write_experts
+from toolkit.records.files import write_json
+from toolkit.records.requests import read_requests
+from toolkit.records.steps import StepRecord, steps_path
+from toolkit.records.streams import open_rows
 
 HELD_MS = 0.02  # a pass, for each assignment above the mean
 
 
-def write_steps(folder: Path, rows: list[records.StepRecord]) -> None:
-    with records.open_rows(records.steps_path(folder, 0), records.StepRecord) as write:
+def write_steps(folder: Path, rows: list[StepRecord]) -> None:
+    with open_rows(steps_path(folder, 0), StepRecord) as write:
         write(rows)
 
 
@@ -29,14 +34,14 @@ def write_steps(folder: Path, rows: list[records.StepRecord]) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One long load point, so that it has a model of its own; every other window is twice as skewed."""
     folder = make_run(tmp_path_factory.mktemp("results"), points=(8,), requests_per_slot=30)
-    requests = records.read_requests(folder)
+    requests = read_requests(folder)
     end = float((requests["t_send"] + requests["end_s"]).max())
     rng = np.random.default_rng(11)
     experts = skewed_experts(rng, EPOCH, end)
     counts = experts.counts.copy()
     counts[::2, :, 0] *= 3
     experts = dataclasses.replace(experts, counts=counts)
-    records.write_experts(folder / records.EXPERTS, experts)
+    write_experts(folder / records.EXPERTS, experts)
     write_steps(folder, skewed_steps(rng, EPOCH, end, experts, HELD_MS))
     return folder
 
@@ -95,17 +100,17 @@ def test_a_moment_holds_the_passes_and_tokens_of_its_own_time(folder: Path) -> N
 
 
 def test_a_pass_is_as_long_as_its_slowest_rank() -> None:
-    def step(rank: int, duration: float, tokens: int) -> records.StepRecord:
-        return records.StepRecord(3, 10.0 + rank, duration, rank, tokens, tokens, 0, 1, 0, 0, 64, 0)
+    def step(rank: int, duration: float, tokens: int) -> StepRecord:
+        return StepRecord(3, 10.0 + rank, duration, rank, tokens, tokens, 0, 1, 0, 0, 64, 0)
 
-    worker = passes(pd.DataFrame([step(0, 0.5, 8), step(1, 0.2, 2)], columns=list(records.StepRecord._fields)))
+    worker = passes(pd.DataFrame([step(0, 0.5, 8), step(1, 0.2, 2)], columns=list(StepRecord._fields)))
     assert worker.iloc[0].to_dict() == pytest.approx(
         {"step": 3, "t_mid": 10.25, "step_ms": 500, "tokens": 10, "prefill_tokens": 0, "dp_excess": 3}
     )
 
 
 def test_a_rebalance_shows_before_and_after(folder: Path, tmp_path: Path) -> None:
-    experts = records.read_experts(folder / records.EXPERTS)
+    experts = read_experts(folder / records.EXPERTS)
     layers, slots = experts.placement.shape[1:]
     middle = float(experts.times[len(experts.times) // 2, 0])
     even = np.stack([np.argsort(np.argsort(-experts.counts.sum(0)[layer])) for layer in range(layers)])
@@ -114,7 +119,7 @@ def test_a_rebalance_shows_before_and_after(folder: Path, tmp_path: Path) -> Non
     for layer in range(layers):
         better[layer, order] = np.argsort(even[layer])
     run = Run(make_run(tmp_path, points=(2,), requests_per_slot=2))
-    records.write_experts(
+    write_experts(
         run.path / records.EXPERTS,
         dataclasses.replace(
             experts,
@@ -152,7 +157,7 @@ def test_traffic_that_crosses_nodes(folder: Path) -> None:
 
 def test_one_node_has_no_crossing(tmp_path: Path) -> None:
     folder = make_run(tmp_path, points=(1,), requests_per_slot=2)
-    records.write_json(
+    write_json(
         folder / records.PLAN,
         {"workers": [{"ranks": [{"dp_rank": r, "ep_rank": r, "node": 0} for r in range(4)]}]},
     )
@@ -162,7 +167,7 @@ def test_one_node_has_no_crossing(tmp_path: Path) -> None:
 
 def test_without_steps_or_counts_there_are_no_losses_and_no_crash(tmp_path: Path) -> None:
     folder = make_run(tmp_path, points=(1,), requests_per_slot=2)
-    records.steps_path(folder, 0).unlink()
+    steps_path(folder, 0).unlink()
     assert losses(Run(folder)) == []
     assert len(moments(Run(folder))) > 0
     (folder / records.EXPERTS).unlink()

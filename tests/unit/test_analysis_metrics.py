@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.analysis_run import EPOCH, failure, record
-from toolkit import records
 from toolkit.analysis import metrics
-from toolkit.records import RequestRecord
+from toolkit.records.requests import RequestRecord, read_requests, requests_schema, write_requests
+from toolkit.records.sweep import SWEEP_COLUMNS
 
 
 def frame(*rows: RequestRecord) -> pd.DataFrame:
-    return pd.DataFrame([asdict(row) for row in rows], columns=records.requests_schema().names)
+    return pd.DataFrame([asdict(row) for row in rows], columns=requests_schema().names)
 
 
 def test_a_chunk_of_three_tokens_counts_three_times_with_a_third_of_its_gap() -> None:
@@ -67,7 +67,7 @@ def test_sweep_row_by_hand() -> None:
         failure(t_send=EPOCH + 0.5),
     )
     row = metrics.sweep_row(requests, concurrency=2, num_gpus=4, balancedness_mean=0.5, imbalance_max=3.0)
-    assert tuple(row) == records.SWEEP_COLUMNS
+    assert tuple(row) == SWEEP_COLUMNS
     expected = {
         "concurrency": 2, "requests": 3, "failed": 1, "duration_s": 2.1, "isl_mean": 15, "osl_mean": 5,
         "ttft_mean_ms": 200, "ttft_p50_ms": 200, "ttft_p90_ms": 280, "ttft_p99_ms": 298, "e2e_mean_ms": 800,
@@ -96,8 +96,8 @@ def test_a_point_without_a_result_is_nan_not_a_crash(rows: tuple[RequestRecord, 
 
 def test_the_row_is_the_same_after_a_trip_through_parquet(tmp_path) -> None:
     rows = [record(), failure(), record(t_send=EPOCH + 2, chunk_s=[0.2, 0.4], chunk_tokens=[4, 1])]
-    records.write_requests(tmp_path, rows)
-    read = metrics.sweep_row(records.read_requests(tmp_path), 1, 1)
+    write_requests(tmp_path, rows)
+    read = metrics.sweep_row(read_requests(tmp_path), 1, 1)
     assert read == pytest.approx(metrics.sweep_row(frame(*rows), 1, 1), nan_ok=True)
 
 

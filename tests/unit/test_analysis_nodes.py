@@ -15,7 +15,9 @@ from toolkit.analysis import Run
 from toolkit.analysis.charts import CHARTS
 from toolkit.analysis.finish import complete_sweep
 from toolkit.analysis.nodes import panels, power_w, throttled
-from toolkit.records import HOST, NodeSample
+from toolkit.records.samples import HOST, NodeSample
+from toolkit.records.sweep import read_sweep
+from toolkit.records.tables import to_table, write_table
 
 
 def frame(rows: list[NodeSample]) -> pd.DataFrame:
@@ -57,7 +59,7 @@ def test_the_sweep_gets_its_power_and_the_chart_a_line_a_node(tmp_path: Path) ->
     folder = make_run(tmp_path, (1, 2))
     run = Run(folder)
     complete_sweep(run)
-    sweep = records.read_sweep(folder)
+    sweep = read_sweep(folder)
     assert (sweep["power_w"] > 2400).all()
     assert sweep["output_tok_s_per_w"].tolist() == pytest.approx(
         (sweep["output_tok_s"] / sweep["power_w"]).tolist(), rel=1e-4
@@ -69,6 +71,6 @@ def test_the_sweep_gets_its_power_and_the_chart_a_line_a_node(tmp_path: Path) ->
 def test_many_nodes_are_drawn_as_a_range(tmp_path: Path) -> None:
     folder = make_run(tmp_path, (1, 2))
     rows = node_samples(EPOCH, EPOCH + 20, nodes=18)
-    records.write_table(folder / records.NODES, records.to_table(NodeSample, rows))
+    write_table(folder / records.NODES, to_table(NodeSample, rows))
     axes = CHARTS["nodes"].draw(Run(folder)).axes
     assert [len(ax.lines) for ax in axes] == [1] * len(axes)

@@ -16,6 +16,8 @@ from toolkit.analysis import Run
 from toolkit.analysis.__main__ import main
 from toolkit.analysis.metrics import Slo
 from toolkit.analysis.rates import full_gap_s, rate_match
+from toolkit.records.files import write_json
+from toolkit.records.requests import RequestRecord, requests_table, write_requests
 
 PLAN = {
     "mapping": "1 prefill TP=2 + 1 decode TP=4", "num_gpus": 6,
@@ -23,12 +25,12 @@ PLAN = {
 }  # fmt: skip
 
 
-def write(folder: Path, phase: str, rows: list[records.RequestRecord]) -> Run:
+def write(folder: Path, phase: str, rows: list[RequestRecord]) -> Run:
     folder.mkdir(parents=True)
-    records.write_requests(folder, rows)
+    write_requests(folder, rows)
     config = {"model": {"name": "m"}, "load": {"phase": phase}}
     (folder / records.CONFIG).write_text(yaml.safe_dump(config))
-    records.write_json(folder / records.PLAN, PLAN)
+    write_json(folder / records.PLAN, PLAN)
     return Run(folder)
 
 
@@ -55,7 +57,7 @@ def decode_run(folder: Path, isl: int, osl: int, gap_s: dict[int, float]) -> Run
 
 def answer(
     point: int, concurrency: int, rid: str, at: float, isl: int, ttft: float, gap: float, osl: int
-) -> records.RequestRecord:
+) -> RequestRecord:
     times = (ttft + gap * np.arange(osl)).tolist()
     changes: dict[str, Any] = {
         "point": point, "concurrency": concurrency, "request_id": rid, "t_send": at, "prompt_tokens": isl,
@@ -107,7 +109,7 @@ def test_runs_of_one_phase_or_of_other_lengths_are_refused(runs: dict[str, Run])
 
 def test_a_batch_that_was_never_full_has_no_figure(runs: dict[str, Run]) -> None:
     rows = [answer(0, 2, f"r{i}", EPOCH + 10 * i, 10, 0.1, 0.02, 20) for i in range(2)]  # one after the other
-    frame = records.requests_table(rows).to_pandas(types_mapper=pd.ArrowDtype)
+    frame = requests_table(rows).to_pandas(types_mapper=pd.ArrowDtype)
     assert np.isnan(full_gap_s(frame))
 
 

@@ -16,6 +16,8 @@ from toolkit import records
 from toolkit.analysis import Run
 from toolkit.analysis.findings import goodputs
 from toolkit.analysis.finish import complete_sweep
+from toolkit.records.experts import ExpertCounts, read_experts
+from toolkit.records.sweep import SWEEP_COLUMNS, SWEEP_TEXTS, read_sweep
 
 Row = dict[str, Any]
 
@@ -102,7 +104,7 @@ def plain_row(rows: list[Row], concurrency: int) -> dict[str, float]:
     return found
 
 
-def plain_balance(experts: records.ExpertCounts, begin: float, end: float) -> tuple[float, float]:
+def plain_balance(experts: ExpertCounts, begin: float, end: float) -> tuple[float, float]:
     per_gpu = experts.placement.shape[2] // experts.ep_size
     held = experts.placement[0].tolist()
     weighted, weight, total = 0.0, 0.0, {}
@@ -127,8 +129,8 @@ def by_point(folder: Path) -> dict[int, list[Row]]:
 
 
 def test_every_column_of_the_sweep(folder: Path) -> None:
-    sweep = records.read_sweep(folder).to_dict("records")
-    experts = records.read_experts(folder / records.EXPERTS)
+    sweep = read_sweep(folder).to_dict("records")
+    experts = read_experts(folder / records.EXPERTS)
     points = by_point(folder)
     assert len(sweep) == len(points) == 4
     for row, rows in zip(sweep, (points[index] for index in sorted(points))):
@@ -137,8 +139,8 @@ def test_every_column_of_the_sweep(folder: Path) -> None:
         end = max(r["t_send"] + r["last_token_s"] for r in counted if not math.isnan(r["last_token_s"]))
         begin = min(r["t_send"] for r in counted)
         expected["balancedness_mean"], expected["imbalance_max"] = plain_balance(experts, begin, end)
-        others = {"power_w", "output_tok_s_per_w", "repeat", *records.SWEEP_TEXTS}  # of no request
-        assert set(expected) == set(records.SWEEP_COLUMNS) - others
+        others = {"power_w", "output_tok_s_per_w", "repeat", *SWEEP_TEXTS}  # of no request
+        assert set(expected) == set(SWEEP_COLUMNS) - others
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 

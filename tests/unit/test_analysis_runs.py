@@ -18,6 +18,8 @@ from toolkit.analysis.__main__ import main
 from toolkit.analysis.compare import compare
 from toolkit.analysis.levels import combine
 from toolkit.analysis.runs import front
+from toolkit.records.requests import RequestRecord, read_requests, write_requests
+from toolkit.records.sweep import SWEEP_COLUMNS
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +33,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (results / "notes").mkdir()
     shutil.rmtree(results / "source")
     folder = results / "b" / "20260101-000000"
-    table = records.read_requests(folder)
+    table = read_requests(folder)
     for column in ("first_token_s", "last_token_s", "end_s"):
         table[column] += 0.03
     rows = table.to_dict("records")
     shifted = [
-        records.RequestRecord(**{str(k): v for k, v in row.items()} | {"chunk_s": [t + 0.03 for t in row["chunk_s"]]})
+        RequestRecord(**{str(k): v for k, v in row.items()} | {"chunk_s": [t + 0.03 for t in row["chunk_s"]]})
         for row in rows
     ]
-    records.write_requests(folder, shifted)
+    write_requests(folder, shifted)
     config = yaml.safe_load((folder / records.CONFIG).read_text())
     config["engine"]["moe_a2a_backend"] = "allgather"
     (folder / records.CONFIG).write_text(yaml.safe_dump(config))
@@ -51,7 +53,7 @@ def test_runs_are_found_once_with_their_settings_as_columns(results: Path) -> No
     runs = Runs.glob(str(results / "*" / "*"), str(results / "a" / "*"), str(results / "*"))
     assert [run.name for run in runs] == [f"{name}/20260101-000000" for name in "abc"]
     sweep = runs.sweep
-    assert len(sweep) == 6 and set(records.SWEEP_COLUMNS) < set(sweep.columns)
+    assert len(sweep) == 6 and set(SWEEP_COLUMNS) < set(sweep.columns)
     assert sweep["engine.moe_a2a_backend"].tolist() == ["all_to_all"] * 2 + ["allgather"] * 2 + ["all_to_all"] * 2
     assert runs.varying == ["engine.moe_a2a_backend"]
     assert len(runs.requests) == sum(len(run.requests) for run in runs)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from tests.unit.analysis_run import EPOCH, make_run
-from toolkit import records
 from toolkit.analysis import Run
 from toolkit.analysis.charts import CHARTS
 from toolkit.analysis.server import Series, series
-from toolkit.records import MetricSample
+from toolkit.records.samples import MetricSample, write_server_metrics
 
 
 def sample(second: float, name: str, value: float, rank: int = 0, url: str = "http://n1:8000/metrics") -> MetricSample:
@@ -21,7 +20,7 @@ def sample(second: float, name: str, value: float, rank: int = 0, url: str = "ht
 
 
 def found(folder: Path, samples: list[MetricSample]) -> dict[str, Series]:
-    records.write_server_metrics(folder, samples)
+    write_server_metrics(folder, samples)
     return {one.figure.key: one for one in series(Run(folder))}
 
 
@@ -62,7 +61,7 @@ def test_the_chart(folder: Path) -> None:
     samples = [
         sample(s, name, s / 20, url=url) for s in range(20) for name in names for url in ("http://a/", "http://b/")
     ]
-    records.write_server_metrics(folder, samples)
+    write_server_metrics(folder, samples)
     figure = CHARTS["server_metrics"].draw(Run(folder))
     panels = figure.axes
     assert [ax.get_ylabel().replace("\n", " ") for ax in panels] == [

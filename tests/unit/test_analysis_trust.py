@@ -13,7 +13,10 @@ from toolkit import records
 from toolkit.analysis import Run
 from toolkit.analysis.metrics import held_concurrency, steady_interval
 from toolkit.analysis.trust import warnings
-from toolkit.records import RequestRecord
+from toolkit.records.files import write_json
+from toolkit.records.requests import RequestRecord, write_requests
+from toolkit.records.steps import StepRecord, steps_path
+from toolkit.records.streams import open_rows
 
 
 def good_point(requests: int = 160, concurrency: int = 4) -> list[RequestRecord]:
@@ -21,7 +24,7 @@ def good_point(requests: int = 160, concurrency: int = 4) -> list[RequestRecord]
 
 
 def found(folder: Path, rows: list[RequestRecord]) -> str:
-    records.write_requests(folder, rows)
+    write_requests(folder, rows)
     return "\n".join(line for line in warnings(Run(folder)) if not line.startswith(("missing", "sweep.csv lacks")))
 
 
@@ -80,10 +83,10 @@ def test_a_clock_that_was_set_back(tmp_path: Path) -> None:
 
 
 def test_a_rank_whose_clock_was_set_back(tmp_path: Path) -> None:
-    steps = [records.StepRecord(i, EPOCH + i, 0.5, 2, 1, 1, 0, 1, 0, 0, 64, 0) for i in range(6)]
+    steps = [StepRecord(i, EPOCH + i, 0.5, 2, 1, 1, 0, 1, 0, 0, 64, 0) for i in range(6)]
     steps[4] = steps[4]._replace(t_begin=EPOCH + 1)
     (tmp_path / records.STEPS).mkdir()
-    with records.open_rows(records.steps_path(tmp_path, 0), records.StepRecord) as write:
+    with open_rows(steps_path(tmp_path, 0), StepRecord) as write:
         write(steps)
     assert "the clock of DP rank 2 was set back 1 times" in found(tmp_path, good_point())
 
@@ -110,7 +113,7 @@ def test_the_steady_state_by_hand(tmp_path: Path) -> None:
                concurrency=2)
         for i, (begin, length, warm) in enumerate(spans)
     ]  # fmt: skip
-    records.write_requests(tmp_path, rows)
+    write_requests(tmp_path, rows)
     requests = Run(tmp_path).requests
     assert steady_interval(requests, 2) == (EPOCH + 1, EPOCH + 8)
     assert held_concurrency(requests, EPOCH, EPOCH + 9) == pytest.approx(16 / 9)
@@ -120,7 +123,7 @@ def test_the_steady_state_by_hand(tmp_path: Path) -> None:
 def test_attempts_that_differ_are_told(tmp_path: Path) -> None:
     changed = {"git.commit": ["aaa", "bbb"], "host.name": ["node1", "node7"]}
     entries = [{"attempt": 1, "changed": {}}, {"attempt": 2, "changed": changed}]
-    records.write_json(tmp_path / records.MANIFEST, {"attempts": entries})
-    records.write_requests(tmp_path, [record()])
+    write_json(tmp_path / records.MANIFEST, {"attempts": entries})
+    write_requests(tmp_path, [record()])
     (line,) = [line for line in warnings(Run(tmp_path)) if line.startswith("attempt")]
     assert line.endswith("the one before: git.commit: aaa -> bbb; host.name: node1 -> node7")

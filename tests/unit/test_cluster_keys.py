@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.unit.test_launch_slurm import RUN, on_slurm
-from toolkit.config import ClusterConfig, ExpConfig
+from toolkit.config.cluster import ClusterConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch import sbatch, srun
 from toolkit.launch.launcher import Node, ProcessSpec, with_environment
 

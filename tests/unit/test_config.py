@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from toolkit import config
-from toolkit.config import ExpConfig, LoadConfig
+from toolkit.config.compose import from_omegaconf, register_hydra_defaults
+from toolkit.config.experiment import GROUPS, ExpConfig
+from toolkit.config.help import help_text
+from toolkit.config.load import LoadConfig
+from toolkit.config.mapping import explain_override, from_mapping, to_mapping
+from toolkit.config.resolve import resolve
 from toolkit.engine.arch import read_arch
 from toolkit.engine.dims import ParallelDims
 
@@ -20,9 +24,9 @@ CONF = Path(__file__).parents[2] / "conf"
 def compose(*overrides: str) -> ExpConfig:
     import hydra
 
-    config.register_hydra_defaults()
+    register_hydra_defaults()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.from_omegaconf(hydra.compose("config", list(overrides)))
+        return from_omegaconf(hydra.compose("config", list(overrides)))
 
 
 def choices(group: str) -> list[str]:
@@ -31,7 +35,7 @@ def choices(group: str) -> list[str]:
 
 def test_a_mapping_survives_the_round_trip() -> None:
     cfg = dataclasses.replace(ExpConfig(), exp="x", load=LoadConfig(concurrency=[3], osl=7))
-    assert config.from_mapping(config.to_mapping(cfg), ExpConfig) == cfg
+    assert from_mapping(to_mapping(cfg), ExpConfig) == cfg
 
 
 @pytest.mark.parametrize(
@@ -46,7 +50,7 @@ def test_a_mapping_survives_the_round_trip() -> None:
 )
 def test_a_wrong_mapping_is_explained(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        config.from_mapping(values, ExpConfig)
+        from_mapping(values, ExpConfig)
 
 
 @pytest.mark.parametrize(
@@ -61,55 +65,55 @@ def test_a_wrong_mapping_is_explained(values: dict[str, Any], message: str) -> N
     ],
 )
 def test_explain_override(word: str, message: str | None) -> None:
-    assert config.explain_override(word) == message
+    assert explain_override(word) == message
 
 
 def test_help_names_every_key() -> None:
-    text = config.help_text()
-    for group, cls in config.GROUPS.items():
+    text = help_text()
+    for group, cls in GROUPS.items():
         for field in dataclasses.fields(cls):
             assert f"  {group}.{field.name}=" in text
 
 
 def test_resolve_rehearses_a_gpu_experiment_on_cpu_and_leaves_what_the_user_named() -> None:
     cfg = compose("+exp=dep16", "cluster=local", "load.osl=99")
-    resolved = config.resolve(cfg, explicit={"exp", "cluster", "load.osl"})
+    resolved = resolve(cfg, explicit={"exp", "cluster", "load.osl"})
     assert resolved.model.name == "tiny-deepseek-v3"
     assert resolved.load.concurrency == cfg.rehearsal["load"]["concurrency"] != cfg.load.concurrency
     assert resolved.load.osl == 99
     assert resolved.parallel == cfg.parallel
     assert resolved.model.dtype == "float32"
-    assert config.resolve(cfg, explicit={"model"}).model.name == "deepseek-v3"
+    assert resolve(cfg, explicit={"model"}).model.name == "deepseek-v3"
 
 
 def test_resolve_leaves_a_gpu_experiment_on_gpus_alone() -> None:
     cfg = compose("+exp=dep16")
-    resolved = config.resolve(cfg)
+    resolved = resolve(cfg)
     assert (resolved.model.name, resolved.model.dtype, resolved.load) == ("deepseek-v3", "bfloat16", cfg.load)
 
 
 def test_resolve_fills_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.delenv("WIDEEP_CACHE", raising=False)
-    resolved = config.resolve(compose("+exp=smoke", "engine.moe_a2a_backend=none"))
+    resolved = resolve(compose("+exp=smoke", "engine.moe_a2a_backend=none"))
     assert resolved.model.path == resolved.model.tokenizer == "/home/someone/.cache/wideep-toolkit/smollm2-moe"
     assert resolved.engine.moe_a2a_backend == "allgather"
     monkeypatch.setenv("WIDEEP_CACHE", "/elsewhere")
-    assert config.resolve(compose("+exp=smoke")).model.path == "/elsewhere/smollm2-moe"
+    assert resolve(compose("+exp=smoke")).model.path == "/elsewhere/smollm2-moe"
 
 
 def test_an_unknown_rehearsal_group_is_refused() -> None:
     cfg = dataclasses.replace(ExpConfig(), rehearsal={"lod": {"osl": 1}})
     with pytest.raises(ValueError, match=r"rehearsal\.lod is not a config group; did you mean load"):
-        config.resolve(cfg)
+        resolve(cfg)
 
 
-@pytest.mark.parametrize("group", list(config.GROUPS))
+@pytest.mark.parametrize("group", list(GROUPS))
 def test_every_choice_of_a_group_is_sound(group: str) -> None:
     for choice in choices(group):
         keys = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
         inherits = keys.pop("defaults") not in (["defaults"], ["slurm"])
-        cfg = compose(f"{group}={choice}") if inherits else config.from_mapping({group: keys}, ExpConfig)
+        cfg = compose(f"{group}={choice}") if inherits else from_mapping({group: keys}, ExpConfig)
         if group == "parallel":
             mapping = ParallelDims.of(cfg.parallel).mapping
             assert choice == ("dep1" if mapping == "TP=1" else mapping.replace("=", "").lower())

@@ -7,25 +7,27 @@ from pathlib import Path
 import yaml
 from omegaconf import OmegaConf
 
-from toolkit import config
+from toolkit.config.compose import from_omegaconf, variants
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping, to_mapping
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
 def node(**changes: object) -> object:
-    values = config.to_mapping(config.ExpConfig(exp="ab")) | changes
+    values = to_mapping(ExpConfig(exp="ab")) | changes
     return OmegaConf.create(values)
 
 
 def test_without_variants_nothing_changes() -> None:
     plain = node()
-    assert config.variants(plain, ["a=1"]) == [(plain, ["a=1"])]
+    assert variants(plain, ["a=1"]) == [(plain, ["a=1"])]
 
 
 def test_each_variant_is_the_experiment_with_its_keys_and_name() -> None:
     given = {"off": None, "on": {"engine": {"enable_eplb": True}, "load": {"osl": 9}}}
-    made = config.variants(node(variants=given), ["load.osl=3"])
-    cfgs = [config.from_omegaconf(one) for one, _ in made]
+    made = variants(node(variants=given), ["load.osl=3"])
+    cfgs = [from_omegaconf(one) for one, _ in made]
     assert [cfg.exp for cfg in cfgs] == ["ab-off", "ab-on"] and [cfg.variants for cfg in cfgs] == [{}, {}]
     assert [cfg.engine.enable_eplb for cfg in cfgs] == [False, True] and cfgs[1].load.osl == 9
     assert cfgs[0].compare_with == ""
@@ -38,4 +40,13 @@ def test_the_ab_experiment_differs_in_eplb_only() -> None:
     assert list(values["variants"]) == ["without", "with"]
     for variant in values["variants"].values():
         assert list(variant) == ["engine"]
-        config.from_mapping({"engine": values["engine"] | variant["engine"]}, config.ExpConfig)
+        from_mapping({"engine": values["engine"] | variant["engine"]}, ExpConfig)
+
+
+def test_the_parallel_group_is_the_aggregated_variants_where_others_have_pools() -> None:
+    given = {"agg": {"deploy": {"mode": "agg"}}, "disagg": {"deploy": {"mode": "disagg"}}}
+    words = ["parallel=dep4", "parallel.ep_size=2", "parallel@deploy.prefill.parallel=dep2"]
+    (_, agg), (_, disagg) = variants(node(variants=given), words)
+    assert agg == [*words, "variant=agg"] and disagg == [words[2], "variant=disagg"]
+    del given["agg"]  # nothing is aggregated: `resolve` says that `parallel` is ignored
+    assert variants(node(variants=given), words)[0][1] == [*words, "variant=disagg"]

@@ -9,8 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
-from toolkit.engine.arch import Arch, check, read_arch
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
+from toolkit.config.parallel import ParallelConfig
+from toolkit.engine.arch import Arch, read_arch
+from toolkit.engine.arch_check import check
 from toolkit.engine.dims import ParallelDims
 
 DEGREES = (-1, 0, 1, 2, 3, 4, 8, 16)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.unit.launch_experiment import experiment
-from toolkit.launch.check import check_model
+from toolkit.launch.check_model import check_model
 
 DEP4 = {"tp_size": 4, "dp_size": 4, "ep_size": 4, "enable_dp_attention": True}
 TP1 = {"tp_size": 1, "dp_size": 1, "ep_size": 1, "enable_dp_attention": False}

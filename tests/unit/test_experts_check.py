@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
-from toolkit.engine.arch import Arch, check, read_arch
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
+from toolkit.config.parallel import ParallelConfig
+from toolkit.engine.arch import Arch, read_arch
+from toolkit.engine.arch_check import check
 from toolkit.engine.dims import ParallelDims
 
 QWEN: dict[str, Any] = {

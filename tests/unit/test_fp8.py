@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.fp8 import BlockFp8, quantize_blocks, quantize_groups, stack_rows
 from toolkit.engine.weights import DummyWeights, SafetensorsWeights, Shard
 

@@ -21,7 +21,7 @@ import pytest
 
 from tests.unit.frontend_peer import TINY_MIXTRAL, TOKEN, Ranks, args_for, free_port, serving, until, utf8
 from tests.unit.test_frontend_generate import CHAT, TEXT, chat, text
-from toolkit.config import ModelConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.args import TOKEN_ENV
 from toolkit.engine.frontend.protocol import ChatRequest
 from toolkit.engine.frontend.server import Server, api_key

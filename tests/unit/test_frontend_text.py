@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.frontend_peer import TINY_MIXTRAL, serving
-from toolkit.config import ModelConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.frontend.detokenize import Detokenizer, StopMatcher, TextStream
 from toolkit.engine.frontend.tokenizer import ByteTokenizer, HfTokenizer, load_tokenizer
 from toolkit.engine.messages import Generate

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.config import EngineConfig, ModelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine import gpu_libraries
 from toolkit.engine.arch import read_arch
 from toolkit.engine.fp8 import BlockFp8

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from toolkit import heartbeat, records
+from toolkit import heartbeat
 from toolkit.heartbeat import Heartbeat, run_state
-from toolkit.records import RunStatus
+from toolkit.records.files import write_json
+from toolkit.records.status import RunStatus
 
 
 def test_a_run_is_running_while_it_gives_signs_of_life(tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_a_run_is_running_while_it_gives_signs_of_life(tmp_path: Path) -> None:
 
 def beat(folder: Path, boot: str, age_s: float) -> str:
     told = Heartbeat("node1", boot, "another container", 1, 0.0, time.time() - age_s)
-    records.write_json(folder / heartbeat.FILE, asdict(told))
+    write_json(folder / heartbeat.FILE, asdict(told))
     return run_state(folder, RunStatus("running"))
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.test_released_models import arch_of
-from toolkit.config import EngineConfig
-from toolkit.engine.arch import memory_by_kind
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.memory import memory_by_kind
 from toolkit.engine.prepare import most_tokens
 
 ONE = ParallelDims(1, 1, 1, 1, None)

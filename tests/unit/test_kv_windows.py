@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from tests.unit.test_config import compose
-from toolkit.config import EngineConfig
-from toolkit.engine.arch import memory_by_kind, read_arch
+from toolkit.config.engine import EngineConfig
+from toolkit.engine.arch import read_arch
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.kv.kinds import LayerKind, layer_kinds, window_blocks
 from toolkit.engine.kv.pool import KVCache, KVSpec
 from toolkit.engine.kv.tables import BlockTables
+from toolkit.engine.memory import memory_by_kind
 from toolkit.engine.scheduler import Scheduler
 
 PAGE, CHUNK, CONTEXT = 16, 2048, 32_768

@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from tests.unit.launch_experiment import experiment
-from toolkit import config, records
+from toolkit.config.mapping import to_mapping
 from toolkit.launch import exclude, inside, job_file, preflight, watch
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.launch.preflight import BadNode
-from toolkit.records import PointStatus, RunStatus
+from toolkit.records.files import write_json
+from toolkit.records.status import PointStatus, RunStatus, read_status, write_status
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / STATE_DIR / preflight.FOLDER).mkdir(parents=True)
     found(folder, "node3")
     points = [PointStatus(1, "done"), PointStatus(2, "cancelled", "preflight")]
-    records.write_status(folder, RunStatus("failed", "preflight: 1 bad node", points))
+    write_status(folder, RunStatus("failed", "preflight: 1 bad node", points))
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text(f'#!/bin/sh\necho "$@" "$SLURM_JOB_ID$SLURM_CONF" >> {tmp_path}/called\necho "43;cluster"\n')
@@ -37,12 +38,12 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def found(folder: Path, *hosts: str) -> None:
     bad = [BadNode(i, host, ["port 1 is in use"]) for i, host in enumerate(hosts)]
-    records.write_json(folder / STATE_DIR / preflight.FOLDER / preflight.BAD, msgspec.to_builtins(bad))
+    write_json(folder / STATE_DIR / preflight.FOLDER / preflight.BAD, msgspec.to_builtins(bad))
 
 
 def again(run_dir: Path, **cluster: Any) -> bool:
     """Whether it starts again, as its job finds when it has ended."""
-    values = config.to_mapping(experiment())
+    values = to_mapping(experiment())
     values["cluster"] |= {"exclude_bad_nodes": True, "launcher": "slurm", **cluster}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(values))
     return inside.Again([], done_before=1)(run_dir)
@@ -62,7 +63,7 @@ def test_the_bad_node_is_left_out_beside_those_of_the_user(run_dir: Path) -> Non
     assert again(run_dir, exclude="node9", pools={"frontend": {"exclude": "cpu1"}})
     assert calls(run_dir) == [f"--parsable {run_dir}/launch/run-again-1.sbatch /etc/x"], "and nothing of job 42"
     assert left_out(run_dir, 1) == ["#SBATCH --exclude=cpu1,node3", "#SBATCH --exclude=node9,node3"]
-    status, note = records.read_status(run_dir), job_file.read(run_dir)
+    status, note = read_status(run_dir), job_file.read(run_dir)
     assert (status.state, [p.state for p in status.points]) == ("queued", ["done", "pending"])
     assert note is not None and note.job_id == "43"
 
@@ -81,19 +82,19 @@ def test_it_is_done_only_where_it_is_wanted_and_a_node_is_bad(run_dir: Path) -> 
     assert not again(run_dir, exclude_bad_nodes=False)
     preflight.forget(run_dir)
     assert not again(run_dir)
-    assert calls(run_dir) == [] and records.read_status(run_dir).state == "failed"
+    assert calls(run_dir) == [] and read_status(run_dir).state == "failed"
 
 
 def test_a_refusal_leaves_the_run_as_it_was(run_dir: Path) -> None:
     (run_dir.parent / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: too few nodes' >&2; exit 1\n")
     assert not again(run_dir)
-    assert records.read_status(run_dir).state == "failed"
+    assert read_status(run_dir).state == "failed"
 
 
 def test_a_lost_node_is_left_out_where_the_job_may_start_again(run_dir: Path) -> None:
     preflight.forget(run_dir)
     status = RunStatus("failed", watch.lost(["node2", "node7"], "rank-1 was lost"), [PointStatus(1, "done")])
-    records.write_status(run_dir, status)
+    write_status(run_dir, status)
     assert not again(run_dir, requeue=False)
     assert again(run_dir, requeue=True)
     assert left_out(run_dir, 1) == ["#SBATCH --exclude=node2,node7"]

@@ -17,6 +17,7 @@ from tests.unit.launch_experiment import experiment
 from toolkit.engine.args import TOKEN_ENV, read_frontend_args, read_worker_args
 from toolkit.launch import check, ports
 from toolkit.launch.adapters import adapters
+from toolkit.launch.check_model import will_build
 from toolkit.launch.plan import num_ports, plan
 
 # --- plan -------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def test_a_taken_port_is_named_with_its_owner() -> None:
 def test_a_model_that_will_be_built_is_not_missed(tmp_path: Path) -> None:
     keys = {"hf_config": None, "load_format": "auto", "tokenizer": "", "path": str(tmp_path / "m")}
     cfg = experiment(model={**keys, "build": "smollm2_moe"})
-    assert check.will_build(cfg.model)
+    assert will_build(cfg.model)
     assert check.check(cfg) == []
     assert check.check(experiment(model=keys)) != []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.config import LoadConfig
+from toolkit.config.load import LoadConfig
 from toolkit.launch.show import _points
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from tests.unit.launch_experiment import experiment
-from toolkit import config
-from toolkit.config import ClusterConfig, ExpConfig
+from toolkit.config.cluster import ClusterConfig
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.load import LoadConfig
+from toolkit.config.mapping import from_mapping
 from toolkit.launch import check_slurm, estimate, inside, node, ports, queue, sbatch, srun
 from toolkit.launch.launcher import Node, ProcessSpec, with_environment
 from toolkit.launch.plan import AGG, FRONTEND, plan, pools
@@ -284,7 +286,7 @@ def test_a_mistake_in_what_is_asked_of_slurm_is_told(cluster: dict[str, Any], me
 def test_a_sweep_that_cannot_end_in_time_is_refused() -> None:
     cfg = on_slurm(time_min=10)
     long = dataclasses.replace(
-        cfg, load=config.from_mapping({"concurrency": [1, 8], "num_requests": 80, "osl": 1000}, config.LoadConfig)
+        cfg, load=from_mapping({"concurrency": [1, 8], "num_requests": 80, "osl": 1000}, LoadConfig)
     )
     assert list(check_slurm.check_slurm(cfg, 0)) == []
     (error,) = check_slurm.check_slurm(long, 8 * 10**9)

@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from toolkit.config import LoadConfig, from_mapping
+from toolkit.config.load import LoadConfig
+from toolkit.config.mapping import from_mapping
 from toolkit.loadgen.arrival import ClosedLoop, OpenLoop, conversations_of
 from toolkit.loadgen.exchange import Call, Exchange
 from toolkit.loadgen.points import Search, due_times

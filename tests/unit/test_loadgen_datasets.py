@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.config import LoadConfig, from_mapping
+from toolkit.config.load import LoadConfig
+from toolkit.config.mapping import from_mapping
 from toolkit.loadgen.datasets import DATASETS, Sample
 from toolkit.loadgen.datasets.prompts import BUNDLED, Prompts, read_prompts
 from toolkit.loadgen.datasets.random import RandomText

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.unit.loadgen_server import DONE, ROLE, delta, event
-from toolkit.config import LoadConfig
+from toolkit.config.load import LoadConfig
 from toolkit.loadgen.datasets import Sample
 from toolkit.loadgen.openai_api import Answer, AnswerError, encode_body, error_message
 from toolkit.loadgen.sse import SSEParser

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.config import LoadConfig
+from toolkit.config.load import LoadConfig
 from toolkit.loadgen.__main__ import main
 from toolkit.loadgen.options import Options, check_load, parse
 from toolkit.loadgen.progress import ProgressBars, ProgressFile

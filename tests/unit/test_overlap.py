@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.config import EngineConfig, ParallelConfig
-from toolkit.engine.arch import check
+from toolkit.config.engine import EngineConfig
+from toolkit.config.parallel import ParallelConfig
+from toolkit.engine.arch_check import check
 from toolkit.engine.core import Batch, Request, SamplingParams, ScheduledRequest
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.families import FAMILIES

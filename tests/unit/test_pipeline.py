@@ -7,7 +7,8 @@ import torch
 
 from tests.dist import steps
 from tests.unit.frontend_peer import TINY_MIXTRAL
-from toolkit.config import EngineConfig, ModelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.arch import read_arch
 from toolkit.engine.core import UNKNOWN, Batch, Request, SamplingParams, ScheduledRequest
 from toolkit.engine.graphs import bucket_sizes

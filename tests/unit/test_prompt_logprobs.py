@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.unit.frontend_peer import TINY_MIXTRAL, VOCAB
-from toolkit.config import EngineConfig, ModelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine import runner as runner_module
 from toolkit.engine.arch import read_arch
 from toolkit.engine.core import Batch, Request, SamplingParams, ScheduledRequest, StepContext

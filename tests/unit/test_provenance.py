@@ -10,10 +10,13 @@ import pytest
 import yaml
 
 from tests.unit.launch_experiment import experiment
-from toolkit import config
-from toolkit.config import ClusterConfig, ExpConfig
+from toolkit.config.cluster import ClusterConfig
+from toolkit.config.compose import from_omegaconf
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import to_mapping
+from toolkit.config.resolve import resolve
 from toolkit.launch import provenance_files
-from toolkit.launch.__main__ import read_saved
+from toolkit.launch.__main__ import experiment_again
 
 
 def git(folder: Path, *words: str) -> None:
@@ -85,14 +88,14 @@ def test_a_saved_config_is_run_again_as_it_was(tmp_path: Path) -> None:
     cfg = experiment(
         load={"osl": 7, "concurrency": [3]}, rehearsal={"load": {"osl": 99}}, resume=True, run_dir=str(tmp_path)
     )
-    again = config.to_mapping(cfg) | {"load": {**config.to_mapping(cfg.load), "osl": 7}}
+    again = to_mapping(cfg) | {"load": {**to_mapping(cfg.load), "osl": 7}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(again, sort_keys=False))
-    node, overrides = read_saved(str(tmp_path), ["load.temperature=0.5"])
-    found = config.resolve(config.from_omegaconf(node))
+    node, overrides = experiment_again(str(tmp_path), ["load.temperature=0.5"])
+    found = resolve(from_omegaconf(node))
     assert isinstance(found, ExpConfig) and overrides == ["load.temperature=0.5"]
     assert (found.load.osl, found.load.concurrency, found.load.temperature) == (7, [3], 0.5)
     assert (found.resume, found.run_dir, found.engine, found.model) == (False, "", cfg.engine, cfg.model)
     with pytest.raises(ValueError, match="did you mean osl"):
-        read_saved(str(tmp_path), ["load.oslx=1"])
+        experiment_again(str(tmp_path), ["load.oslx=1"])
     with pytest.raises(ValueError, match="is not there"):
-        read_saved(str(tmp_path / "nothing"), [])
+        experiment_again(str(tmp_path / "nothing"), [])

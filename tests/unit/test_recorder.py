@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from toolkit import records
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.core import Batch, Request, SamplingParams, ScheduledRequest
 from toolkit.engine.eplb import formats
 from toolkit.engine.eplb.history import History, Summed
@@ -18,6 +18,7 @@ from toolkit.engine.eplb.passes import PassLog
 from toolkit.engine.eplb.placement import Placement
 from toolkit.engine.eplb.recorder import Recorder
 from toolkit.engine.parallel import Groups
+from toolkit.records.experts import ExpertCounts, read_experts, write_experts
 
 EXPERTS, SLOTS = 4, 6
 FIRST, OTHER = torch.tensor([[0, 1], [1, 0], [2, 3], [-1, -1], [3, -1]]), torch.tensor([[0, 3]])
@@ -46,7 +47,7 @@ def test_pairs_of_the_first_pass_of_a_window_are_counted_and_padding_is_not(tmp_
     for ids in (FIRST, OTHER, FIRST):
         one_pass(made, ids)
     made.flush()
-    pairs = records.read_experts(tmp_path / records.EXPERTS).pairs
+    pairs = read_experts(tmp_path / records.EXPERTS).pairs
     assert pairs is not None
     assert pairs[0].tolist() == [[0, 4, 0, 0], [4, 0, 0, 0], [0, 0, 0, 2], [0, 0, 2, 0]]
 
@@ -56,7 +57,7 @@ def test_pairs_are_a_sample_of_the_windows(tmp_path: Path) -> None:
     for ids in (FIRST, OTHER, OTHER, FIRST):
         one_pass(made, ids)
     made.flush()
-    pairs = records.read_experts(tmp_path / records.EXPERTS).pairs
+    pairs = read_experts(tmp_path / records.EXPERTS).pairs
     assert pairs is not None and pairs[0, 0].tolist() == [0, 2, 0, 1], "passes 0 and 2"
 
 
@@ -67,7 +68,7 @@ def test_both_sources_count_the_same_experts_and_the_slots_that_got_them(tmp_pat
     made.history.listen = seen.append
     slots = [one_pass(made, ids) for ids in (FIRST, OTHER, FIRST)]
     made.flush()
-    found = records.read_experts(tmp_path / records.EXPERTS)
+    found = read_experts(tmp_path / records.EXPERTS)
     assert found.counts[:, 0].tolist() == [[3, 2, 1, 3], [2, 2, 1, 2]], "two windows: of two passes, and the rest"
     chosen = torch.cat([s.flatten() for s in slots])
     assert found.slot_counts is not None
@@ -83,7 +84,7 @@ def test_what_comes_while_it_is_stopped_is_thrown_away(tmp_path: Path) -> None:
     made.start()
     one_pass(made, OTHER)
     made.flush()
-    found = records.read_experts(tmp_path / records.EXPERTS)
+    found = read_experts(tmp_path / records.EXPERTS)
     assert found.counts.sum(0)[0].tolist() == [2, 0, 0, 2] and len(found.counts) == 2
 
 
@@ -134,12 +135,12 @@ def test_single_passes_are_kept_and_dumped_as_sglang_does(tmp_path: Path, tokens
 
 
 def test_a_file_without_pairs_and_slots_is_read(tmp_path: Path) -> None:
-    found = records.ExpertCounts(
+    found = ExpertCounts(
         np.zeros((1, 1, 4), np.int64), np.zeros((1, 2)), np.zeros((1, 1, 4), np.int32), np.zeros(1),
         np.array([5], np.int32), 2,
     )  # fmt: skip
-    records.write_experts(tmp_path / "old.npz", found)
-    again = records.read_experts(tmp_path / "old.npz")
+    write_experts(tmp_path / "old.npz", found)
+    again = read_experts(tmp_path / "old.npz")
     assert again.pairs is None and again.slot_counts is None
 
 

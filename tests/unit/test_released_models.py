@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import pytest
 
 from tests.unit.test_config import choices, compose
-from toolkit import config
-from toolkit.config import EngineConfig
-from toolkit.engine.arch import Arch, memory_by_kind, read_arch
+from toolkit.config.engine import EngineConfig
+from toolkit.config.resolve import resolve
+from toolkit.engine.arch import Arch, read_arch
 from toolkit.engine.dims import ParallelDims
-from toolkit.launch import check
+from toolkit.engine.memory import memory_by_kind
+from toolkit.launch.check import check
+from toolkit.launch.check_model import memory
 from toolkit.launch.plan import plan
 
 DEP16 = ()
@@ -67,17 +69,15 @@ def test_fp8_halves_what_is_kept_in_it() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_it_plans_on_two_nodes(name: str) -> None:
     overrides = ("+exp=dep16", f"model={name}", *MODELS[name][2], "dry_run=true")
-    cfg = config.resolve(compose(*overrides))
-    assert check.check(cfg) == []
+    cfg = resolve(compose(*overrides))
+    assert check(cfg) == []
     assert plan(cfg, 25_000).num_gpus == cfg.parallel.tp_size
-    assert sum(check.memory(cfg).values()) < 141e9
+    assert sum(memory(cfg).values()) < 141e9
 
 
 def test_a_dense_model_refuses_options_for_experts() -> None:
-    cfg = config.resolve(
-        compose("+exp=dep16", "model=gemma3_27b", "engine.ep_num_redundant_experts=16", "dry_run=true")
-    )
-    assert check.check(cfg) == [
+    cfg = resolve(compose("+exp=dep16", "model=gemma3_27b", "engine.ep_num_redundant_experts=16", "dry_run=true"))
+    assert check(cfg) == [
         "parallel.ep_size=16 needs experts, but gemma3_text has none: use 1",
         "engine.ep_num_redundant_experts=16 needs experts, but gemma3_text has none: use 0",
     ]
@@ -137,5 +137,5 @@ def test_a_multimodal_gemma_config_is_read_for_its_text() -> None:
 def test_a_share_of_the_cache_that_cannot_work_is_refused(name: str, ratio: float, message: str) -> None:
     overrides = ("+exp=dep16", f"model={name}", "parallel=tp16", f"engine.swa_full_tokens_ratio={ratio}")
     backend = "engine.moe_a2a_backend=allgather"
-    (error,) = check.check(config.resolve(compose(*overrides, backend, "dry_run=true")))
+    (error,) = check(resolve(compose(*overrides, backend, "dry_run=true")))
     assert re.search(message, error)

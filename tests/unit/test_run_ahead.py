@@ -7,8 +7,8 @@ import random
 import pytest
 
 from tests.unit.test_scheduler import MAX_LEN, PAGE, next_token, scheduler
-from toolkit.engine.core import UNKNOWN, Batch, SamplingParams
-from toolkit.engine.scheduler import InFlight, Scheduler
+from toolkit.engine.core import UNKNOWN, Batch, InFlight, SamplingParams
+from toolkit.engine.scheduler import Scheduler
 
 
 class Device:

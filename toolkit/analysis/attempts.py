@@ -1,6 +1,6 @@
 """What several attempts at one run left, put together: a run that was resumed reads as one run.
 
-Owns the joining; a single attempt's files are records.py's. Read next: load.py.
+Owns the joining; a single attempt's files are records/'s. Read next: load.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ import numpy as np
 import pandas as pd
 
 from toolkit import records
-from toolkit.records import ExpertCounts, NodeSample
+from toolkit.records.experts import ExpertCounts, read_experts
+from toolkit.records.samples import NodeSample
+from toolkit.records.steps import read_steps
+from toolkit.records.streams import read_streams
+from toolkit.records.tables import read_table
 
 
 def present(folder: Path, name: str) -> list[Path]:
@@ -25,7 +29,7 @@ def steps(folder: Path) -> pd.DataFrame:
     frames, offset = [], 0
     for attempt in present(folder, records.STEPS):
         try:
-            frame = records.read_steps(attempt)
+            frame = read_steps(attempt)
         except FileNotFoundError:  # a folder whose ranks had not begun
             continue
         frame["step"] += offset
@@ -42,7 +46,7 @@ def experts(folder: Path) -> ExpertCounts:
     Raises:
         ValueError: the attempts counted other layers, experts or ranks.
     """
-    found = [records.read_experts(attempt / records.EXPERTS) for attempt in present(folder, records.EXPERTS)]
+    found = [read_experts(attempt / records.EXPERTS) for attempt in present(folder, records.EXPERTS)]
     whole = found[0]
     for other in found[1:]:
         alike = whole.ep_size == other.ep_size and whole.counts.shape[1:] == other.counts.shape[1:]
@@ -66,13 +70,13 @@ def nodes(folder: Path) -> pd.DataFrame:
     frames = []
     for attempt in records.attempt_folders(folder):
         if (attempt / records.NODES).exists():
-            frames.append(records.read_table(attempt / records.NODES, columns))
-        elif (rows := records.read_streams(attempt / records.NODE_SAMPLES, NodeSample)) is not None:
+            frames.append(read_table(attempt / records.NODES, columns))
+        elif (rows := read_streams(attempt / records.NODE_SAMPLES, NodeSample)) is not None:
             frames.append(rows.to_pandas())
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({name: [] for name in columns})
 
 
 def table(folder: Path, name: str, columns: list[str]) -> pd.DataFrame:
     """The rows of a parquet file of every attempt."""
-    frames = [records.read_table(attempt / name, columns) for attempt in present(folder, name)]
+    frames = [read_table(attempt / name, columns) for attempt in present(folder, name)]
     return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]

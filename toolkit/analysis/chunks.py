@@ -81,7 +81,7 @@ def each_token(values: Floats, tokens: NDArray[np.int64]) -> Floats:
     return values if (tokens == 1).all() else np.repeat(values, tokens)
 
 
-# Columns that come from parquet are flat already (``records.read_table``) and are not taken apart row by row.
+# Columns that come from parquet are flat already (``records.tables.read_table``) and are not taken apart row by row.
 
 
 def _parts(column: pd.Series[Any]) -> list[Any] | None:

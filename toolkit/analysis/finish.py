@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from toolkit import records
 from toolkit.analysis.charts import draw_charts
 from toolkit.analysis.findings import best_row, number, verdict
 from toolkit.analysis.load import COUNT_COLUMNS, Run
@@ -16,6 +15,7 @@ from toolkit.analysis.metrics import steady_figures
 from toolkit.analysis.nodes import point_power
 from toolkit.analysis.report import write_report
 from toolkit.analysis.trust import warnings
+from toolkit.records.sweep import write_sweep
 
 TABLE_COLUMNS: dict[str, str] = {
     "concurrency": "conc.",
@@ -63,7 +63,7 @@ def complete_sweep(run: Run) -> None:
     run.sweep["output_tok_s_per_w"] = run.sweep["output_tok_s"] / run.sweep["power_w"]
     if len(run.sweep):
         rows = run.sweep.astype(object).to_dict("records")
-        records.write_sweep(run.path, [{str(name): value for name, value in row.items()} for row in rows])
+        write_sweep(run.path, [{str(name): value for name, value in row.items()} for row in rows])
 
 
 def terminal_table(run: Run, width: int = 116) -> str:

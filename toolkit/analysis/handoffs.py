@@ -1,6 +1,6 @@
 """Handoffs of disaggregated serving, load point by load point: where the time to the first token goes, and KV rates.
 
-Figures of ``transfers/*.arrows`` (``records.TransferRecord``). A request belongs to the load point in whose measured
+Figures of ``transfers/*.arrows`` (``steps.TransferRecord``). A request belongs to the load point in whose measured
 time it joined its decode worker. Reads no other file. Read next: ``charts/handoffs.py``.
 """
 

@@ -1,7 +1,7 @@
 """How unevenly the experts, and the GPUs that hold them, are loaded.
 
 Owns the arithmetic from logical expert counts and a placement to GPU loads, balancedness and imbalance. Pure numpy.
-Knows nothing of how counts are recorded (the engine) or where they lie (records.py).
+Knows nothing of how counts are recorded (the engine) or where they lie (records/).
 Load is in (token, expert) assignments. Shape letters: W windows, L MoE layers, E logical experts, P slots (physical
 experts), G GPUs (EP ranks). Slot p is on GPU p // (P / G).
 Read next: load.py.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.records import ExpertCounts
+from toolkit.records.experts import ExpertCounts
 
 Floats = NDArray[np.float64]
 

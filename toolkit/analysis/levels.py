@@ -13,7 +13,7 @@ import pandas as pd
 
 from toolkit.analysis.load import LoadPoint, Run
 from toolkit.analysis.metrics import e2e_s, itl_s, succeeded, summary_ms, tpot_s, ttft_s
-from toolkit.records import SWEEP_TEXTS
+from toolkit.records.sweep import SWEEP_TEXTS
 
 RATES = ("output_tok_s", "output_tok_s_per_gpu", "output_tok_s_per_user", "total_tok_s", "steady_output_tok_s")
 AVERAGED = (*RATES, "power_w", "output_tok_s_per_w", "isl_mean", "osl_mean", "balancedness_mean")

@@ -2,7 +2,7 @@
 
 Owns what happens when a part is missing or broken: the part is empty, ``missing`` or ``warnings`` says so, and the
 rest stays usable.
-Knows the file names and schemas through records.py. Nothing is unpickled or evaluated.
+Knows the file names and schemas through records/. Nothing is unpickled or evaluated.
 Read next: charts.py, findings.py, report.py.
 """
 
@@ -25,6 +25,13 @@ from toolkit.analysis import attempts
 from toolkit.analysis.chunks import check_chunks
 from toolkit.analysis.imbalance import PointLoad, WindowLoads, summed, window_loads
 from toolkit.analysis.metrics import Slo, interval, sweep_row
+from toolkit.records.experts import ExpertCounts, RebalanceRecord, read_rebalances
+from toolkit.records.requests import read_requests, requests_schema
+from toolkit.records.samples import MetricSample, NodeSample
+from toolkit.records.status import PointStatus, RunStatus, read_status
+from toolkit.records.steps import StepRecord, TransferRecord, read_transfers
+from toolkit.records.sweep import SWEEP_COLUMNS, SWEEP_TEXTS, read_sweep
+from toolkit.records.tables import schema_of
 
 if TYPE_CHECKING:
     from toolkit.analysis.join import Loss
@@ -75,8 +82,8 @@ class Run:
         return f"{self.path.parent.name}/{self.path.name}"
 
     @cached_property
-    def status(self) -> records.RunStatus | None:
-        return self._read(records.STATUS, lambda: records.read_status(self.path), None)
+    def status(self) -> RunStatus | None:
+        return self._read(records.STATUS, lambda: read_status(self.path), None)
 
     @property
     def state(self) -> str:
@@ -113,11 +120,11 @@ class Run:
 
         List columns are Arrow's: ``requests.chunk_s.list.flatten()``, or ``metrics.itl_s(requests)``.
         """
-        columns = [name for name in records.requests_schema().names if name != "output_text"]
+        columns = [name for name in requests_schema().names if name != "output_text"]
 
         def read() -> pd.DataFrame:
             self._join_points()
-            requests = records.read_requests(self.path, columns)
+            requests = read_requests(self.path, columns)
             check_chunks(requests)
             if not requests["point"].is_monotonic_increasing:
                 requests = requests.sort_values("point", kind="stable", ignore_index=True)
@@ -135,23 +142,23 @@ class Run:
     def texts(self) -> pd.DataFrame:
         """``request_id``, ``prompt_id`` and ``output_text`` of every request, read only when asked for."""
         columns = ["request_id", "prompt_id", "output_text"]
-        return self._read(records.REQUESTS, lambda: records.read_requests(self.path, columns), _no_rows(columns))
+        return self._read(records.REQUESTS, lambda: read_requests(self.path, columns), _no_rows(columns))
 
     @cached_property
     def steps(self) -> pd.DataFrame:
-        """One row a forward pass of a DP rank (``records.StepRecord``), in the order of time."""
-        columns = list(records.StepRecord._fields)
+        """One row a forward pass of a DP rank (``records.steps.StepRecord``), in the order of time."""
+        columns = list(StepRecord._fields)
         return self._read(records.STEPS, lambda: attempts.steps(self.path), _no_rows(columns))
 
     @cached_property
     def server_metrics(self) -> pd.DataFrame:
-        """Samples of the servers' ``/metrics`` (``records.MetricSample``); no rows when none were taken."""
-        return self._optional(records.SERVER_METRICS, records.MetricSample)
+        """Samples of the servers' ``/metrics`` (``records.samples.MetricSample``); no rows when none were taken."""
+        return self._optional(records.SERVER_METRICS, MetricSample)
 
     @cached_property
     def nodes(self) -> pd.DataFrame:
-        """Samples of nodes and GPUs (``records.NodeSample``); no rows when none were taken."""
-        none = _no_rows(list(records.NodeSample._fields))
+        """Samples of nodes and GPUs (``records.samples.NodeSample``); no rows when none were taken."""
+        none = _no_rows(list(NodeSample._fields))
         name = records.NODES if attempts.present(self.path, records.NODES) else records.NODE_SAMPLES
         if not attempts.present(self.path, name):
             return none  # as for most runs of other tools: no warning
@@ -159,11 +166,11 @@ class Run:
 
     @cached_property
     def transfers(self) -> pd.DataFrame:
-        """Requests handed from prefill to decode (``records.TransferRecord``); no rows where serving is aggregated."""
-        columns = list(records.TransferRecord._fields)
+        """Requests handed from prefill to decode (``steps.TransferRecord``); no rows where serving is aggregated."""
+        columns = list(TransferRecord._fields)
         if not (self.path / records.TRANSFERS).exists():
             return _no_rows(columns)
-        return self._read(records.TRANSFERS, lambda: records.read_transfers(self.path), _no_rows(columns))
+        return self._read(records.TRANSFERS, lambda: read_transfers(self.path), _no_rows(columns))
 
     @cached_property
     def slo(self) -> Slo:
@@ -197,7 +204,7 @@ class Run:
     @cached_property
     def sweep(self) -> pd.DataFrame:
         """``sweep.csv``, with rows computed from the requests for the load points that it lacks."""
-        table = self._read(records.SWEEP, self._read_sweep, _no_rows(list(records.SWEEP_COLUMNS)))
+        table = self._read(records.SWEEP, self._read_sweep, _no_rows(list(SWEEP_COLUMNS)))
         claimed = self._rows_by_point(table)
         extra = []
         for point, rows in self.requests.groupby("point", sort=True):
@@ -211,12 +218,12 @@ class Run:
         if not extra:
             return table
         self.warnings.append(f"{records.SWEEP} lacks {len(extra)} load point(s): computed from {records.REQUESTS}")
-        added = pd.DataFrame(extra, columns=list(records.SWEEP_COLUMNS))
+        added = pd.DataFrame(extra, columns=list(SWEEP_COLUMNS))
         return pd.concat([table, added], ignore_index=True) if len(table) else added
 
-    def _status_of(self, point: int) -> records.PointStatus:
+    def _status_of(self, point: int) -> PointStatus:
         known = self.status.points if self.status else []
-        return known[point] if 0 <= point < len(known) else records.PointStatus(0, "done")
+        return known[point] if 0 <= point < len(known) else PointStatus(0, "done")
 
     @cached_property
     def points(self) -> list[LoadPoint]:
@@ -232,8 +239,8 @@ class Run:
         return points
 
     @cached_property
-    def experts(self) -> records.ExpertCounts | None:
-        def read() -> records.ExpertCounts:
+    def experts(self) -> ExpertCounts | None:
+        def read() -> ExpertCounts:
             experts = attempts.experts(self.path)
             window_loads(experts)  # refuses arrays that do not fit together
             return experts
@@ -246,11 +253,11 @@ class Run:
         return window_loads(self.experts) if self.experts is not None else None
 
     @cached_property
-    def rebalances(self) -> list[records.RebalanceRecord]:
+    def rebalances(self) -> list[RebalanceRecord]:
         """Rebalances of experts, in order; none where ``engine.enable_eplb`` was off."""
         if not (self.path / records.REBALANCES).exists():
             return []
-        return self._read(records.REBALANCES, lambda: records.read_rebalances(self.path), [])
+        return self._read(records.REBALANCES, lambda: read_rebalances(self.path), [])
 
     @cached_property
     def baseline(self) -> Run | None:
@@ -313,7 +320,7 @@ class Run:
 
     def _optional(self, name: str, record: type) -> pd.DataFrame:
         """A table that most runs do not have: its lack is no warning."""
-        columns = records.schema_of(record).names
+        columns = schema_of(record).names
         if not attempts.present(self.path, name):
             return _no_rows(columns)
         return self._read(name, lambda: attempts.table(self.path, name, columns), _no_rows(columns))
@@ -328,19 +335,19 @@ class Run:
     def _read_sweep(self) -> pd.DataFrame:
         if not (self.path / records.SWEEP).read_bytes().endswith(b"\n"):
             raise ValueError("its last line is cut off")
-        table = records.read_sweep(self.path)
-        missing = [name for name in records.SWEEP_COLUMNS if name not in table.columns]
+        table = read_sweep(self.path)
+        missing = [name for name in SWEEP_COLUMNS if name not in table.columns]
         if set(missing) & set(COUNT_COLUMNS):
             raise ValueError(f"no column {', '.join(missing)}")
         if missing:
             self.warnings.append(f"{records.SWEEP} is of another version: it has no {', '.join(missing)}")
-        texts = {name: table.get(name, "") for name in records.SWEEP_TEXTS}
-        table = table.reindex(columns=list(records.SWEEP_COLUMNS)).drop(columns=[*texts]).astype(np.float64)
+        texts = {name: table.get(name, "") for name in SWEEP_TEXTS}
+        table = table.reindex(columns=list(SWEEP_COLUMNS)).drop(columns=[*texts]).astype(np.float64)
         if table[list(COUNT_COLUMNS)].isna().any(axis=None):
             raise ValueError(f"an empty cell in {', '.join(COUNT_COLUMNS)}")
         table["repeat"] = table["repeat"].fillna(0)
         table = table.astype(dict.fromkeys((*COUNT_COLUMNS, "repeat"), np.int64)).assign(**texts)
-        return pd.DataFrame(table[list(records.SWEEP_COLUMNS)])
+        return pd.DataFrame(table[list(SWEEP_COLUMNS)])
 
     def _rows_by_point(self, sweep: pd.DataFrame) -> dict[Any, int]:
         """Load point index -> position of its row: the first row of the same concurrency not yet taken."""

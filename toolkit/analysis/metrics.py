@@ -1,6 +1,6 @@
 """The definitions of every latency and throughput figure: the only place that derives them.
 
-Owns the formulas, from ``records.RequestRecord`` columns to one row of ``sweep.csv``. Pure: no files, no clocks.
+Owns the formulas, from ``RequestRecord`` columns to one row of ``sweep.csv``. Pure: no files, no clocks.
 Knows nothing of expert load (imbalance.py), run folders (load.py) or charts.
 
 Where peers differ (aiperf 0.13, vLLM ``bench serve``, SGLang ``bench_serving``): our TPOT is what aiperf calls ITL
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.analysis.chunks import chunks_of, each_token, gaps_of, starts
-from toolkit.records import SWEEP_COLUMNS
+from toolkit.records.sweep import SWEEP_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -315,7 +315,7 @@ def sweep_row(
     imbalance_max: float = np.nan,
     request_rate: float = 0.0,
 ) -> dict[str, Any]:
-    """One load point -> its row of ``sweep.csv``: every one of ``records.SWEEP_COLUMNS``.
+    """One load point -> its row of ``sweep.csv``: every one of ``records.sweep.SWEEP_COLUMNS``.
 
     - ``requests``: measured requests; ``failed``: those of them that are not ok. Warm-up is in no figure.
     - ``duration_s``: first send to last token of the measured requests (``interval``). aiperf takes the same window;
@@ -337,7 +337,7 @@ def sweep_row(
     A figure that does not exist (no ok request, one token only) is NaN.
 
     Args:
-        requests: rows of one load point, ``records.RequestRecord`` columns.
+        requests: rows of one load point, ``RequestRecord`` columns.
         concurrency: the load point's requests in flight.
         num_gpus: GPUs (or CPU ranks) the deployment occupies.
         request_rate: requests a second that were asked for; 0: a closed loop.

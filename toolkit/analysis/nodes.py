@@ -1,6 +1,6 @@
 """What the nodes did while they were loaded: power of the GPUs, and the series that the chart of nodes draws.
 
-Owns the figures that come from nodes.parquet (``records.NodeSample``). Latency and throughput are metrics.py's.
+Owns the figures that come from nodes.parquet (``records.samples.NodeSample``). Latency and throughput are metrics.py's.
 Read next: charts/nodes.py.
 """
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from toolkit.analysis.load import Run
 from toolkit.analysis.metrics import interval
-from toolkit.records import HOST
+from toolkit.records.samples import HOST
 
 Floats = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from toolkit.analysis.imbalance import balancedness, summed
 from toolkit.analysis.load import Run
-from toolkit.records import RebalanceRecord
+from toolkit.records.experts import RebalanceRecord
 
 MB = 1e6
 

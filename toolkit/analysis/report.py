@@ -22,6 +22,7 @@ from toolkit.analysis.charts import Drawn
 from toolkit.analysis.findings import best_row, expert_summary, number, verdict
 from toolkit.analysis.load import COUNT_COLUMNS, Run
 from toolkit.analysis.trust import warnings
+from toolkit.records.files import replacing
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def write_report(run: Run, charts: Iterable[Drawn]) -> Path:
         provenance=_provenance(run.manifest),
     )
     path = run.path / records.REPORT
-    with records.replacing(path, "wb") as out:
+    with replacing(path, "wb") as out:
         out.write(page.encode())
     return path
 

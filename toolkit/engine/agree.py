@@ -13,7 +13,7 @@ from operator import and_, or_
 
 import torch
 
-from toolkit.config import AttentionDpConfig
+from toolkit.config.engine import AttentionDpConfig
 from toolkit.engine.core import StepContext
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Comm

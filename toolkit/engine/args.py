@@ -11,7 +11,9 @@ from typing import Literal
 
 import msgspec
 
-from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
+from toolkit.config.parallel import ParallelConfig
 
 TOKEN_ENV = "TOOLKIT_RUN_TOKEN"  # the secret of the run; in the environment, never in a file or on a command line
 

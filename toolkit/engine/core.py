@@ -1,4 +1,4 @@
-"""The nouns of the engine: SamplingParams, Request, Batch, StepContext.
+"""The nouns of the engine: SamplingParams, Request, Batch, InFlight, StepContext.
 
 Plain data without torch, shared by the frontend (through ``messages``), the scheduler and the runner.
 Read next: ``parallel.py``.
@@ -48,6 +48,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether sampling counts the tokens before, or a logprob comes with each token."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalties or self.logprobs is not None or self.prompt_logprobs is not None
+
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log-probability of one token under the model (before any sampling option), and the most likely tokens there."""
@@ -79,6 +85,11 @@ class Request:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def prefilling(self) -> bool:
+        """True while more than its newest token has yet to be computed."""
+        return len(self.tokens) - self.num_computed > 1
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,14 @@ class Batch:
     def num_logit_rows(self) -> int:
         """Rows of logits that the step must give."""
         return sum(s.samples + len(s.scored) for s in self.scheduled)
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A launched step: its batch, and where in ``request.tokens`` each sampled token belongs, in batch order."""
+
+    batch: Batch
+    sampling: tuple[tuple[Request, int], ...]
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """ParallelDims: the degrees of one worker, their relations and the coordinates of a rank. No torch.
 
 Layout and formulas are SGLang's: ranks are tp-fastest, tp_size = attn_tp * dp_size = moe_tp * ep_size * moe_dp_size.
-It does not know model shapes (``arch.check`` does) nor process groups (``parallel.py``).
+It does not know model shapes (``arch_check.py`` does) nor process groups (``parallel.py``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from toolkit.config import ParallelConfig
+from toolkit.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)

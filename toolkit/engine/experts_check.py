@@ -1,6 +1,6 @@
 """Rules between experts, dispatchers and what their GPU libraries can do. No torch, so that plans are instant.
 
-Called by ``arch.check``; sources of the limits: DeepEP's buffers/legacy.py, buffers/elastic.py and its compiled
+Called by ``arch_check.check``; sources of the limits: DeepEP's buffers/legacy.py, buffers/elastic.py and its compiled
 shapes. Knows no libraries: whether they are installed is found where they are imported.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.dims import ParallelDims
 
 if TYPE_CHECKING:

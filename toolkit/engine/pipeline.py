@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from toolkit.engine.core import Batch, StepContext
+from toolkit.engine.core import Batch, InFlight, StepContext
 from toolkit.engine.messages import Output
 from toolkit.engine.runner import Launched, ModelRunner
-from toolkit.engine.scheduler import InFlight, Scheduler
+from toolkit.engine.scheduler import Scheduler
 
 
 @dataclass(frozen=True)

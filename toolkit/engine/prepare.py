@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine import device as devices
 from toolkit.engine.arch import Arch, context_length
 from toolkit.engine.core import SamplingParams, StepContext

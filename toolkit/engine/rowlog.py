@@ -2,7 +2,7 @@
 
 ``add`` appends to a bounded queue (microseconds), a thread writes what has gathered every ``FLUSH_S``. A disk that
 hangs costs the oldest rows, never a step and never memory; the loss is logged. The file is an Arrow stream
-(``records.open_rows``), so what was written before a crash stays readable. Used by ``steplog.py``, ``disagg/log.py``.
+(``streams.open_rows``), so what was written before a crash stays readable. Used by ``steplog.py``, ``disagg/log.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from toolkit.records import open_rows
+from toolkit.records.streams import open_rows
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from toolkit.config import EngineConfig, ModelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.arch import Arch, context_length
 from toolkit.engine.attention.backend import make_attention
 from toolkit.engine.core import Batch, Request, StepContext

@@ -14,27 +14,19 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from toolkit.engine.core import UNKNOWN, Batch, FinishReason, Request, SamplingParams, ScheduledRequest, TokenLogprobs
+from toolkit.engine.core import (
+    UNKNOWN,
+    Batch,
+    FinishReason,
+    InFlight,
+    Request,
+    SamplingParams,
+    ScheduledRequest,
+    TokenLogprobs,
+)
 from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import Output
-
-
-@dataclass
-class SchedulerStats:
-    """Counters since start; none of them falls."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
-
-
-@dataclass(frozen=True)
-class InFlight:
-    """A launched step: its batch, and where in ``request.tokens`` each sampled token belongs, in batch order."""
-
-    batch: Batch
-    sampling: tuple[tuple[Request, int], ...]
+from toolkit.engine.stats import SchedulerStats
 
 
 @dataclass
@@ -89,7 +81,7 @@ class Scheduler:
         """
         refused = self.refuse(rid, prompt)
         if refused is None:
-            self._waiting[rid] = self._request(rid, prompt, sampling, generated, handoff)
+            self._waiting[rid] = self.incoming(rid, prompt, sampling, generated, handoff)
         return refused
 
     def refuse(self, rid: str, prompt: Sequence[int]) -> Output | None:
@@ -133,13 +125,10 @@ class Scheduler:
             self.tables.release(request)
         return reason
 
-    def incoming(self, rid: str, prompt: Sequence[int], sampling: SamplingParams, generated: int) -> Request:
-        """A request to ``place``."""
-        return self._request(rid, prompt, sampling, generated, handoff=False)
-
-    def _request(
-        self, rid: str, prompt: Sequence[int], sampling: SamplingParams, generated: int, handoff: bool
+    def incoming(
+        self, rid: str, prompt: Sequence[int], sampling: SamplingParams, generated: int, handoff: bool = False
     ) -> Request:
+        """The next request in the order of arrival, to be queued (``add``) or to ``place``."""
         self._arrivals += 1
         return Request(rid, list(prompt), len(prompt) - generated, sampling, self._arrivals, handoff)
 
@@ -159,7 +148,7 @@ class Scheduler:
         prefill: list[ScheduledRequest] = []
         complete = True  # nobody is admitted while a running prompt waits for budget or blocks
         for request in self._running.values():
-            if _is_prefilling(request):
+            if request.prefilling:
                 budget -= self._schedule_chunk(request, budget, prefill)
                 complete &= bool(prefill) and prefill[-1].request is request and prefill[-1].samples
         while not hold and complete and budget and self._waiting and len(self._running) < self.max_running:
@@ -178,7 +167,7 @@ class Scheduler:
         """
         if self.tables.num_spare < len(self._running):
             return False
-        return not any(_needs_tokens(request.sampling) for request in self._running.values())
+        return not any(request.sampling.needs_tokens for request in self._running.values())
 
     def advance(self, batch: Batch) -> InFlight:
         """The step of ``batch`` was launched: its tokens count as computed; what it samples comes to ``resolve``."""
@@ -292,7 +281,7 @@ class Scheduler:
         """Whether the request's next token is to be sampled; not when the one under way will be its last."""
         last = len(request.tokens) - 1
         ends = request.handoff or self._is_long(request, last)
-        return not _is_prefilling(request) and not (request.tokens[last] == UNKNOWN and ends)
+        return not request.prefilling and not (request.tokens[last] == UNKNOWN and ends)
 
     def _is_long(self, request: Request, index: int) -> bool:
         """True when the token at ``index`` is the last one for its length."""
@@ -310,13 +299,3 @@ class Scheduler:
         """Asserts that no block is leaked or shared wrongly. For tests."""
         self.tables.audit([*self._running.values(), *self._kept.values()])
         assert not any(r.blocks for r in self._waiting.values()), "a waiting request holds blocks"
-
-
-def _is_prefilling(request: Request) -> bool:
-    return len(request.tokens) - request.num_computed > 1
-
-
-def _needs_tokens(p: SamplingParams) -> bool:
-    """Whether sampling counts the tokens before, or a logprob comes with each token."""
-    penalties = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-    return penalties or p.logprobs is not None or p.prompt_logprobs is not None

@@ -1,6 +1,6 @@
 """StepLog: one row for every forward pass of a DP rank, in ``steps/rank-<R>.arrows`` of the run folder.
 
-The columns are ``records.StepRecord``. How rows reach the disk is ``rowlog.py``'s affair; a gap of lost rows shows in
+The columns are ``StepRecord``. How rows reach the disk is ``rowlog.py``'s affair; a gap of lost rows shows in
 ``step``. Knows no tensors. Used by worker.py on the leader of each DP rank.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from toolkit.engine.core import Batch
 from toolkit.engine.rowlog import MAX_QUEUED, RowLog
 from toolkit.engine.scheduler import Scheduler
-from toolkit.records import StepRecord
+from toolkit.records.steps import StepRecord
 
 
 class StepLog(RowLog[StepRecord]):

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from toolkit.config import ModelConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.fp8 import BlockFp8, Matrix, blocks_of, quantize_blocks
 from toolkit.engine.gpu_libraries import scales_are_powers_of_two
 

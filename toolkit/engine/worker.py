@@ -13,28 +13,28 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import logging
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import torch
 import torch.distributed as dist
-import zmq
 
 from toolkit.engine import device
 from toolkit.engine.agree import Agreement, AttentionDpBalance, Proposal, agree
-from toolkit.engine.arch import check, context_length, memory_by_kind, read_arch
+from toolkit.engine.arch import context_length, read_arch
+from toolkit.engine.arch_check import check
 from toolkit.engine.args import WorkerArgs, read_worker_args, run_token
 from toolkit.engine.control import Controller, process_bytes
 from toolkit.engine.core import Batch, StepContext
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.disagg.part import make_part, make_transfer
 from toolkit.engine.eplb.setup import make_manager, make_recorder, num_nodes
+from toolkit.engine.link import Link
+from toolkit.engine.memory import memory_by_kind
 from toolkit.engine.messages import (
     Abort,
     Control,
@@ -46,11 +46,7 @@ from toolkit.engine.messages import (
     Outputs,
     Progress,
     Ready,
-    Stats,
-    ToFrontend,
     ToRank,
-    decode_to_rank,
-    encode,
 )
 from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups
@@ -59,67 +55,14 @@ from toolkit.engine.pipeline import Pipeline, Step
 from toolkit.engine.prepare import prepare
 from toolkit.engine.pulse import Pulse
 from toolkit.engine.runner import ModelRunner
+from toolkit.engine.stats import stats_of
 from toolkit.engine.steplog import StepLog
-from toolkit.records import steps_path
+from toolkit.records.steps import steps_path
 
 log = logging.getLogger("toolkit.engine.worker")
 
 STATS_S = 0.25
 PROGRESS_S = 0.2
-BEAT_MS = 1000  # a sleeping leader says that it lives
-PAUSE_MS = 1
-
-
-class Link:
-    """This rank's two sockets: its inbox, and the way to the frontend."""
-
-    def __init__(self, args: WorkerArgs, rank: int, token: str) -> None:
-        self._context = zmq.Context()
-        self._token = token
-        self._inbox = self._context.socket(zmq.PULL)
-        self._inbox.set_hwm(0)
-        self._inbox.bind(f"tcp://{args.rank_hosts[rank]}:{args.inbox_ports[rank]}")
-        self._outbox = self._context.socket(zmq.PUSH)
-        self._outbox.set_hwm(0)
-        self._outbox.connect("tcp://{}:{}".format(*args.frontend))
-        self._early: list[ToRank] = []  # read and not yet received
-        self.messages_seen = 0
-
-    def receive(self, wait: bool, beat: Callable[[], None]) -> list[ToRank]:
-        """All messages that have arrived; with ``wait``, sleeps until there is one and calls ``beat`` now and then."""
-        if wait and not self._early:
-            while not self._inbox.poll(BEAT_MS):
-                beat()
-        self._read()
-        messages, self._early = self._early, []
-        self.messages_seen += len(messages)
-        return messages
-
-    def pause(self) -> None:
-        """Sleeps a moment: there is nothing to compute, but a transfer to look after."""
-        self._inbox.poll(PAUSE_MS)
-
-    def nap(self, seconds: float) -> None:
-        """Sleeps; a ``Control`` that has come or comes ends it early, since it may say to sleep no longer."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            if any(isinstance(message, Control) for message in self._early):
-                return
-            if self._inbox.poll(math.ceil(left * 1000)):
-                self._read()
-
-    def _read(self) -> None:
-        while self._inbox.poll(0):
-            try:
-                self._early.append(decode_to_rank(self._inbox.recv_multipart(), self._token))
-            except ValueError as error:
-                log.warning("dropped a message: %s", error)
-
-    def send(self, message: ToFrontend) -> None:
-        self._outbox.send_multipart(encode(message, self._token))
-
-    def close(self) -> None:
-        self._context.destroy(linger=2000)
 
 
 class Worker:
@@ -233,13 +176,11 @@ class Worker:
             if asleep or time.monotonic() - self._stats_sent > STATS_S:
                 self._send_stats()
             if agreed.shutdown:
-                if self.step_log is not None:
-                    self.step_log.close()
-                if self.part is not None:
-                    self.part.close()
-                if self.eplb is not None:
-                    self.eplb.close()
-                self._reply(self._shutdown)
+                for open_one in (self.step_log, self.part, self.eplb):
+                    if open_one is not None:
+                        open_one.close()
+                assert self._shutdown is not None, "agreed on, and not asked for here"
+                self.link.send(ControlReply(self._shutdown.cid, self.rank, ok=True))
                 self.peers.leave()
                 return
 
@@ -328,33 +269,13 @@ class Worker:
         data = comm.broadcast_bytes(msgspec.msgpack.encode(messages) if self.leads else b"")
         return msgspec.msgpack.decode(data, type=list[ToRank])
 
-    def _reply(self, message: Control | None) -> None:
-        assert message is not None, "a reply without a question"
-        self.link.send(ControlReply(message.cid, self.rank, ok=True))
-
     def _send_stats(self) -> None:
         self._stats_sent = time.monotonic()
         if not self.leads:
             return
-        scheduler, page = self.scheduler, self.args.engine.page_size
-        pool, stats = scheduler.tables, scheduler.stats
-        self.link.send(
-            Stats(
-                dp_rank=self.dp_rank,
-                running=scheduler.num_running,
-                waiting=scheduler.num_waiting,
-                kv_used_tokens=(pool.num_blocks - pool.num_free) * page,
-                kv_total_tokens=pool.num_blocks * page,
-                steps_total=self._steps,
-                step_s_total=self._step_s,
-                prompt_tokens_total=stats.prompt_tokens,
-                cached_tokens_total=stats.cached_tokens,
-                generated_tokens_total=stats.generated_tokens,
-                preemptions_total=stats.preemptions,
-                balancedness=self.recorder.history.last_balancedness if self.recorder is not None else math.nan,
-                eplb=self.eplb.stats() if self.eplb is not None and self.rank == 0 else None,
-            )
-        )
+        eplb = self.eplb if self.rank == 0 else None
+        stats = stats_of(self.dp_rank, self.scheduler, self._steps, self._step_s, self.recorder, eplb)
+        self.link.send(stats)
 
 
 def main() -> None:

@@ -16,7 +16,10 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit import config
+from toolkit.config.compose import from_omegaconf, read_saved, register_hydra_defaults, variants
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import explain_override
+from toolkit.config.resolve import resolve
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +43,7 @@ def main() -> int:
     saved = [word for word in words if word.startswith(SAVED)]
     if saved:
         try:
-            return launch([read_saved(saved[-1].removeprefix(SAVED), [w for w in words if w not in saved])])
+            return launch([experiment_again(saved[-1].removeprefix(SAVED), [w for w in words if w not in saved])])
         except (ValueError, OSError) as error:
             return _refuse(str(error).splitlines())
     mistakes = [mistake for word in words if (mistake := explain(word))]
@@ -58,7 +61,7 @@ def main() -> int:
     return launch(composed)
 
 
-def read_saved(path: str, overrides: list[str]) -> tuple[Any, list[str]]:
+def experiment_again(path: str, overrides: list[str]) -> tuple[Any, list[str]]:
     """The experiment of a run folder's config.yaml, every key as it was, and what ``overrides`` change of it."""
     file = Path(path).expanduser()
     file = file / "config.yaml" if file.is_dir() else file
@@ -66,7 +69,7 @@ def read_saved(path: str, overrides: list[str]) -> tuple[Any, list[str]]:
         raise ValueError(f"config={path} is not there: give a run folder, or the config.yaml in one")
     if mistakes := [mistake for word in overrides if (mistake := explain(word))]:
         raise ValueError("\n".join(mistakes))
-    return config.read_saved(file, overrides), overrides
+    return read_saved(file, overrides), overrides
 
 
 def explain(word: str) -> str | None:
@@ -74,13 +77,13 @@ def explain(word: str) -> str | None:
     if nodes := re.match(r"^(cluster\.(?:nodelist|exclude))=([^'\"]*\[.*)", word):
         return f"{word}: brackets need quotes of their own: \"{nodes[1]}='{nodes[2]}'\""
     top = re.match(r"^\+{0,2}(\w+)=", word)
-    known = list(config.ExpConfig.__dataclass_fields__)
+    known = list(ExpConfig.__dataclass_fields__)
     if top and top[1] not in known:
         close = difflib.get_close_matches(top[1], known, n=1)
         return f"{top[1]} is not a config key; " + (
             f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
         )
-    return config.explain_override(word)
+    return explain_override(word)
 
 
 def compose() -> list[tuple[Any, list[str]]]:
@@ -88,12 +91,12 @@ def compose() -> list[tuple[Any, list[str]]]:
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    config.register_hydra_defaults()
+    register_hydra_defaults()
     composed: list[tuple[Any, list[str]]] = []
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def keep(node: Any) -> None:
-        composed.extend(config.variants(node, list(HydraConfig.get().overrides.task)))
+        composed.extend(variants(node, list(HydraConfig.get().overrides.task)))
 
     keep()
     return composed
@@ -109,7 +112,7 @@ def launch(composed: Sequence[tuple[Any, list[str]]]) -> int:
     experiments, errors = [], []
     for node, overrides in composed:
         try:
-            cfg = config.resolve(config.from_omegaconf(node), explicit=override_names(overrides))
+            cfg = resolve(from_omegaconf(node), explicit=override_names(overrides))
         except ValueError as error:
             errors += str(error).splitlines()
             continue
@@ -167,10 +170,11 @@ def run_here(experiments: Sequence[Experiment], console: Console) -> int:
     return worst
 
 
-def show_plan(cfg: config.ExpConfig, console: Any) -> None:
+def show_plan(cfg: ExpConfig, console: Any) -> None:
     """What a run of ``cfg`` would start, with names in place of what only the run can know."""
-    from toolkit.launch import check, ports
+    from toolkit.launch import ports
     from toolkit.launch.adapters import adapters
+    from toolkit.launch.check_model import memory
     from toolkit.launch.launcher import Node, with_environment
     from toolkit.launch.plan import num_ports, plan
     from toolkit.launch.pools import worker_pools
@@ -183,8 +187,8 @@ def show_plan(cfg: config.ExpConfig, console: Any) -> None:
     run_dir = Path(cfg.cluster.results_dir).absolute() / cfg.exp / "<time>"
     nodes = [Node(host, base) for host in hosts]
     specs = with_environment(adapters()[cfg.engine.backend](deployment, cfg, hosts, run_dir).specs, cfg, nodes)
-    memory = {pool.name: check.memory(pool.view(cfg)) for pool in worker_pools(cfg)}
-    show(console, cfg, deployment, specs, memory)
+    by_pool = {pool.name: memory(pool.view(cfg)) for pool in worker_pools(cfg)}
+    show(console, cfg, deployment, specs, by_pool)
 
 
 def override_names(overrides: Collection[str]) -> set[str]:

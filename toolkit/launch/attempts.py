@@ -18,13 +18,16 @@ from typing import Any
 
 import yaml
 
-from toolkit import config, heartbeat, point_files, records
-from toolkit.config import ExpConfig, to_mapping
+from toolkit import heartbeat, point_files, records
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping, to_mapping
 from toolkit.engine import pulse
 from toolkit.launch import provenance_files, share
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.loadgen import resume
 from toolkit.loadgen.options import Options
+from toolkit.records.files import write_json
+from toolkit.records.status import RunState, read_status, write_status
 
 COMMAND = "command.json"  # inside STATE_DIR
 # Of an experiment's keys, those that decide what is measured; load.* has its own list (resume.NO_MATTER).
@@ -78,7 +81,7 @@ def find(cfg: ExpConfig) -> Path | None:
 
 def read_config(folder: Path) -> ExpConfig:
     """The experiment of a run folder; keys that came later have their defaults."""
-    return config.from_mapping(yaml.safe_load((folder / records.CONFIG).read_text()), ExpConfig)
+    return from_mapping(yaml.safe_load((folder / records.CONFIG).read_text()), ExpConfig)
 
 
 def differences(before: ExpConfig, now: ExpConfig) -> Iterator[str]:
@@ -122,7 +125,7 @@ def begin(run_dir: Path, manifest: Mapping[str, Any]) -> int:
         reopen_status(run_dir, "running")
     manifest = {**manifest, **_command(run_dir)}
     entry = {"attempt": number, "started": manifest.get("started"), "changed": _changed(run_dir, number, manifest)}
-    records.write_json(run_dir / records.MANIFEST, {**manifest, "attempts": [*known, entry]})
+    write_json(run_dir / records.MANIFEST, {**manifest, "attempts": [*known, entry]})
     return number
 
 
@@ -140,7 +143,7 @@ def note(run_dir: Path, **facts: Any) -> None:
     path = run_dir / records.MANIFEST
     manifest = json.loads(path.read_bytes())
     manifest["attempts"][-1] |= facts
-    records.write_json(path, manifest)
+    write_json(path, manifest)
 
 
 def note_end(run_dir: Path, state: str, reason: str) -> None:
@@ -176,14 +179,14 @@ def _put_aside(run_dir: Path, aside: Path) -> None:
                 file.rename(aside / folder / file.name)
 
 
-def reopen_status(run_dir: Path, state: records.RunState) -> None:
+def reopen_status(run_dir: Path, state: RunState) -> None:
     """What did not end well is pending again; the load generator puts the points' order right."""
-    status = records.read_status(run_dir)
+    status = read_status(run_dir)
     status.state, status.reason = state, ""
     for point in status.points:
         if point.state != "done":
             point.state, point.reason = "pending", ""
-    records.write_status(run_dir, status)
+    write_status(run_dir, status)
 
 
 def _changed(run_dir: Path, number: int, now: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch.pools import Pool, worker_pools
 from toolkit.registry import unknown
 

@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from toolkit.config import ClusterConfig, ExpConfig
+from toolkit.config.cluster import ClusterConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch import estimate, queue
 from toolkit.launch.plan import FRONTEND, PoolPlan, pools
 from toolkit.launch.pools import worker_pools

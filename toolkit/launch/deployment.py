@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from toolkit import records
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.engine.args import TOKEN_ENV
 from toolkit.heartbeat import beating
 from toolkit.launch import attempts, sampler
@@ -34,6 +34,7 @@ from toolkit.launch.share import FOLDER, Share
 from toolkit.launch.show import say
 from toolkit.launch.stall import StallWatch
 from toolkit.launch.watch import RunFailed, Watch, lost
+from toolkit.records.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Deployment:
         self.nodes = self.launcher.nodes(pools(cfg), num_ports(cfg), run_dir)
         attempts.note(run_dir, hosts=[node.host for node in self.nodes])
         deployment = self.plan(cfg)
-        records.write_json(run_dir / records.PLAN, deployment.to_json())
+        write_json(run_dir / records.PLAN, deployment.to_json())
         processes = self._write_files(deployment)
         if cfg.health.preflight:
             for text in preflight(cfg, deployment, self.nodes, run_dir, self.launcher):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch.pools import worker_pools
 
 TPOT_S = {"cuda": 0.008, "cpu": 0.01}  # faster than the fastest published wide-EP decode under load, or a tiny model

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import msgspec
 
-from toolkit import records
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch import attempts, job_file, queue, sbatch
 from toolkit.launch.launcher import STATE_DIR
+from toolkit.records.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def submit_again(cfg: ExpConfig, run_dir: Path, others: Sequence[Path], names: S
         return ""
     log.warning("submitted again as job %s without %s", job_id, ", ".join(names))
     for folder in (run_dir, *others):
-        records.write_json(folder / STATE_DIR / FILE, msgspec.to_builtins(Excluded(names, before.times + 1)))
+        write_json(folder / STATE_DIR / FILE, msgspec.to_builtins(Excluded(names, before.times + 1)))
         attempts.reopen_status(folder, "queued")
         job_file.write(folder, job_file.by_slurm(job_id))
     return job_id

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from toolkit import records
 from toolkit.launch import exclude, job_file, queue
 from toolkit.launch.attempts import read_config
 from toolkit.launch.inside import LOG
 from toolkit.launch.queue import JobState
 from toolkit.launch.run import EXIT_CODES
 from toolkit.launch.show import say
+from toolkit.records.status import read_status, write_status
 
 ASK_S = 2.0  # between two questions to Slurm, which a whole site shares
 LOOK_S = 0.25
@@ -100,7 +100,7 @@ class Follower:
             exclude.submit_again(cfg, self._run_dir, [], [job.first_node])
 
     def _pending(self) -> bool:
-        return records.read_status(self._run_dir).state == "queued"
+        return read_status(self._run_dir).state == "queued"
 
     def _size(self) -> int:
         log = self._run_dir / LOG
@@ -148,10 +148,10 @@ class Follower:
 
 def settle(run_dir: Path, job: JobState) -> int:
     """The exit code of a run; one that Slurm ended before it could say so gets Slurm's word in its status.json."""
-    status, deadline = records.read_status(run_dir), time.monotonic() + SETTLE_S
+    status, deadline = read_status(run_dir), time.monotonic() + SETTLE_S
     while status.state in ("queued", "running") and not job.active and time.monotonic() < deadline:
         time.sleep(LOOK_S)  # its last word may be on its way through a network file system
-        status = records.read_status(run_dir)
+        status = read_status(run_dir)
     if status.state in ("queued", "running") and not job.active:
         reason = f"Slurm ended the job: {job.state or 'it is not known any more'}" + (
             f" ({job.reason})" if job.reason else ""
@@ -161,5 +161,5 @@ def settle(run_dir: Path, job: JobState) -> int:
         for point in status.points:
             if point.state in ("pending", "running"):
                 point.state, point.reason = "cancelled", reason
-        records.write_status(run_dir, status)
+        write_status(run_dir, status)
     return EXIT_CODES.get(status.state, 0)

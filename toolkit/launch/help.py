@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from toolkit.config import GROUPS, help_text
+from toolkit.config.experiment import GROUPS
+from toolkit.config.help import help_text
 
 USAGE = """\
 Takes an experiment to a running MoE deployment, loads it, and leaves a folder of charts.

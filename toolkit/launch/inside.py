@@ -23,6 +23,7 @@ from toolkit.launch.run import EXIT_CODES, run
 from toolkit.launch.sbatch import NEXT_TASK
 from toolkit.launch.standing import Standing
 from toolkit.launch.watch import lost_nodes
+from toolkit.records.status import RunStatus, read_status, write_status
 
 LOG = records.log_name("launcher", 0)
 FRUITLESS = 3  # starts without a point done that are put down to preemption
@@ -31,7 +32,7 @@ CANCELLED = EXIT_CODES["cancelled"]
 
 def main() -> int:
     """Returns the worst of the runs' exit codes."""
-    run_dirs = [folder for folder in mine(sys.argv[1:]) if records.read_status(folder).state != "done"]
+    run_dirs = [folder for folder in mine(sys.argv[1:]) if read_status(folder).state != "done"]
     run_dirs = [folder for folder in run_dirs if not taken_over(folder)]
     worst = 0
     with Standing() as standing:
@@ -100,7 +101,7 @@ class Again:
         self.starts = False
 
     def __call__(self, run_dir: Path) -> bool:
-        cfg, status = read_config(run_dir), records.read_status(run_dir)
+        cfg, status = read_config(run_dir), read_status(run_dir)
         bad = [node.host for node in preflight.read_bad(run_dir)] if cfg.cluster.exclude_bad_nodes else []
         goes_on = cfg.cluster.requeue and self._goes_on(run_dir, status)
         if names := bad or (lost_nodes(status.reason) if goes_on else []):
@@ -110,7 +111,7 @@ class Again:
             self.starts = True
         return self.starts
 
-    def _goes_on(self, run_dir: Path, status: records.RunStatus) -> bool:
+    def _goes_on(self, run_dir: Path, status: RunStatus) -> bool:
         """After Slurm's notice, or a lost node that it has not missed yet. What Slurm ends itself, it requeues itself.
 
         Only as long as starts bring points.
@@ -121,18 +122,18 @@ class Again:
 
 
 def points_done(run_dir: Path) -> int:
-    return sum(point.state == "done" for point in records.read_status(run_dir).points)
+    return sum(point.state == "done" for point in read_status(run_dir).points)
 
 
 def never_begun(run_dirs: Sequence[Path], reason: str) -> None:
     """Says so in the folders of runs that this job will not come to."""
     for run_dir in run_dirs:
-        status = records.read_status(run_dir)
+        status = read_status(run_dir)
         if status.state == "queued":
             status.state, status.reason = "cancelled", reason
             for point in status.points:
                 point.state, point.reason = "cancelled", reason
-            records.write_status(run_dir, status)
+            write_status(run_dir, status)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from toolkit import records
 from toolkit.launch.launcher import STATE_DIR
+from toolkit.records.files import write_json
 
 NAME = "job.json"
 
@@ -54,7 +54,7 @@ def of_this_process() -> JobRecord:
 
 
 def write(run_dir: Path, record: JobRecord) -> None:
-    records.write_json(run_dir / STATE_DIR / NAME, msgspec.to_builtins(record))
+    write_json(run_dir / STATE_DIR / NAME, msgspec.to_builtins(record))
 
 
 def read(run_dir: Path) -> JobRecord | None:

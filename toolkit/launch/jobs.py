@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from toolkit import heartbeat, records
+from toolkit import heartbeat
 from toolkit.launch import child, job_file, queue
 from toolkit.launch.follow import cancel as cancel_jobs
 from toolkit.launch.follow import follow as follow_jobs
@@ -35,6 +35,7 @@ from toolkit.launch.launcher import STATE_DIR, ProcessState, tail
 from toolkit.launch.load import PROGRESS, read_progress
 from toolkit.launch.queue import JobState
 from toolkit.launch.run import EXIT_CODES
+from toolkit.records.status import RunState, RunStatus, read_status
 
 USER_ERROR = 2
 LIVE = ("queued", "running")
@@ -55,7 +56,7 @@ class Seen:
 
     run_dir: Path
     by: JobRecord
-    state: records.RunState
+    state: RunState
     reason: str
     where: str
     roles: str
@@ -85,7 +86,7 @@ def main() -> int:
 def choose(folders: Sequence[Path], word: str, results: Path) -> Path:
     """The run that ``word`` means. Raises ``ValueError`` that says what there is."""
     if not word:
-        alive = [f for f in folders if records.read_status(f).state in LIVE]
+        alive = [f for f in folders if read_status(f).state in LIVE]
         if not alive:
             raise ValueError(f"nothing is queued or runs under {results}: name a run; `list --all` shows them")
         return alive[0]
@@ -121,7 +122,7 @@ def look(run_dir: Path, job: JobState | None = None) -> Seen | None:
     by = job_file.read(run_dir)
     if by is None:
         return None
-    status, where = records.read_status(run_dir), by.host
+    status, where = read_status(run_dir), by.host
     if by.job_id and status.state in LIVE:
         job = job or _ask(by.job_id)
         if job is None:
@@ -130,7 +131,7 @@ def look(run_dir: Path, job: JobState | None = None) -> Seen | None:
             where = job.nodes or f"{job.state} {job.reason}".strip().lower()
         else:
             settle(run_dir, job)
-            status, where = records.read_status(run_dir), job.nodes
+            status, where = read_status(run_dir), job.nodes
     elif by.job_id:
         where = ""
     elif status.state in LIVE and (gone(by) or heartbeat.run_state(run_dir, status) == "dead"):
@@ -187,7 +188,7 @@ def follow(run_dir: Path, console: Console) -> int:
                     job, asked = _ask(by.job_id), time.monotonic()
     except KeyboardInterrupt:
         return 0
-    return EXIT_CODES.get(records.read_status(run_dir).state, 0)
+    return EXIT_CODES.get(read_status(run_dir).state, 0)
 
 
 def attach(run_dir: Path, console: Console) -> int:
@@ -216,7 +217,7 @@ def cancel(run_dir: Path, console: Console, now: bool) -> int:
         console.print("Ending it in order: what was measured is written, the report is made; --now ends it at once")
     while not gone(seen.by):
         time.sleep(0.1)
-    console.print(f"{run_dir}: {records.read_status(run_dir).state}")
+    console.print(f"{run_dir}: {read_status(run_dir).state}")
     return 0
 
 
@@ -240,7 +241,7 @@ def _who(by: JobRecord) -> str:
     return by.job_id or f"pid {by.pid}"
 
 
-def _load(run_dir: Path, status: records.RunStatus) -> tuple[str, str]:
+def _load(run_dir: Path, status: RunStatus) -> tuple[str, str]:
     """(load point, tok/s)"""
     done = sum(point.state == "done" for point in status.points)
     text = f"{done}/{len(status.points)} points"

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from toolkit import records
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch.plan import PoolPlan
 from toolkit.registry import Registry
 

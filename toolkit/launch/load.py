@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from toolkit import records
-from toolkit.config import ExpConfig, to_mapping
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import to_mapping
 from toolkit.engine.args import TOKEN_ENV
 from toolkit.launch.attempts import deployment_key
 from toolkit.launch.interrupts import Interrupts
 from toolkit.launch.launcher import STATE_DIR, Launcher, Node, ProcessSpec, ProcessState, with_environment
 from toolkit.launch.plan import DeploymentPlan
 from toolkit.launch.watch import RunFailed, Watch, describe
+from toolkit.records.status import RunStatus, read_status
 
 if TYPE_CHECKING:
     from toolkit.loadgen.progress import ProgressBars
@@ -131,9 +132,9 @@ def _show(progress: Path, bars: ProgressBars) -> None:
 def _reason(run_dir: Path, state: ProcessState) -> str:
     """Why the load generator failed: its own words, which it leaves in status.json, or else its exit code."""
     try:
-        status = records.read_status(run_dir)
+        status = read_status(run_dir)
     except (OSError, msgspec.DecodeError):
-        status = records.RunStatus()
+        status = RunStatus()
     return status.reason or describe(dataclasses.replace(state, name="the load generator"))
 
 

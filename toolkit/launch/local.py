@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch import child, ports
 from toolkit.launch.launcher import GRACE_S, STATE_DIR, Node, ProcessSpec, ProcessState, read_state
 from toolkit.launch.plan import PoolPlan

@@ -12,10 +12,8 @@ import os
 import platform
 import shutil
 import socket
-import struct
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,11 +23,10 @@ import msgspec
 import psutil
 
 from toolkit.launch import ports
+from toolkit.launch.clock import clock, measure_offset
 
 GB = 10**9
 COMMAND_S = 30.0
-PINGS = 8
-STAMP = struct.Struct("!d")
 CLOCK_SERVED_S = 60.0
 BUSY_SHARE = 0.05  # of a GPU's memory that may be in use by others
 FIRST_WORD = "first-node"
@@ -87,7 +84,8 @@ def look(ask: Ask, node: int, folder: Path) -> Report:
         kernel=platform.release(),
     )
     report.problems += _ports(ask.ports[node])
-    with clock(ask) if node == 0 and len(ask.hosts) > 1 else contextlib.nullcontext():
+    others_ask = node == 0 and len(ask.hosts) > 1
+    with clock(ask.hosts[0], ask.clock_port) if others_ask else contextlib.nullcontext():
         report.problems += _shared_folder(folder, node, ask.wait_s)
         report.problems += _disk(ask, report)
         if ask.device == "cuda":
@@ -233,31 +231,6 @@ def _process_name(pid: int) -> str:
 # --- the clock --------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def clock(ask: Ask) -> Iterator[None]:
-    """Tells the time on ``clock_port`` meanwhile, to whoever asks."""
-    over = threading.Event()
-    with socket.create_server((ask.hosts[0], ask.clock_port), reuse_port=False) as server:
-        server.settimeout(0.2)
-
-        def serve() -> None:
-            while not over.is_set():
-                with contextlib.suppress(OSError):
-                    caller, _ = server.accept()
-                    with caller:
-                        caller.settimeout(5.0)
-                        while caller.recv(1):
-                            caller.sendall(STAMP.pack(time.time()))
-
-        thread = threading.Thread(target=serve, name="clock", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-
 def _serve_others(folder: Path, nodes: int) -> None:
     """The first node stays until all others have reported: they ask it for the time."""
     deadline = time.monotonic() + CLOCK_SERVED_S
@@ -279,27 +252,3 @@ def _clock_offset(ask: Ask, report: Report) -> Iterator[str]:
             f"its clock is {report.clock_offset_s * 1e3:+.1f} ms off the first node's, more than "
             f"health.max_clock_offset_ms={ask.max_clock_offset_s * 1e3:g}"
         )
-
-
-def measure_offset(host: str, port: int, wait_s: float) -> float:
-    """This clock minus that of ``host``, seconds. Raises ``OSError`` when nobody answers there."""
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            connection = socket.create_connection((host, port), timeout=5.0)
-            break
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
-    best = (float("inf"), 0.0)
-    with connection:
-        for _ in range(PINGS):
-            sent = time.time()
-            connection.sendall(b"?")
-            data = connection.recv(STAMP.size, socket.MSG_WAITALL)
-            came = time.time()
-            if len(data) < STAMP.size:
-                raise OSError("the connection was closed")
-            best = min(best, (came - sent, (sent + came) / 2 - STAMP.unpack(data)[0]))
-    return best[1]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.engine.dims import ParallelDims
 from toolkit.launch.pools import AGG, Pool, worker_pools
 

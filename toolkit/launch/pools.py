@@ -8,9 +8,14 @@ one case. Read next: ``plan.py``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from toolkit.config import POOLS, EngineConfig, ExpConfig, ParallelConfig, PoolConfig, from_mapping, to_mapping
+from toolkit.config.deploy import POOLS, PoolConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping, to_mapping
+from toolkit.config.parallel import ParallelConfig
 
 AGG = "agg"
 
@@ -54,3 +59,15 @@ def _pool(cfg: ExpConfig, name: str, config: PoolConfig) -> Pool:
     except ValueError as error:
         raise ValueError(f"deploy.{name}.engine.{error}") from None
     return Pool(name, config.workers, config.parallel, engine)
+
+
+def named(pool: Pool, errors: Iterable[str]) -> list[str]:
+    """``errors`` about keys of one pool, with the pool's own names for these keys."""
+    return [
+        f"{pool.field}{error}"
+        if error.startswith(("parallel.", "engine."))
+        else f"{pool.name} worker: {error}"
+        if pool.field
+        else error
+        for error in errors
+    ]

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import msgspec
 
-from toolkit import records
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch.launcher import STATE_DIR, Job, Launcher, Node, ProcessSpec, ProcessState, tail
 from toolkit.launch.node_checks import FIRST_WORD, Ask, Report, look
 from toolkit.launch.plan import DeploymentPlan
 from toolkit.launch.pools import worker_pools
 from toolkit.launch.watch import RunFailed, describe
+from toolkit.records.files import write_json
 
 FOLDER = "preflight"  # inside STATE_DIR
 ASK, BAD = "ask.json", "bad.json"
@@ -57,7 +57,7 @@ def bad_nodes(run_dir: Path, found: Sequence[BadNode]) -> BadNodes:
     """The error to raise for ``found``; they are in bad.json then."""
     folder = run_dir / STATE_DIR / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    records.write_json(folder / BAD, msgspec.to_builtins(list(found)))
+    write_json(folder / BAD, msgspec.to_builtins(list(found)))
     return BadNodes(found)
 
 
@@ -92,7 +92,7 @@ def preflight(
     bad = {i: [*report.problems, *(compare(i, own) if i in own else [])] for i, report in reports.items()}
     if 0 in own:  # else nobody told the others the time: that is no fault of theirs
         bad |= {i: [f"no report within {PATIENCE_S:g} s"] for i in range(len(nodes)) if i not in reports}
-    records.write_json(run_dir / NODES_FILE, [msgspec.to_builtins(report) for _, report in sorted(own.items())])
+    write_json(run_dir / NODES_FILE, [msgspec.to_builtins(report) for _, report in sorted(own.items())])
     found = [BadNode(i, names[i], reasons) for i, reasons in sorted(bad.items()) if reasons]
     if found:
         raise bad_nodes(run_dir, found)
@@ -116,7 +116,7 @@ def specs(num_nodes: int, run_dir: Path) -> list[ProcessSpec]:
 
 def ask_of(cfg: ExpConfig, plan: DeploymentPlan, nodes: Sequence[Node], run_dir: Path) -> Ask:
     """What every node is asked; ports and ranks by node."""
-    from toolkit.launch.check import memory
+    from toolkit.launch.check_model import memory
 
     ranks = Counter(rank.node for rank in plan.ranks())
     ports: dict[int, list[int]] = {node: [] for node in range(plan.num_nodes)}
@@ -173,7 +173,7 @@ def _wait(job: Job, folder: Path, run_dir: Path) -> dict[int, Report]:
                 reports[spec.index] = report
             elif not state.alive and (state.returncode != 0 or time.monotonic() - ended[spec.index] > LAG_S):
                 reports[spec.index] = Report(problems=[_gone(run_dir, spec, state)])
-                records.write_json(folder / f"node-{spec.index}.json", msgspec.to_builtins(reports[spec.index]))
+                write_json(folder / f"node-{spec.index}.json", msgspec.to_builtins(reports[spec.index]))
         if 0 in reports and not reports[0].host:
             return {0: reports[0]}
         time.sleep(0.1)
@@ -200,7 +200,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     ask = msgspec.json.decode(options.ask.read_bytes(), type=Ask)
     report = look(ask, options.node, options.ask.parent)
-    records.write_json(options.ask.parent / f"node-{options.node}.json", msgspec.to_builtins(report))
+    write_json(options.ask.parent / f"node-{options.node}.json", msgspec.to_builtins(report))
     sys.stdout.write(f"{msgspec.json.encode(report).decode()}\n")
     return 0
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import ClusterConfig
+from toolkit.config.cluster import ClusterConfig
 from toolkit.launch.provenance import URL_LOGIN, output
-from toolkit.records import replacing
+from toolkit.records.files import replacing
 
 log = logging.getLogger(__name__)
 

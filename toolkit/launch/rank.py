@@ -29,10 +29,11 @@ from types import FrameType
 import msgspec
 import psutil
 
-from toolkit import heartbeat, records
+from toolkit import heartbeat
 from toolkit.launch import child
 from toolkit.launch.launcher import ProcessSpec, ProcessState
 from toolkit.launch.stacks import Dumper
+from toolkit.records.files import write_json
 
 POLL_S = 0.2
 LOOK_S, MISSES = 2.0, 5  # a heartbeat is missing when it was, in so many looks: a file system may be slow
@@ -143,7 +144,7 @@ def supervise(
 
     def report(new: ProcessState) -> None:
         say(new)
-        records.write_json(file, dataclasses.asdict(new))
+        write_json(file, dataclasses.asdict(new))
 
     if task.launcher and launcher is None:
         return NOT_STARTED

@@ -18,10 +18,11 @@ import yaml
 from rich.console import Console
 
 from toolkit import point_files, records
-from toolkit.config import ExpConfig, to_mapping
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import to_mapping
 from toolkit.heartbeat import beating
 from toolkit.launch import attempts, child, job_file, provenance, provenance_files, queue, sampler
-from toolkit.launch.check import check_model, will_build
+from toolkit.launch.check_model import check_model, will_build
 from toolkit.launch.interrupts import Cancelled, Interrupts
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.launch.load import LoadFailed, run_load
@@ -29,11 +30,13 @@ from toolkit.launch.preflight import BadNodes
 from toolkit.launch.show import say
 from toolkit.launch.standing import Standing
 from toolkit.launch.watch import RunFailed, exit_text
+from toolkit.records.files import replacing, write_json
+from toolkit.records.status import PointStatus, RunState, RunStatus, read_status, write_status
 
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 10.0
-EXIT_CODES: dict[records.RunState, int] = {"done": 0, "failed": 1, "cancelled": 130}
+EXIT_CODES: dict[RunState, int] = {"done": 0, "failed": 1, "cancelled": 130}
 
 
 def run(
@@ -106,7 +109,7 @@ def build_model(cfg: ExpConfig, console: Console) -> None:
         raise ValueError("\n".join(errors))
 
 
-def create_folder(cfg: ExpConfig, overrides: Sequence[str], state: records.RunState = "running") -> Path:
+def create_folder(cfg: ExpConfig, overrides: Sequence[str], state: RunState = "running") -> Path:
     """The run folder with everything that is known before the start: a new one, or the one to go on with."""
     run_dir = attempts.find(cfg)
     again = run_dir is not None
@@ -116,18 +119,18 @@ def create_folder(cfg: ExpConfig, overrides: Sequence[str], state: records.RunSt
     (run_dir / STATE_DIR).mkdir(exist_ok=True)
     if again:
         attempts.keep_words(run_dir)
-    with records.replacing(run_dir / records.CONFIG, "w") as out:
+    with replacing(run_dir / records.CONFIG, "w") as out:
         yaml.safe_dump(to_mapping(cfg), out, sort_keys=False)
-    with records.replacing(run_dir / records.OVERRIDES, "w") as out:
+    with replacing(run_dir / records.OVERRIDES, "w") as out:
         yaml.safe_dump(list(overrides), out)
-    records.write_json(run_dir / STATE_DIR / attempts.COMMAND, provenance.command(sys.orig_argv))
+    write_json(run_dir / STATE_DIR / attempts.COMMAND, provenance.command(sys.orig_argv))
     if again:
         attempts.reopen_status(run_dir, state)
     else:
         from toolkit.loadgen.points import points_of
 
-        points = [records.PointStatus(point.concurrency, repeat=point.repeat) for point in points_of(cfg.load)]
-        records.write_status(run_dir, records.RunStatus(state, points=points))
+        points = [PointStatus(point.concurrency, repeat=point.repeat) for point in points_of(cfg.load)]
+        write_status(run_dir, RunStatus(state, points=points))
     return run_dir
 
 
@@ -188,14 +191,14 @@ def collect_nodes(run_dir: Path) -> None:
 def close_status(run_dir: Path, error: BaseException | None) -> None:
     """The last word in status.json: how the run ended, and for points that did not end, why."""
     try:
-        status = records.read_status(run_dir)
+        status = read_status(run_dir)
     except (OSError, msgspec.DecodeError):
-        status = records.RunStatus()
+        status = RunStatus()
     status.state, status.reason = state_after(error), reason(error)
     for point in status.points:
         if error is not None and point.state in ("pending", "running", "cancelled"):
             point.state, point.reason = "cancelled", status.reason
-    records.write_status(run_dir, status)
+    write_status(run_dir, status)
 
 
 def report(run_dir: Path) -> None:
@@ -212,7 +215,7 @@ def report(run_dir: Path) -> None:
     sys.stdout.write(f"{table}\nRun folder: {run_dir}\nReport:     {run_dir / records.REPORT}\n")
 
 
-def state_after(error: BaseException | None) -> records.RunState:
+def state_after(error: BaseException | None) -> RunState:
     if error is None:
         return "done"
     return "cancelled" if isinstance(error, Cancelled) else "failed"

@@ -3,7 +3,7 @@
 ``python -m toolkit.launch.sampler --out FILE --interval S`` samples until SIGTERM. A role of its own, so that what it
 costs is never a rank's: its log says how many milliseconds of a core a sample took. NVML comes with the extra `nodes`
 (nvidia-ml-py); without it, or without GPUs, the rows of the host are all there is. It reads counters and changes
-nothing. Read next: ``analysis/nodes.py``, which makes figures of the rows (``records.NodeSample``).
+nothing. Read next: ``analysis/nodes.py``, which makes figures of the rows (``records.samples.NodeSample``).
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from typing import Any
 import psutil
 
 from toolkit import records
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch.launcher import ProcessSpec
-from toolkit.records import HOST, NodeSample
+from toolkit.records.samples import HOST, NodeSample
+from toolkit.records.streams import open_rows, read_streams
+from toolkit.records.tables import write_table
 
 log = logging.getLogger("toolkit.launch.sampler")
 
@@ -58,9 +60,9 @@ def specs(cfg: ExpConfig, num_nodes: int, run_dir: Path) -> list[ProcessSpec]:
 
 def collect(run_dir: Path) -> None:
     """Puts what every node's sampler left into nodes.parquet."""
-    rows = records.read_streams(run_dir / records.NODE_SAMPLES, NodeSample)
+    rows = read_streams(run_dir / records.NODE_SAMPLES, NodeSample)
     if rows is not None:
-        records.write_table(run_dir / records.NODES, rows)
+        write_table(run_dir / records.NODES, rows)
 
 
 class Gpus:
@@ -138,7 +140,7 @@ def run(out: Path, interval_s: float, over: threading.Event) -> None:
     gpus, host, node, taken = Gpus(), Host(), socket.gethostname(), 0
     rows: list[NodeSample] = []
     out.parent.mkdir(parents=True, exist_ok=True)
-    with records.open_rows(out, NodeSample) as write:
+    with open_rows(out, NodeSample) as write:
         due, written, began = time.monotonic(), time.monotonic(), time.process_time()
         while not over.is_set():
             now = time.time()

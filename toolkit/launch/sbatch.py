@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import ClusterConfig, ExpConfig, from_mapping, to_mapping
+from toolkit.config.cluster import ClusterConfig
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping, to_mapping
 from toolkit.launch.interrupts import ENDS_SOON
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.launch.plan import FRONTEND, PoolPlan, pools

@@ -20,7 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit import records
 from toolkit.launch.launcher import STATE_DIR, ProcessSpec
-from toolkit.records import NodeSample, StepRecord, TransferRecord
+from toolkit.records.experts import read_experts, write_experts
+from toolkit.records.samples import NodeSample
+from toolkit.records.steps import StepRecord, TransferRecord
+from toolkit.records.streams import read_stream, write_stream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,14 +105,14 @@ class Share:
 
         record, when = STREAMS[Path(name).name]
         for file in sorted((self._home / name).glob("*.arrows")):
-            table = records.read_stream(file, record)
+            table = read_stream(file, record)
             rows = table.filter(compute.greater_equal(table.column(when), self._since))
             (run_dir / name).mkdir(exist_ok=True)
-            records.write_stream(run_dir / name / file.name, rows)
+            write_stream(run_dir / name / file.name, rows)
 
     def _cut_experts(self, name: str, run_dir: Path) -> None:
         """Windows that ended since. Pairs are counted from the start on: what was there before is taken away."""
-        found = records.read_experts(self._home / name)
+        found = read_experts(self._home / name)
         mine = found.times[:, 1] > self._since
         parts: dict[str, Any] = {"counts": found.counts[mine], "times": found.times[mine]}
         if found.slot_counts is not None:
@@ -117,7 +120,7 @@ class Share:
         if found.pairs is not None:
             parts["pairs"] = found.pairs - self._pairs.get(Path(name), 0)
             self._pairs[Path(name)] = found.pairs
-        records.write_experts(run_dir / name, dataclasses.replace(found, **parts))
+        write_experts(run_dir / name, dataclasses.replace(found, **parts))
 
     def _move_profiles(self, run_dir: Path) -> None:
         for profile in (self._home / records.PROFILES).glob("*"):

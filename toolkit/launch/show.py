@@ -10,7 +10,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from toolkit.config import ExpConfig, LoadConfig
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.load import LoadConfig
 from toolkit.launch.launcher import ProcessSpec
 from toolkit.launch.plan import DeploymentPlan
 from toolkit.launch.pools import AGG

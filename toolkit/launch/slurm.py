@@ -19,7 +19,8 @@ from pathlib import Path
 
 import msgspec
 
-from toolkit.config import ClusterConfig, ExpConfig
+from toolkit.config.cluster import ClusterConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch import node, queue, srun
 from toolkit.launch.launcher import STATE_DIR, Node, ProcessSpec, ProcessState
 from toolkit.launch.plan import PoolPlan

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.config import ClusterConfig
+from toolkit.config.cluster import ClusterConfig
 from toolkit.launch.launcher import ProcessSpec
 
 ROOT = Path(__file__).resolve().parents[2]  # what has to be importable inside a container

@@ -22,7 +22,7 @@ import msgspec
 import psutil
 
 from toolkit.launch.launcher import STATE_DIR, tail
-from toolkit.records import write_json
+from toolkit.records.files import write_json
 
 FOLDER = "stacks"  # inside STATE_DIR
 WORD = "wanted"

@@ -16,11 +16,13 @@ import msgspec
 from rich.console import Console
 
 from toolkit import records
-from toolkit.config import ExpConfig, to_mapping
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import to_mapping
 from toolkit.launch.deployment import Deployment
 from toolkit.launch.pools import worker_pools
 from toolkit.launch.preflight import NODES_FILE
 from toolkit.launch.show import say
+from toolkit.records.files import write_json
 
 T = TypeVar("T")
 
@@ -76,7 +78,7 @@ class Standing:
         if up is not None and processes_key(up.cfg) == processes_key(cfg):
             if up.fresh():
                 _copy_facts(up.home.parent, run_dir)
-                records.write_json(run_dir / records.PLAN, up.plan(cfg).to_json())
+                write_json(run_dir / records.PLAN, up.plan(cfg).to_json())
                 say(console, f"The deployment is up: load {up.loads + 1} on the same processes")
                 return up
             say(console, "The deployment is not well after the load before: starting afresh")

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch import attempts, job_file, queue, sbatch
 from toolkit.launch.launcher import STATE_DIR
 from toolkit.launch.show import say

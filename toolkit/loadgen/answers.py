@@ -16,7 +16,7 @@ from toolkit.loadgen.exchange import Exchange, Raw
 from toolkit.loadgen.http1 import FramingError, Head, open_answer, plain_stream
 from toolkit.loadgen.openai_api import ERROR_CHARS, Answer, AnswerError, error_message
 from toolkit.loadgen.sse import SSEParser
-from toolkit.records import RequestRecord
+from toolkit.records.requests import RequestRecord
 
 FAILED_FINISHES = ("abort", "error")
 BLUR_NS = 2_000_000  # a read that came later than this after the kernel had its bytes may be why they came together

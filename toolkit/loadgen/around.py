@@ -17,7 +17,7 @@ from pathlib import Path
 import aiohttp
 
 from toolkit.loadgen.options import Options
-from toolkit.records import MetricSample, write_server_metrics
+from toolkit.records.samples import MetricSample, write_server_metrics
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from toolkit import point_files
 from toolkit.loadgen import resume
 from toolkit.loadgen.points import LoadPoint, points_of
 from toolkit.point_files import StoredPoint
-from toolkit.records import PointStatus, RunStatus, write_status, write_sweep
+from toolkit.records.status import PointStatus, RunStatus, write_status
+from toolkit.records.sweep import write_sweep
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,6 +1,6 @@
 """What can be asked of ``python -m toolkit.loadgen``: ``key=value`` words -> ``Options``, checked.
 
-The keys of ``config.LoadConfig`` mean the same here and in an experiment's ``load.*``. Knows no HTTP.
+The keys of ``LoadConfig`` mean the same here and in an experiment's ``load.*``. Knows no HTTP.
 Read next: ``sweep.py``.
 """
 
@@ -19,7 +19,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from toolkit.config import LoadConfig, from_mapping, opt
+from toolkit.config.load import LoadConfig
+from toolkit.config.mapping import from_mapping
+from toolkit.config.options import opt
 from toolkit.loadgen.datasets import DATASETS, FILE_DATASETS, TIMED_DATASETS
 
 Need = Callable[[bool, str, str], None]

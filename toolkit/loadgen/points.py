@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from toolkit.config import LoadConfig
+from toolkit.config.load import LoadConfig
 from toolkit.loadgen.datasets import Dataset, Sample
 from toolkit.loadgen.exchange import Call
 from toolkit.loadgen.openai_api import encode_body, output_tokens

@@ -22,7 +22,7 @@ from toolkit.loadgen.exchange import Call
 from toolkit.loadgen.proof import Evidence
 from toolkit.loadgen.rows import tables
 from toolkit.loadgen.wire import RAW_SUFFIX, Broken, Done, Go, Point, Progress, Ready, Report, Setup, Stop
-from toolkit.records import requests_schema
+from toolkit.records.requests import requests_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa

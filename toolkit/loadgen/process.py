@@ -24,7 +24,7 @@ from toolkit.loadgen.exchange import Call, Raw
 from toolkit.loadgen.proof import Evidence
 from toolkit.loadgen.wire import RAW_SUFFIX, Broken, Command, Done, Go, Point, Progress, Ready, Report, Setup
 from toolkit.loadgen.worker import BATCH, Worker
-from toolkit.records import RequestRecord, raw_schema, requests_schema, requests_table
+from toolkit.records.requests import RequestRecord, raw_schema, requests_schema, requests_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
-from toolkit.records import write_json
+from toolkit.records.files import write_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

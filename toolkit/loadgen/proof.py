@@ -1,7 +1,7 @@
 """The load generator's own part in what it measured: what each process saw of itself, and the verdict over all.
 
 A figure is only as good as the client that took it. ``Evidence`` is counted by every worker process for every load
-point and adds up; ``judge`` turns the sum into a ``ClientProof`` (records.py) whose verdict is ``ok``, ``degraded``
+point and adds up; ``judge`` turns the sum into a ``ClientProof`` (status.json) whose verdict is ``ok``, ``degraded``
 (figures may be off by what the reasons say) or ``client_limited`` (they say more about the client than the server).
 """
 
@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.records import ClientProof
+from toolkit.records.status import ClientProof
 
 BINS = 480
 LOWEST_NS, HIGHEST_NS = 1e2, 1e11  # of the histograms: 0.1 µs to 100 s, each bin 4.4 % wide

@@ -15,7 +15,7 @@ from toolkit import point_files
 from toolkit.point_files import StoredPoint
 
 if TYPE_CHECKING:
-    from toolkit.config import LoadConfig
+    from toolkit.config.load import LoadConfig
     from toolkit.loadgen.options import Options
     from toolkit.loadgen.points import LoadPoint
 
@@ -30,7 +30,7 @@ NO_MATTER = frozenset(
 
 def load_settings(load: LoadConfig) -> dict[str, Any]:
     """What of a sweep's options matters to the figures of every point; files by their content."""
-    from toolkit.config import LoadConfig
+    from toolkit.config.load import LoadConfig
 
     known = {field.name for field in dataclasses.fields(LoadConfig)} - NO_MATTER
     values = {name: getattr(load, name) for name in sorted(known)}

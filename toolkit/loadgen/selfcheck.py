@@ -27,7 +27,7 @@ from toolkit.loadgen.exchange import Call
 from toolkit.loadgen.pool import Load, Pool, owner, pinned
 from toolkit.loadgen.proof import judge
 from toolkit.loadgen.wire import Progress, Setup
-from toolkit.records import ClientProof
+from toolkit.records.status import ClientProof
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from toolkit.records import RunStatus
+from toolkit.records.status import RunStatus
 
 COLUMNS = {
     "concur-\nrency": "concurrency",

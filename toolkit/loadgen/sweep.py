@@ -28,7 +28,7 @@ from toolkit.loadgen.proof import judge
 from toolkit.loadgen.server import ServerGone, ServerWatch
 from toolkit.loadgen.validity import Limits, why_invalid
 from toolkit.loadgen.wire import Progress
-from toolkit.records import ClientProof, PointStatus, RunStatus
+from toolkit.records.status import ClientProof, PointStatus, RunStatus
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from toolkit.config import LoadConfig
-from toolkit.records import ClientProof
+from toolkit.config.load import LoadConfig
+from toolkit.records.status import ClientProof
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +36,7 @@ def why_invalid(measured: pd.DataFrame, client: ClientProof, restarted: bool, li
     """Every reason why the point cannot be trusted; empty: it is valid.
 
     Args:
-        measured: its measured requests, ``records.RequestRecord`` columns.
+        measured: its measured requests, ``records.requests.RequestRecord`` columns.
         restarted: the server's process is another one than before it.
     """
     reasons = []

@@ -30,7 +30,7 @@ from toolkit.loadgen.exchange import Call, Client, Exchange, Raw, Spool
 from toolkit.loadgen.openai_api import continue_body
 from toolkit.loadgen.proof import Evidence, in_flight
 from toolkit.loadgen.wire import Point, Setup
-from toolkit.records import RequestRecord
+from toolkit.records.requests import RequestRecord
 
 if TYPE_CHECKING:
     pass

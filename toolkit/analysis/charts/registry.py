@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from toolkit import records
 from toolkit.analysis import style
 from toolkit.analysis.load import Run
+from toolkit.records.files import replacing
 from toolkit.registry import Registry
 
 Draw = Callable[[Run], Figure]
@@ -84,8 +85,8 @@ def _remove(folder: Path, name: str) -> None:
 def save(fig: Figure, stem: Path, caption: str) -> Path:
     """Writes ``<stem>.png`` and ``<stem>.svg``, both with the caption as their description; returns the PNG's path."""
     png = stem.with_name(f"{stem.name}.png")
-    with records.replacing(stem.with_name(f"{stem.name}.svg"), "wb") as out, mpl.rc_context({"svg.hashsalt": "chart"}):
+    with replacing(stem.with_name(f"{stem.name}.svg"), "wb") as out, mpl.rc_context({"svg.hashsalt": "chart"}):
         fig.savefig(out, format="svg", metadata={"Description": caption, "Date": None})
-    with records.replacing(png, "wb") as out:
+    with replacing(png, "wb") as out:
         fig.savefig(out, format="png", dpi=style.DPI, metadata={"Description": caption})
     return png

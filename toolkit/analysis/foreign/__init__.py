@@ -12,6 +12,11 @@ from pathlib import Path
 
 from toolkit import records
 from toolkit.analysis.foreign.parts import Imported
+from toolkit.records.experts import write_experts
+from toolkit.records.files import write_json
+from toolkit.records.requests import write_requests
+from toolkit.records.status import PointStatus, RunStatus, write_status
+from toolkit.records.sweep import write_sweep
 
 __all__ = ["Imported", "import_run"]
 
@@ -28,19 +33,19 @@ def import_run(
     imported = _read(tool, files, ep_size)
     rows = imported.sweep_rows(gpus)
     folder = records.new_run_folder(results, name)
-    points = [records.PointStatus(int(row["concurrency"]), "done") for row in rows]
-    records.write_status(folder, records.RunStatus("done", f"imported from {tool}", points))
+    points = [PointStatus(int(row["concurrency"]), "done") for row in rows]
+    write_status(folder, RunStatus("done", f"imported from {tool}", points))
     if imported.requests:
-        records.write_requests(folder, imported.requests)
+        write_requests(folder, imported.requests)
     if rows:
-        records.write_sweep(folder, rows)
+        write_sweep(folder, rows)
     if imported.experts is not None:
-        records.write_experts(folder / records.EXPERTS, imported.experts)
+        write_experts(folder / records.EXPERTS, imported.experts)
     config = {"exp": name, "model": {"name": imported.model}, "load": imported.load}
-    records.write_json(folder / records.CONFIG, config)  # JSON is YAML
-    records.write_json(folder / records.PLAN, {"num_gpus": gpus} if gpus else {})
+    write_json(folder / records.CONFIG, config)  # JSON is YAML
+    write_json(folder / records.PLAN, {"num_gpus": gpus} if gpus else {})
     manifest = {"imported_from": tool, "files": [path.name for path in files], "notes": imported.notes}
-    records.write_json(folder / records.MANIFEST, manifest)
+    write_json(folder / records.MANIFEST, manifest)
     return folder
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.analysis.foreign.tensors import read_tensors
-from toolkit.records import ExpertCounts
+from toolkit.records.experts import ExpertCounts
 
 
 def sglang(path: Path, ep_size: int) -> ExpertCounts:

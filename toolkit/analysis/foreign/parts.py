@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 
 from toolkit.analysis.metrics import sweep_row
-from toolkit.records import SWEEP_COLUMNS, ExpertCounts, RequestRecord
+from toolkit.records.experts import ExpertCounts
+from toolkit.records.requests import RequestRecord
+from toolkit.records.sweep import SWEEP_COLUMNS
 
 
 @dataclass

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from toolkit import records
 from toolkit.analysis import metrics
 from toolkit.analysis.chunks import chunks_of, gaps_of
+from toolkit.records.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,7 +134,7 @@ def write(run: Run, form: str, out: Path) -> list[Path]:
         if path in files:  # a repeated load point
             path = path.with_name(f"{path.stem}_{index}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with records.replacing(path, "w") as file:
+        with replacing(path, "w") as file:
             json.dump(_plain(result), file, indent=1)
         files.append(path)
     if not files:

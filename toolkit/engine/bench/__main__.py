@@ -20,8 +20,11 @@ from typing import Any
 
 import msgspec
 
-from toolkit.config import ExpConfig, from_mapping, resolve
-from toolkit.engine.arch import check, read_arch
+from toolkit.config.experiment import ExpConfig
+from toolkit.config.mapping import from_mapping
+from toolkit.config.resolve import resolve
+from toolkit.engine.arch import read_arch
+from toolkit.engine.arch_check import check
 from toolkit.engine.bench.rank import Job, run
 from toolkit.engine.dims import ParallelDims
 

@@ -35,7 +35,7 @@ from toolkit.engine.parallel import Groups
 from toolkit.engine.pipeline import Step
 from toolkit.engine.prepare import prepare
 from toolkit.engine.runner import ModelRunner
-from toolkit.records import RebalanceRecord, read_rebalances
+from toolkit.records.experts import RebalanceRecord, read_rebalances
 
 Ints = NDArray[np.int64]
 State = Literal["rest", "moving", "paused"]

@@ -18,7 +18,9 @@ from typing import Any
 import msgspec
 import torch
 
-from toolkit.config import EngineConfig, ModelConfig, ParallelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.model import ModelConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine import device as devices
 from toolkit.engine.agree import Agreement, Proposal, agree
 from toolkit.engine.arch import read_arch, wants_fp8

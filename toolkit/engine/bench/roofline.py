@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from toolkit.config import EngineConfig
-from toolkit.engine.arch import DTYPE_BYTES, Arch, kv_value_bytes, memory_by_kind
+from toolkit.config.engine import EngineConfig
+from toolkit.engine.arch import Arch
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.memory import DTYPE_BYTES, kv_value_bytes, memory_by_kind
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """TransferLog: one row for every request whose KV came from another worker, in ``transfers/`` of the run folder.
 
-The columns are ``records.TransferRecord``. A row is complete with the first token that is decoded here; of a request
+The columns are ``TransferRecord``. A row is complete with the first token that is decoded here; of a request
 that never gets there, with its end. Times of the other side come with the ticket as durations, so that no two clocks
 are compared.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.engine.rowlog import RowLog
-from toolkit.records import TransferRecord, transfers_path
+from toolkit.records.steps import TransferRecord, transfers_path
 
 if TYPE_CHECKING:
     from toolkit.engine.disagg.decode import Arrival

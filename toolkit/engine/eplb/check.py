@@ -1,14 +1,14 @@
 """What cannot be among the options of expert placement, balancing and counting.
 
 No torch, no numpy: part of a plan's checks.
-Read next: ``toolkit/config.py``, where the options are.
+Read next: ``toolkit/config/engine.py``, where the options are.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 
 if TYPE_CHECKING:
     from toolkit.engine.arch import Arch

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from toolkit.engine.eplb import maps
 from toolkit.engine.eplb.planner import plan
-from toolkit.records import replacing
+from toolkit.records.files import replacing
 
 
 @dataclass(frozen=True)

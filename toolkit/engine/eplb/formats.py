@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from toolkit.engine.eplb import maps
 from toolkit.engine.eplb.planner import plan
-from toolkit.records import read_experts, replacing
+from toolkit.records.experts import read_experts
+from toolkit.records.files import replacing
 
 Ints = NDArray[np.int64]
 

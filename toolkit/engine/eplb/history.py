@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from toolkit.engine.parallel import Comm
-from toolkit.records import ExpertCounts, write_experts
+from toolkit.records.experts import ExpertCounts, write_experts
 
 log = logging.getLogger(__name__)
 

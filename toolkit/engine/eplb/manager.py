@@ -30,7 +30,7 @@ from toolkit.engine.eplb.recorder import Recorder
 from toolkit.engine.eplb.schedule import SEND
 from toolkit.engine.eplb.trigger import Reason, Trigger
 from toolkit.engine.messages import EplbStats
-from toolkit.records import RebalanceRecord, append_rebalance
+from toolkit.records.experts import RebalanceRecord, append_rebalance
 
 log = logging.getLogger(__name__)
 

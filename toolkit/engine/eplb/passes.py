@@ -18,7 +18,7 @@ from torch import Tensor
 
 from toolkit.engine.core import Batch
 from toolkit.engine.eplb.history import dump_path
-from toolkit.records import replacing
+from toolkit.records.files import replacing
 
 
 class PassLog:

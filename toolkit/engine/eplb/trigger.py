@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.eplb.history import Summed, balancedness
 from toolkit.engine.eplb.placement import Placement
 from toolkit.engine.eplb.planning import Answer, Ask, Planning

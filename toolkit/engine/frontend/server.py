@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from toolkit.config import to_mapping
+from toolkit.config.mapping import to_mapping
 from toolkit.engine.arch import read_arch
 from toolkit.engine.args import FrontendArgs
 from toolkit.engine.frontend import openapi

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from toolkit.config import ModelConfig
+from toolkit.config.model import ModelConfig
 from toolkit.engine.frontend.detokenize import TextStream
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 
 
 @dataclass(frozen=True)

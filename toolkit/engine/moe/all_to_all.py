@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, ExpertShape, StepRows, pack_rows, unpack_rows
 from toolkit.engine.moe.place import Placed, place
 from toolkit.engine.parallel import Comm

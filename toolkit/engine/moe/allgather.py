@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, ExpertShape, StepRows, pack_rows, unpack_rows
 from toolkit.engine.moe.place import Placed, place
 from toolkit.engine.parallel import Comm, gather_rows, reduce_rows

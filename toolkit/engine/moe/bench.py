@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from toolkit.config import EngineConfig, ParallelConfig
+from toolkit.config.engine import EngineConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine import device as devices
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.moe.dispatch import Dispatched, ExpertShape, StepRows, TokenDispatcher, make_dispatcher

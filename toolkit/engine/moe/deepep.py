@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.gpu_libraries import has_rdma, import_gpu_library
 from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, ExpertShape, StepRows, TokenDispatcher
 from toolkit.engine.parallel import Comm

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.arch import Arch, wants_fp8
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.eplb.placement import Placement, start_placement

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.config import EngineConfig
+from toolkit.config.engine import EngineConfig
 from toolkit.engine.fp8 import BLOCK
 from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, ExpertShape, StepRows, TokenDispatcher
 from toolkit.engine.moe.place import room_for

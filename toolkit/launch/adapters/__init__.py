@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from toolkit.config import ExpConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.launch.launcher import ProcessSpec
 from toolkit.launch.plan import DeploymentPlan
 from toolkit.registry import Registry

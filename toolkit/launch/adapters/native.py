@@ -12,7 +12,8 @@ from typing import Any, Literal, cast
 import msgspec
 
 from toolkit import records
-from toolkit.config import DeployConfig, ExpConfig
+from toolkit.config.deploy import DeployConfig
+from toolkit.config.experiment import ExpConfig
 from toolkit.engine.args import Disaggregation, FrontendArgs, WorkerAddress, WorkerArgs
 from toolkit.launch.adapters import Processes
 from toolkit.launch.launcher import STATE_DIR, WORKER_GROUP, ProcessSpec

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from toolkit.config import LoadConfig
+from toolkit.config.load import LoadConfig
 from toolkit.registry import Registry
 
 

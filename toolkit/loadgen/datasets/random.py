@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import LoadConfig
+from toolkit.config.load import LoadConfig
 from toolkit.loadgen.datasets import Sample
 from toolkit.loadgen.datasets.text import TextMaker
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from toolkit.config import LoadConfig
+from toolkit.config.load import LoadConfig
 from toolkit.loadgen.datasets import Sample
 from toolkit.loadgen.datasets.text import TextMaker
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from toolkit.config import LoadConfig
+from toolkit.config.load import LoadConfig
 from toolkit.loadgen.datasets import Sample
 from toolkit.loadgen.datasets.text import TextMaker
 
