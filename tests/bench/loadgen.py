@@ -3,9 +3,11 @@
     python -m tests.bench.loadgen [socket] [aiohttp] [rounds=N] [out=FILE]
 
 ``rounds``: how often each case runs, a row each; ``out``: the rows as JSON, too, and the table beside it as text.
-With kernel stamps all of it takes a minute and a half. Every case runs with one process on one core, and one with two
-processes as well where there are four cores: each process loads a server of its own, on a core of its own. On a shared
-machine run it when it is calm: ``server late`` and ``lag p99`` show when it was not.
+Over sockets alone it takes a minute and a half.
+
+Every case runs with one process on one core, and one with two processes as well where there are four cores: each
+process loads a server of its own, on a core of its own. On a shared machine run it when it is calm: ``server late`` and
+``lag p99`` show when it was not.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 
 from tests.dist.ranks import _context
 from tests.process.test_launch_processes import eventually
-from toolkit.config import ParallelConfig
+from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.parallel import Groups
 from toolkit.engine.peers import Peers

@@ -174,12 +174,21 @@ def quiet_heap() -> Iterator[None]:
     """Keeps the garbage collector away while latencies are taken."""
     gc.collect()
     gc.freeze()
+    try:
+        with uncollected():
+            yield
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector: nothing that is made meanwhile refers to itself."""
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 @contextlib.asynccontextmanager
