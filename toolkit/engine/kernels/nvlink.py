@@ -130,7 +130,7 @@ def push(w: Window, x: Tensor, scales: Tensor | None, slots: Tensor, weights: Te
         x.view(torch.int8) if scales is not None else x, x if scales is None else scales, slots, weights, w.peers,
         w.rounds, w.done, rows, step_rows, w.rank, w.x, w.scales, w.ids, w.weights, w.signals, e,
         D=columns, G=groups, K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=block(columns),
-        G_BLOCK=triton.next_power_of_2(max(groups, 1)), FEW=few(step_rows), num_warps=4, **chained(),
+        G_BLOCK=triton.next_power_of_2(max(groups, 1)), FEW=few(step_rows), num_warps=4, **chained(step_rows),
     )  # fmt: skip
 
 
@@ -163,6 +163,6 @@ def place(
         N=ranks, N_BLOCK=triton.next_power_of_2(ranks), D=columns, G=groups, K=top_k,
         K_BLOCK=triton.next_power_of_2(top_k), BLOCK=block(columns),
         G_BLOCK=triton.next_power_of_2(max(groups, 1)), PAIRS=pairs, SLOTS=triton.next_power_of_2(e),
-        ALIGNMENT=alignment, TOKENS=together, num_warps=4 if pairs <= 1024 else 8, **chained(),
+        ALIGNMENT=alignment, TOKENS=together, num_warps=4 if pairs <= 1024 else 8, **chained(step_rows),
     )  # fmt: skip
     return out, scales, rows, counts, ends

@@ -84,7 +84,7 @@ def give_back(w: Window, y: Tensor, rows: Tensor, step_rows: int) -> None:
     _give_back_kernel[(programs(step_rows * parts), ranks)](
         y, rows, w.peers, w.rounds, w.done, step_rows, w.rank, w.weights, w.back, w.signals,
         N=ranks, D=columns, K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=width, PARTS=parts,
-        FEW=few(step_rows * parts), num_warps=4, **chained(),
+        FEW=few(step_rows * parts), num_warps=4, **chained(step_rows),
     )  # fmt: skip
 
 
@@ -119,5 +119,5 @@ def _total(
         w.peers, w.rounds, rows, step_rows, w.rank, w.back, w.signals, e, norm.eps if norm is not None else 0.0,
         N=ranks, N_BLOCK=triton.next_power_of_2(ranks), D=columns, K=top_k, K_BLOCK=triton.next_power_of_2(top_k),
         BLOCK=width, MORE=more is not None, NORM=norm is not None, ADD_ONE=norm is not None and norm.add_one,
-        num_warps=min(max(width // 256, 1), 16), **chained(),
+        num_warps=min(max(width // 256, 1), 16), **chained(step_rows),
     )  # fmt: skip
