@@ -23,8 +23,10 @@ import yaml
 from toolkit import heartbeat, point_files, records
 from toolkit.analysis import attempts
 from toolkit.analysis.chunks import check_chunks
+from toolkit.analysis.goodput import Slo
 from toolkit.analysis.imbalance import PointLoad, WindowLoads, summed, window_loads
-from toolkit.analysis.metrics import Slo, interval, sweep_row
+from toolkit.analysis.metrics import interval
+from toolkit.analysis.sweep_row import sweep_row
 from toolkit.records.experts import ExpertCounts, RebalanceRecord, read_rebalances
 from toolkit.records.requests import read_requests, requests_schema
 from toolkit.records.samples import MetricSample, NodeSample

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from toolkit.analysis.metrics import Slo, ended, goodput, itl_at, measured, succeeded, ttft_s
+from toolkit.analysis.goodput import Slo, goodput
+from toolkit.analysis.metrics import itl_at, measured, succeeded, ttft_s
+from toolkit.analysis.steady import ended
 
 if TYPE_CHECKING:
     from toolkit.analysis.load import LoadPoint, Run

@@ -272,6 +272,6 @@ def _with_concurrency(table: pa.Table, frame: pd.DataFrame) -> tuple[pa.Table, i
 
 
 def _sweep_row(frame: pd.DataFrame, concurrency: int, num_gpus: int, request_rate: float) -> dict[str, Any]:
-    from toolkit.analysis.metrics import sweep_row
+    from toolkit.analysis.sweep_row import sweep_row
 
     return sweep_row(frame, concurrency, num_gpus, request_rate=request_rate)

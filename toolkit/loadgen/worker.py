@@ -24,9 +24,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.loadgen.answers import to_record
+from toolkit.loadgen.answers import Reader
 from toolkit.loadgen.arrival import Arrival, ClosedLoop, OpenLoop, conversations_of
-from toolkit.loadgen.exchange import Call, Client, Exchange, Raw, Spool
+from toolkit.loadgen.exchange import Call, Client, Exchange, Spool
 from toolkit.loadgen.openai_api import continue_body
 from toolkit.loadgen.proof import Evidence, in_flight
 from toolkit.loadgen.wire import Point, Setup
@@ -66,10 +66,12 @@ class Worker:
     async def __aenter__(self) -> Worker:
         self.spool = Spool(Path(tempfile.mkstemp(prefix="loadgen-")[1]))
         self.client = make_client(self.setup, self.spool, self._take)
+        self._reader = Reader(self.spool)
         return self
 
     async def __aexit__(self, *error: object) -> None:
         await self.client.close()
+        self._reader.close()
         self.spool.close()
 
     def _take(self, exchange: Exchange) -> None:
@@ -120,22 +122,21 @@ class Worker:
                     evidence.schedule_lag.add(np.array(due, np.int64))
         return evidence
 
-    def rows(self, point: Point, evidence: Evidence) -> Iterator[tuple[RequestRecord, Raw]]:
-        """Every exchange's row and bytes, in the order in which they ended; adds what they show to ``evidence``."""
+    def rows(self, point: Point, evidence: Evidence) -> Iterator[tuple[RequestRecord, Exchange]]:
+        """Every exchange and its row, in the order in which they ended; adds what they show to ``evidence``."""
         before = time.process_time()
         lags: list[NDArray[np.int64]] = []
         for exchange in self.exchanges:
-            raw = self.spool.get(exchange)
-            record, coalesced = to_record(exchange, raw, point.index, point.concurrency)
+            record, lag_ns, late = self._reader.read(exchange, point.index, point.concurrency)
             if exchange.kernel_stamped:
-                lags.append(raw.read_ns - raw.kernel_ns)
+                lags.append(lag_ns)
             if len(lags) == BATCH:
                 evidence.lag.add(np.concatenate(lags))
                 lags.clear()
-            self._count(evidence, exchange, record, coalesced.late)
+            self._count(evidence, exchange, record, late)
             if not self.setup.record_text:
                 record.output_text = ""
-            yield record, raw
+            yield record, exchange
         if lags:
             evidence.lag.add(np.concatenate(lags))
         evidence.parse_cpu_s = time.process_time() - before
@@ -153,7 +154,7 @@ class Worker:
             evidence.length_mismatches += record.expected_output_tokens not in (0, record.output_tokens)
 
     def _with_answer(self, body: bytes, exchange: Exchange) -> bytes:
-        record, _ = to_record(exchange, self.spool.get(exchange), 0, 0)
+        record = self._reader.read(exchange, 0, 0).record
         return continue_body(body, msgspec.json.encode({"messages": [_assistant(record.output_text)]}))
 
     def _count_held(self, arrival: ClosedLoop, evidence: Evidence) -> None:
@@ -173,12 +174,21 @@ def quiet_heap() -> Iterator[None]:
     """Keeps the garbage collector away while latencies are taken."""
     gc.collect()
     gc.freeze()
+    try:
+        with uncollected():
+            yield
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector: nothing that is made meanwhile refers to itself."""
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 @contextlib.asynccontextmanager
