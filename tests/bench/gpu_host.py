@@ -75,6 +75,7 @@ def jobs(n: int) -> Iterator[Work]:
     yield Work("test-disagg", pair, 300, pytest("tests/gpu/test_disagg_gpu.py"))
     yield Work("test-engine", n, 420, pytest("tests/gpu/test_engine.py", "tests/gpu/test_dispatchers.py"))
     yield Work("test-kernels", 1, 300, pytest("tests/gpu/test_fused.py", "tests/gpu/test_gemms.py"))
+    yield Work("recorder", 1, 90, ("-m", "tests.bench.recorder", "--device", "cuda"))
     yield Work("test-attention", 1, 300, pytest("tests/gpu/test_attention.py"))
     yield Work("test-layers", pair, 300, pytest("tests/gpu/test_moe_layers.py"))
     yield Work("test-transfers", pair, 200, pytest("tests/gpu/test_transfers.py"))
