@@ -27,7 +27,7 @@ help:  ## list the targets
 demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the charts (minutes)
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
 
-test: $(STAMP)  ## all tests, those that serve the demo model included (but two slow ones: ARGS='-m slow')
+test: $(STAMP)  ## all tests, those that serve the demo model included (but slow ones: ARGS='-m slow')
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL) $(ARGS)
 	$(BIN)/python -m pytest tests/contract tests/dist tests/e2e -m 'not slow' $(ARGS)
 

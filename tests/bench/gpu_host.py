@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGKILL
 
+import psutil
 import torch
 
 from tests.gpu.needs import GPUS
@@ -62,12 +64,14 @@ def jobs(n: int) -> Iterator[Work]:
     """What there is to do on ``n`` GPUs, the dearest first."""
     pair = min(n, 2)
     half = n // 2
-    yield Work("loadgen", 0, 240, ("-m", "tests.bench.loadgen", "socket"))
+    yield Work("loadgen", 0, 240, ("-m", "tests.bench.loadgen", "socket", "rounds=2", "out=OUT/loadgen.json"))
     for backend in ("nvlink", "deepep") if n > 1 else ("allgather",):
         yield Work(f"qwen3-{backend}", n, 240, bench(QWEN, n, f"engine.moe_a2a_backend={backend}"))
     for backend in ("deepep", "nvlink") if n > 1 else ("allgather",):
         yield Work(f"deepseek-{backend}", n, 240, bench(DEEPSEEK, n, f"engine.moe_a2a_backend={backend}", LAYERS))
-    yield Work("test-eplb", pair, 300, pytest("tests/gpu/test_eplb_gpu.py"))
+    eplb = "tests/gpu/test_eplb_gpu.py"
+    yield Work("test-eplb-bf16", pair, 300, pytest(eplb, "-s", "-k", "one_gpu or (two_gpus and bf16)"))
+    yield Work("test-eplb-fp8", pair, 300, pytest(eplb, "-s", "-k", "not one_gpu and not bf16 and not four_gpus"))
     yield Work("test-disagg", pair, 300, pytest("tests/gpu/test_disagg_gpu.py"))
     yield Work("test-engine", n, 420, pytest("tests/gpu/test_engine.py", "tests/gpu/test_dispatchers.py"))
     yield Work("test-kernels", 1, 300, pytest("tests/gpu/test_fused.py", "tests/gpu/test_gemms.py"))
@@ -77,9 +81,17 @@ def jobs(n: int) -> Iterator[Work]:
     yield Work("test-serving", pair, 300, pytest("tests/gpu/test_serving.py"))
     if n < 2:
         return
+    if n >= 4:
+        yield Work("test-eplb-four", 4, 300, pytest(eplb, "-s", "-k", "four_gpus"))
     deepep = "engine.moe_a2a_backend=deepep"
-    yield Work("migration", n, 200, moving(n, 400, deepep))
-    yield Work("migration-weighted", n, 200, moving(n, 100, deepep, "engine.ep_dispatch_algorithm=weighted"))
+    yield Work("migration", n, 200, moving(n, 300, deepep))
+    yield Work("migration-v2", 2, 200, moving(2, 300, deepep))
+    yield Work("migration-weighted", 2, 200, moving(2, 300, deepep, "engine.ep_dispatch_algorithm=weighted"))
+    for name, how in {
+        "legacy": (deepep, "engine.deepep_buffer=legacy"),
+        "nvlink": ("engine.moe_a2a_backend=nvlink",),
+    }.items():
+        yield Work(f"migration-{name}", 2, 200, moving(2, 300, *how))
     yield Work("moe", n, 200, ("-m", "toolkit.engine.moe.bench", "--ranks", str(n), "--out", "OUT/moe.json"))
     split = (f"parallel=dep{2 * half}", f"parallel@deploy.prefill.parallel=dep{half}",
              f"parallel@deploy.decode.parallel=dep{half}")  # fmt: skip
@@ -127,6 +139,16 @@ class Host:
         self.running[process] = (work, gpus, time.monotonic())
         print(f"{work.name}: started on GPUs {sorted(gpus)}", flush=True)
 
+    def stacks(self, pid: int, name: str) -> None:
+        """Where each process of a job stands, at the end of its log."""
+        if (spy := shutil.which("py-spy", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")) is None:
+            return
+        with (self.out / f"{name}.log").open("ab") as log, suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(pid).children(recursive=True):
+                subprocess.run(
+                    [spy, "dump", "--pid", str(process.pid)], stdout=log, stderr=log, timeout=10, check=False
+                )
+
     def collect(self, wait_for: Callable[[], bool]) -> None:
         """Waits until ``wait_for`` holds, ending jobs whose time is up."""
         while not wait_for():
@@ -136,6 +158,8 @@ class Host:
                 if process.poll() is None and now < min(since + work.seconds, self.deadline):
                     continue
                 how = "timed out" if process.poll() is None else f"exit {process.returncode}"
+                if process.poll() is None:
+                    self.stacks(process.pid, work.name)
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, SIGKILL)
                 process.wait()

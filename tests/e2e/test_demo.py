@@ -15,6 +15,7 @@ import torch
 
 from toolkit import records
 from toolkit.engine import demo_gguf
+from toolkit.loadgen import datasets
 from toolkit.records.experts import read_experts
 from toolkit.records.requests import read_requests
 from toolkit.records.status import read_status
@@ -79,7 +80,7 @@ def test_every_text_is_the_dense_models(run_folder: Path, greedy, demo_model: Pa
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    prompts = Path(records.__file__).parent / "loadgen" / "datasets" / "prompts.jsonl"
+    prompts = Path(datasets.__file__).with_name("prompts.jsonl")
     by_id = {p["id"]: p for p in map(json.loads, prompts.read_text().splitlines())}
     requests = read_requests(run_folder)
     assert len(requests) == 8 and (requests.status == "ok").all()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from toolkit.engine.core import Request
 from toolkit.engine.models.base import Forward
-from toolkit.engine.moe.gate import _drop_padding
+from toolkit.engine.moe import gate
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.sampler import Chosen
 
@@ -30,16 +30,17 @@ class Tokens:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._forward, self.ids_T = runner.model.forward, torch.empty(0)
+        self.halved = runner.engine.enable_two_batch_overlap
         runner.model.forward = self.forward  # type: ignore[method-assign]
 
     def forward(self, tokens_T: Tensor, step: Forward) -> Tensor:
-        assert step.layout.comm.size == 1 and step.halves is None, "rows are not the step's tokens"
+        assert step.layout.comm.size == 1, "rows are not the step's tokens"
         self.ids_T = tokens_T
         return self._forward(tokens_T, step)
 
 
 class TableGate:
-    """A layer's gate: experts by token id, the popular ones more often."""
+    """A layer's gate: experts by token id, the popular ones more often; where halves take turns, one id's for all."""
 
     def __init__(self, tokens: Tokens, vocab: int, experts: int, top_k: int, seed: int, device: str) -> None:
         rng, self._tokens = np.random.default_rng(seed), tokens
@@ -49,9 +50,12 @@ class TableGate:
         self.ids_VK = torch.from_numpy(order.copy()).to(device)
         self.weights_VK = torch.from_numpy(weights).float().to(device)
 
-    def __call__(self, x_SD: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        assert len(x_SD) == len(self._tokens.ids_T)
-        return _drop_padding(self.ids_VK[self._tokens.ids_T], real), self.weights_VK[self._tokens.ids_T]
+    def __call__(self, x_SD: Tensor, real: Tensor | None = None, table: Tensor | None = None) -> gate.Chosen:
+        ids_T = self._tokens.ids_T
+        if self._tokens.halved:
+            ids_T = ids_T.new_zeros(len(x_SD))
+        assert len(x_SD) == len(ids_T)
+        return gate.Chosen(gate._drop_padding(self.ids_VK[ids_T], real), self.weights_VK[ids_T])
 
 
 class ForcedSampler:

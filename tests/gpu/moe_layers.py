@@ -14,6 +14,7 @@ from toolkit.engine.arch import Arch, read_arch
 from toolkit.engine.core import StepContext
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.fp8 import Matrix, quantize_blocks
+from toolkit.engine.late import now
 from toolkit.engine.models import deepseek_v3, qwen3_moe
 from toolkit.engine.moe.layer import MoEContext, MoELayer
 from toolkit.engine.overlap import finish
@@ -89,7 +90,7 @@ def _layer(arch: Arch, context: MoEContext, weights: DummyWeights) -> MoELayer:
 
 def _run(layer: MoELayer, x: Tensor, groups: Groups, rows: tuple[int, ...], extend: bool) -> Tensor:
     layout = TokenLayout(StepContext(0, rows, rows, is_extend=extend), groups)
-    return finish(layer.stages(x, layout))
+    return now(finish(layer.stages(x, layout)))
 
 
 def dims(ranks: int) -> ParallelDims:

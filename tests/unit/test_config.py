@@ -59,6 +59,8 @@ def test_a_wrong_mapping_is_explained(values: dict[str, Any], message: str) -> N
         ("load.concurency=[1]", "load.concurency is not a config key; did you mean concurrency?"),
         ("+parallel.tpsize=4", "parallel.tpsize is not a config key; did you mean tp_size?"),
         ("load.concurrency=[1]", None),
+        ("cluster.envv.A=1", "cluster.envv is not a config key; did you mean env?"),
+        ("cluster.env.A=1", None),
         ("parallel=dep4", None),
         ("hydra.verbose=true", None),
         ("model.hf_config.hidden_size=64", None),
@@ -66,6 +68,14 @@ def test_a_wrong_mapping_is_explained(values: dict[str, Any], message: str) -> N
 )
 def test_explain_override(word: str, message: str | None) -> None:
     assert explain_override(word) == message
+
+
+def test_a_dict_takes_keys_from_the_command_line() -> None:
+    cluster = compose("cluster.env.NCCL_MAX_NCHANNELS=8", "cluster.role_env.rank.A=x", "cluster.env.B=y").cluster
+    assert cluster.env == {"NCCL_MAX_NCHANNELS": "8", "B": "y"}
+    assert cluster.role_env == {"rank": {"A": "x"}}
+    pools = compose("cluster.pools.frontend.partition=cpu", "deploy.decode.engine.page_size=32")
+    assert (pools.cluster.pools, pools.deploy.decode.engine) == ({"frontend": {"partition": "cpu"}}, {"page_size": 32})
 
 
 def test_help_names_every_key() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,22 @@ def test_hf_chat_template(hf: HfTokenizer) -> None:
     assert tokens == hf.encode("<|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(ValueError, match="refuses these messages: no developer here"):
         hf.encode_chat([{"role": "developer", "content": ""}])
+
+
+def test_a_frontend_tokenizes_without_torch(folder: Path) -> None:
+    """transformers imports it where it can: seconds at the start of a server, and half of its memory."""
+    code = (
+        "import sys; from toolkit.config.model import ModelConfig\n"
+        "from toolkit.engine.frontend.__main__ import forgo_torch; forgo_torch()\n"
+        "from toolkit.engine.frontend.tokenizer import load_tokenizer\n"
+        "tokenizer = load_tokenizer(ModelConfig(tokenizer=sys.argv[1]))\n"
+        "print(*tokenizer.encode_chat([{'role': 'user', 'content': 'the fox'}]))\n"
+        "assert sys.modules['torch'] is None and not [name for name in sys.modules if name.startswith('torch.')]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "PyTorch" not in done.stdout + done.stderr, done.stderr
+    known = load_tokenizer(ModelConfig(tokenizer=str(folder))).encode_chat([{"role": "user", "content": "the fox"}])
+    assert done.stdout.split() == [str(token) for token in known]
 
 
 def test_a_tokenizer_without_chat_template_says_what_to_use(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.config.deploy import POOLS
 from toolkit.config.experiment import GROUPS, ExpConfig
 from toolkit.config.mapping import from_mapping
 
@@ -25,18 +24,33 @@ def register_hydra_defaults() -> None:
     store = ConfigStore.instance()
     for group, cls in GROUPS.items():
         node = OmegaConf.create(dataclasses.asdict(cls()))
-        if group == "deploy":  # any engine key may be added there; `resolve` says which ones there are
-            for pool in POOLS:
-                node[pool].engine = OmegaConf.create({}, flags={"struct": False})
+        _open_dicts(node, cls())
         store.store(group=group, name="defaults", node=node)
+
+
+def _open_dicts(node: Any, config: Any) -> None:
+    """Lets keys be added where a config has a dict: ``cluster.env.NCCL_DEBUG=WARN`` without Hydra's ``+``."""
+    from omegaconf import OmegaConf
+
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            _open_dicts(node[f.name], value)
+        elif isinstance(value, dict):
+            node[f.name] = OmegaConf.create(value, flags={"struct": False})
 
 
 def from_omegaconf(node: Any) -> ExpConfig:
     """What Hydra composed -> ``ExpConfig``. Raises ``ValueError`` on an unknown key or a value of a wrong type."""
     from omegaconf import OmegaConf
 
-    plain = OmegaConf.to_container(node, resolve=True)
-    return from_mapping(typing.cast(dict[str, Any], plain), ExpConfig)
+    plain = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    cluster = plain.get("cluster") or {}
+    for environment in (cluster.get("env"), *(cluster.get("role_env") or {}).values()):
+        for name, value in (environment or {}).items():
+            if type(value) in (int, float):  # NCCL_MAX_NCHANNELS=8: YAML knows no better
+                environment[name] = str(value)
+    return from_mapping(plain, ExpConfig)
 
 
 def variants(node: Any, overrides: list[str]) -> list[tuple[Any, list[str]]]:

@@ -42,7 +42,7 @@ def explain_override(text: str) -> str | None:
 
     Hydra's own message advises ``+group.key``, which would only move the mistake; this one names the key meant.
     """
-    match = re.match(r"^\+{0,2}~?(\w+)\.(\w+)(?:=|$)", text)
+    match = re.match(r"^\+{0,2}~?(\w+)\.(\w+)(?:[.=]|$)", text)
     if match is None or match[1] not in GROUPS:
         return None
     known = [f.name for f in dataclasses.fields(GROUPS[match[1]])]

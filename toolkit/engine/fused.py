@@ -2,7 +2,7 @@
 
 Each function has one meaning; ``supported`` says whether the tensors take the kernel. The torch versions, which CPU and
 the tests compare with, are where they always were: in ``layers.py``, ``models/gqa.py`` and ``moe/gate.py``.
-Read next: ``kernels/norms.py``, ``kernels/attention.py``, ``kernels/latent.py``, ``kernels/gate.py``.
+Read next: ``kernels/chain.py``, ``kernels/norms.py``, ``kernels/attention.py``, ``kernels/gate.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from toolkit.engine.layers import RMSNorm, Rotary
+    from toolkit.engine.moe.gate import GroupedSigmoidGate
 
 
 @cache
@@ -23,9 +24,9 @@ def _kernels() -> Any:
         import triton  # noqa: F401
     except ImportError:
         return None
-    from toolkit.engine.kernels import attention, gate, latent, norms
+    from toolkit.engine.kernels import attention, gate, latent, linear, norms
 
-    return {"attention": attention, "gate": gate, "latent": latent, "norms": norms}
+    return {"attention": attention, "gate": gate, "latent": latent, "linear": linear, "norms": norms}
 
 
 def supported(x: Tensor) -> bool:
@@ -40,7 +41,7 @@ def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-    """(x + delta, norm(x + delta)); both [n, size]."""
+    """(x + delta, norm(x + delta)); both [n, size]. ``delta`` may come in float32 parts [P, n, size]."""
     out: tuple[Tensor, Tensor] = _kernels()["norms"].add_rms_norm(x, delta, norm.weight, norm.eps, norm.add_one)
     return out
 
@@ -74,14 +75,31 @@ def rotate_pairs(x: Tensor, rotary: Rotary, positions_T: Tensor) -> None:
 
 
 def softmax_route(
-    x_SD: Tensor, weight_ED: Tensor, top_k: int, renormalize: bool, real: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    x_SD: Tensor, weight_ED: Tensor, top_k: int, renormalize: bool, real: Tensor | None, table: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The ``top_k`` experts of each row by softmax, best first: ids int64 [S, K], weights float32 [S, K].
 
     Args:
         real: int32 [1]: rows from this one on are padding, their ids -1.
+        table: int64 [E + 1]: also returns ``table[ids]``; -1 finds the last entry.
     """
-    out: tuple[Tensor, Tensor] = _kernels()["gate"].softmax_route(x_SD, weight_ED, top_k, renormalize, real)
+    out: tuple[Tensor, Tensor, Tensor | None] = _kernels()["gate"].softmax_route(
+        x_SD, weight_ED, top_k, renormalize, real, table
+    )
+    return out
+
+
+def grouped_route(
+    x_SD: Tensor, gate: GroupedSigmoidGate, real: Tensor | None, table: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``gate(x)``; the rest as ``softmax_route``."""
+    out: tuple[Tensor, Tensor, Tensor | None] = _kernels()["gate"].grouped_route(x_SD, gate, real, table)
+    return out
+
+
+def partial_products(x: Tensor, weight_NK: Tensor) -> Tensor | None:
+    """x [n <= 64, K] times weight [N, K] transposed, bf16, as float32 parts [P, n, N]; None: not of such shapes."""
+    out: Tensor | None = _kernels()["linear"].partial_products(x, weight_NK)
     return out
 
 

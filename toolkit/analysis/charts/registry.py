@@ -84,6 +84,8 @@ def _remove(folder: Path, name: str) -> None:
 
 def save(fig: Figure, stem: Path, caption: str) -> Path:
     """Writes ``<stem>.png`` and ``<stem>.svg``, both with the caption as their description; returns the PNG's path."""
+    fig.draw_without_rendering()  # places everything, which takes as long as drawing it: once for both files
+    fig.set_layout_engine(None)
     png = stem.with_name(f"{stem.name}.png")
     with replacing(stem.with_name(f"{stem.name}.svg"), "wb") as out, mpl.rc_context({"svg.hashsalt": "chart"}):
         fig.savefig(out, format="svg", metadata={"Description": caption, "Date": None})

@@ -44,6 +44,10 @@ class ReplicaChoice(Protocol):
         """Logical ids [S, K] -> slots [S, K]; -1 (padding) stays -1."""
         ...
 
+    def table(self, layer: int) -> Tensor | None:
+        """[E + 1], where ``table[ids]`` is all there is to it, so that another kernel can do so; -1 finds the last."""
+        ...
+
 
 class ReplicaChoiceFactory(Protocol):
     def __call__(
@@ -78,6 +82,9 @@ class StaticChoice:
             return fused.lookup(self.table_LE[layer], ids_SK)
         return self.table_LE[layer][ids_SK]
 
+    def table(self, layer: int) -> Tensor | None:
+        return self.table_LE[layer]
+
 
 @ALGORITHMS.register("dynamic")
 class DynamicChoice:
@@ -104,6 +111,9 @@ class DynamicChoice:
     def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
         turn_S = torch.arange(self._rank, self._rank + len(ids_SK), device=ids_SK.device)
         return self.slots_LEX[layer][ids_SK, turn_S[:, None] % self.count_LE[layer][ids_SK]]
+
+    def table(self, layer: int) -> Tensor | None:
+        return None
 
 
 @ALGORITHMS.register("weighted")
@@ -143,6 +153,9 @@ class WeightedOnHost:
         chosen = self._weighted.choose(ids, self._weighted.split(counts, table), table)
         return torch.from_numpy(chosen).view(ids_SK.shape)
 
+    def table(self, layer: int) -> Tensor | None:
+        return None
+
 
 class WeightedOnDevice:
     """The same split by kernels that read a table of fixed size a layer."""
@@ -180,6 +193,9 @@ class WeightedOnDevice:
         table = self.table_L[layer]
         slots: Tensor = self._slots_of(ids_SK, table, self._experts, self._local, self._weighted.ROUNDS)
         return slots
+
+    def table(self, layer: int) -> Tensor | None:
+        return None
 
 
 def staged(values: NDArray[Any], device: str) -> Tensor:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from toolkit.engine.kernels.chain import chained, follow
 from toolkit.engine.layers import RMSNorm, Rotary
 
 
@@ -21,8 +22,9 @@ def _rotate_kernel(
     qkv_ptr, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr,
     token_stride, head_stride, eps,
     H: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    HEADS: tl.constexpr, NORM: tl.constexpr, ADD_ONE: tl.constexpr,
+    HEADS: tl.constexpr, NORM: tl.constexpr, ADD_ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * HEADS  # all HEADS of a program are queries, or keys, or values
     h = tl.arange(0, HEADS)[:, None]
@@ -87,5 +89,6 @@ def rotate_and_write(
             qkv.stride(0), qkv.stride(1), norms[0].eps if norms else 0.0,
             H=q_heads, KV=kv_heads, DIM=dim, HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2),
             HEADS=together, NORM=norms is not None, ADD_ONE=norms is not None and norms[0].add_one, num_warps=1,
+            **chained(),
         )  # fmt: skip
     return q

@@ -30,7 +30,9 @@ class DeepGemm:
         self.alignment, self.decode_alignment = 128, 64  # heights of tiles: decode has few rows a slot
         self._library: Any = import_gpu_library("deep_gemm", "engine.moe_runner_backend=deep_gemm")
         from toolkit.engine.kernels import rows as kernels
+        from toolkit.engine.kernels.chain import chained
 
+        self._library.set_pdl(chained()["PDL"])
         self._kernels = kernels
         if scales_are_powers_of_two():  # Blackwell has one height of tiles
             self.alignment = self.decode_alignment = self._library.get_theoretical_mk_alignment_for_contiguous_layout()

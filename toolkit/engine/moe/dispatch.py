@@ -8,12 +8,13 @@ The halves (start, finish) are where two-batch overlap interleaves. Read next: `
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from toolkit.config.engine import EngineConfig
+from toolkit.engine.late import Late
 from toolkit.engine.parallel import Comm, PaddingMode
 from toolkit.registry import Registry
 
@@ -90,6 +91,19 @@ class TokenDispatcher(Protocol):
 
     def combine_finish(self, handle: Any) -> Tensor:
         """[S, D]: each token's weighted sum over its experts; zeros where it had none."""
+        ...
+
+
+@runtime_checkable
+class CombinesLate(Protocol):
+    """A dispatcher whose last kernel can go on to what follows the experts."""
+
+    def is_late(self, handle: Any) -> bool:
+        """Whether ``combine_late`` may take the place of ``combine_finish`` in this step."""
+        ...
+
+    def combine_late(self, handle: Any, shared: Tensor | None) -> Late:
+        """What ``combine_finish`` returns, plus ``shared`` [S, D]."""
         ...
 
 
