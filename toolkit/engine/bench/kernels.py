@@ -118,11 +118,11 @@ class _Heads:
         self.rotary = Rotary(128, {"rope_theta": 1e6, "rope_type": "default"}, 64, "cuda")
         self.at = torch.arange(rows, device="cuda", dtype=torch.int32)
         self.positions = self.at % 64
-        self.cache = [_random(rows, 4, 128) for _ in range(2)]
+        self.k, self.v = (_random(rows, 4, 128) for _ in range(2))
 
     def __call__(self, qkv: Tensor) -> Tensor:
         return fused.rotate_and_write(
-            qkv.unflatten(-1, (-1, 128)), self.norms, self.rotary, self.positions, *self.cache, self.at
+            qkv.unflatten(-1, (-1, 128)), self.norms, self.rotary, self.positions, self.k, self.v, self.at
         )
 
 
