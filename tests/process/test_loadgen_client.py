@@ -239,3 +239,12 @@ def test_events_of_one_read_are_counted_as_such(server: ScriptedServer, transpor
     together = delta("a", usage=1) + delta("b", usage=2) + delta("c", usage=3, finish="stop")
     record = one(server, stream(ROLE, together, DONE), transport)
     assert (record.chunk_tokens, record.coalesced) == ([3], 2)
+
+
+def test_a_pause_that_was_asked_for_is_no_lack_of_concurrency(server: ScriptedServer) -> None:
+    """Of 1.5 s, all but some ms are pauses between turns: the conversation holds its slot meanwhile."""
+    turns = [call(turn, session="one", turn=turn, more_turns=turn < 3, think_s=0.5) for turn in range(4)]
+    with asyncio.Runner() as runner:
+        result = runner.run(measure(setup(server.url), turns, closed_loop(1)))
+    assert [record.status for record in result.records] == ["ok"] * 4
+    assert result.evidence.in_flight_s > 0.5 * result.evidence.asked_s > 0

@@ -28,6 +28,14 @@ class AnswerError(ValueError):
     """The server answered, but not with a usable stream; the message goes into the request's row."""
 
 
+def server_of(url: str) -> str:
+    """The server's own address, whichever of its addresses the user has copied."""
+    url = url.rstrip("/")
+    for path in PATHS.values():
+        url = url.removesuffix(path)
+    return url.removesuffix("/v1")
+
+
 def output_tokens(sample: Sample, load: LoadConfig) -> int:
     """The length of the answer to ask for."""
     return 1 if load.phase == "prefill" else sample.output_tokens or load.osl

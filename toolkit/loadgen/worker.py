@@ -79,7 +79,7 @@ class Worker:
         self.exchanges.append(exchange)
         self.spool.put(exchange)
         exchange.ended_ns = exchange.last_ns
-        self.failed += exchange.outcome != "ended" or exchange.refused
+        self.failed += exchange.outcome in ("error", "timeout") or (exchange.outcome == "ended" and exchange.refused)
 
     async def measure(self, point: Point, calls: list[Call], bodies: bytes | mmap.mmap) -> Evidence:
         """Sends every call; the exchanges are in ``exchanges`` then. When cancelled, so are the calls in flight."""
@@ -140,7 +140,7 @@ class Worker:
         if lags:
             evidence.lag.add(np.concatenate(lags))
         evidence.parse_cpu_s = time.process_time() - before
-        evidence.peak_rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        evidence.peak_rss_mb = peak_rss_mb()
 
     def _count(self, evidence: Evidence, exchange: Exchange, record: RequestRecord, late: int) -> None:
         evidence.resent += exchange.resent
@@ -158,11 +158,20 @@ class Worker:
         return continue_body(body, msgspec.json.encode({"messages": [_assistant(record.output_text)]}))
 
     def _count_held(self, arrival: ClosedLoop, evidence: Evidence) -> None:
-        sent = [x.sent_ns for x in self.exchanges]
+        # A pause that was asked for is part of the conversation that holds the slot.
+        sent = [x.sent_ns - round(x.call.think_s * 1e9 if x.call.turn else 0) for x in self.exchanges]
         ended = [x.ended_ns for x in self.exchanges]
         evidence.in_flight_s, evidence.asked_s = in_flight(
             sent, ended, arrival.full_ns, arrival.drained_ns, arrival.concurrency
         )
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has had. ``ru_maxrss`` begins with the memory of the process that started it."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _assistant(text: str) -> dict[str, str]:
