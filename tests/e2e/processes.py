@@ -33,7 +33,8 @@ class Processes:
     """
 
     def __init__(self, cfg: ExpConfig, run_dir: Path, hosts: list[str], wrap: dict[str, list[str]]) -> None:
-        deployment = plan(cfg, ports.free_range(num_ports(cfg)))
+        self._claim = ports.claim(num_ports(cfg))
+        deployment = plan(cfg, self._claim.first)
         (run_dir / STATE_DIR).mkdir(parents=True)
         (run_dir / "logs").mkdir()
         processes = adapters()["native"](deployment, cfg, hosts, run_dir)
@@ -78,6 +79,7 @@ class Processes:
                 self.kill(name)
         for log in self._logs:
             log.close()
+        self._claim.close()
 
     def info(self) -> dict[str, Any]:
         found: dict[str, Any] = requests.get(f"{self.url}/get_server_info", timeout=10).json()

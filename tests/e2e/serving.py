@@ -46,7 +46,12 @@ class Served:
 def serve(run_dir: Path, **groups: dict[str, Any]) -> Iterator[Served]:
     """A ready server for ``groups`` of the config (the tiny model unless they say otherwise)."""
     cfg = resolve(from_mapping({"model": tiny_model()} | groups, ExpConfig))
-    deployment = plan(cfg, ports.free_range(num_ports(cfg)))
+    with contextlib.closing(ports.claim(num_ports(cfg))) as claim:
+        yield from _serve(run_dir, cfg, claim.first)
+
+
+def _serve(run_dir: Path, cfg: ExpConfig, port: int) -> Iterator[Served]:
+    deployment = plan(cfg, port)
     (run_dir / STATE_DIR).mkdir(parents=True)
     (run_dir / "logs").mkdir()
     processes = adapters()["native"](deployment, cfg, ["127.0.0.1"], run_dir)

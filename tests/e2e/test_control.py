@@ -16,8 +16,8 @@ from tests.e2e.test_server import complete, gauge, post, wait_for, wait_idle
 from toolkit.records import EXPERTS, PROFILES
 from toolkit.records.experts import read_experts
 
-RANKS = 4
-PARALLEL = {"tp_size": RANKS, "dp_size": 2, "ep_size": RANKS, "enable_dp_attention": True}
+RANKS = 2
+PARALLEL = {"tp_size": RANKS, "dp_size": RANKS, "ep_size": RANKS, "enable_dp_attention": True}
 ENGINE = {"max_total_tokens": 512, "max_running_requests": 8, "expert_distribution_recorder_window": 4}
 
 

@@ -21,7 +21,7 @@ from toolkit.records.requests import read_requests
 from toolkit.records.status import read_status
 from toolkit.records.sweep import SWEEP_COLUMNS, read_sweep
 
-OSL = 12
+OSL, ASKED, WARM = 8, 2, 1
 MAPPINGS = {
     "dep": ["parallel=dep4"],
     # 9 heads and 3 KV heads split three ways; 8 experts and one replica make 9 slots
@@ -39,8 +39,8 @@ def launch(*words: str, results: Path) -> subprocess.CompletedProcess[str]:
 def run_folder(request: pytest.FixtureRequest, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = tmp_path_factory.mktemp(request.param)
     words = ["+exp=smoke", *MAPPINGS[request.param], f"model.path={demo_model}"]
-    load = ["load.concurrency=[1,4]", "load.num_requests=3", "load.warmup_requests=1", f"load.osl={OSL}"]
-    ended = launch(*words, *load, results=results)
+    load = [f"load.num_requests={ASKED}", f"load.warmup_requests={WARM}", f"load.osl={OSL}"]
+    ended = launch(*words, "load.concurrency=[1,4]", *load, results=results)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     folder = results / "smoke" / "latest"
     assert str(folder.resolve()) in ended.stdout
@@ -83,7 +83,7 @@ def test_every_text_is_the_dense_models(run_folder: Path, greedy, demo_model: Pa
     prompts = Path(datasets.__file__).with_name("prompts.jsonl")
     by_id = {p["id"]: p for p in map(json.loads, prompts.read_text().splitlines())}
     requests = read_requests(run_folder)
-    assert len(requests) == 8 and (requests.status == "ok").all()
+    assert len(requests) == 2 * (ASKED + WARM) and (requests.status == "ok").all()
     for row in requests.itertuples():
         prompt = by_id[row.prompt_id]
         messages = prompt.get("messages") or [{"role": "user", "content": prompt["prompt"]}]
@@ -99,8 +99,8 @@ def test_the_run_folder_keeps_its_promises(run_folder: Path) -> None:
     assert status.state == "done" and [p.state for p in status.points] == ["done", "done"]
     sweep = read_sweep(run_folder)
     assert tuple(sweep.columns) == SWEEP_COLUMNS
-    assert sweep.concurrency.tolist() == [1, 4] and (sweep.failed == 0).all() and (sweep.requests == 3).all()
-    # three requests a point are too few for a steady state at concurrency 4; CPUs tell no power; all went well
+    assert sweep.concurrency.tolist() == [1, 4] and (sweep.failed == 0).all() and (sweep.requests == ASKED).all()
+    # two requests a point are too few for a steady state at concurrency 4; CPUs tell no power; all went well
     empty = [name for name in sweep if name.startswith("steady_") or name.endswith(("power_w", "_per_w", "reason"))]
     assert sweep.drop(columns=empty).notna().all(axis=None)
     for chart in ("latency_vs_concurrency", "throughput_vs_latency", "latency_distributions", "expert_load_heatmap",

@@ -24,10 +24,10 @@ LAUNCHER = (sys.executable, "-m", "toolkit.launch")
 
 
 class Run:
-    """The launcher as a user starts it: the tiny model on four CPU ranks, under a load it cannot finish soon."""
+    """The launcher as a user starts it: the tiny model on two CPU ranks, under a load it cannot finish soon."""
 
     def __init__(self, results: Path, more: Sequence[str] = (), launcher: Sequence[str] = LAUNCHER) -> None:
-        words = ["+exp=dep16", "cluster=local", "parallel=dep4", f"cluster.results_dir={results}"]
+        words = ["+exp=dep16", "cluster=local", "parallel=dep2", f"cluster.results_dir={results}"]
         load = {"load.concurrency": "[2,4]", "load.num_requests": "400", "load.osl": "40", "load.warmup_requests": "0"}
         load |= dict(word.split("=", 1) for word in more)
         command = [*launcher, *words, *(f"{key}={value}" for key, value in load.items())]
@@ -72,15 +72,15 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 def test_a_killed_rank_fails_the_run_by_name(run: Run) -> None:
-    os.kill(run.pid("rank-2"), signal.SIGKILL)
+    os.kill(run.pid("rank-1"), signal.SIGKILL)
     output = run.end()
     assert run.process.returncode == 1
-    assert "rank-2" in output and "SIGKILL" in output
-    assert "rank 2 ready" in output, "the end of its log is shown"
+    assert "rank-1" in output and "SIGKILL" in output
+    assert "rank 1 ready" in output, "the end of its log is shown"
     status = read_status(run.folder)
-    assert status.state == "failed" and "rank-2" in status.reason
+    assert status.state == "failed" and "rank-1" in status.reason
     assert [p.state for p in status.points] == ["cancelled", "cancelled"]
-    assert all("rank-2" in p.reason for p in status.points)
+    assert all("rank-1" in p.reason for p in status.points)
     rows = read_requests(run.folder)
     assert (rows.status == "ok").any(), "what was measured before is kept"
 
@@ -105,7 +105,7 @@ def test_a_run_is_listed_and_cancelled_from_another_terminal(run: Run) -> None:
 
     listed = jobs().stdout
     assert f"pid {run.process.pid}" in listed and "running" in listed
-    assert "rank 4/4" in listed and "frontend 1/1" in listed and "concurrency 2" in listed
+    assert "rank 2/2" in listed and "frontend 1/1" in listed and "concurrency 2" in listed
     attached = jobs("attach")
     assert attached.returncode == 2 and "use follow" in attached.stderr
     cancelled = jobs("cancel", "dep16")

@@ -23,6 +23,7 @@ def rounds(ranks: int, most: int, hidden: int, top_k: int, e: int, alignment: in
     """Identity experts: each row comes back times the sum of its weights, whoever has how many rows."""
     from toolkit.engine.kernels import nvlink, nvlink_back, signals
 
+    nvlink.PLACERS, signals.ALONE = (3, 2) if alignment > 1 else (128, 64)  # type: ignore[assignment]
     groups = hidden // 128 if fp8 else 0
     rows = ranks * most
     sizes = (rows * hidden * 2, rows * groups * 4, rows * top_k * 4, rows * top_k * 4, rows * hidden * 2, 256 * ranks)
@@ -30,7 +31,8 @@ def rounds(ranks: int, most: int, hidden: int, top_k: int, e: int, alignment: in
     buffers = [torch.zeros(starts[-1], dtype=torch.uint8) for _ in range(ranks)]
     peers = torch.tensor([b.data_ptr() for b in buffers])
     windows = [
-        signals.Window(peers, torch.tensor([1, 0], dtype=torch.int32), rank, *starts[:-1]) for rank in range(ranks)
+        signals.Window(peers, torch.tensor([1, 0]).int(), torch.zeros(2 * ranks).int(), rank, *starts[:-1])
+        for rank in range(ranks)
     ]
     for lengths in ([3] + [0] * (ranks - 1), [min(most, 2 + rank) for rank in range(ranks)]):
         step = max(lengths)

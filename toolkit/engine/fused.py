@@ -1,7 +1,8 @@
 """Operations of a layer that are one kernel on a GPU and a few torch calls elsewhere.
 
 Each function has one meaning; ``supported`` says whether the tensors take the kernel. The torch versions, which CPU and
-the tests compare with, are where they always were: in ``layers.py``, ``models/gqa.py`` and ``moe/gate.py``.
+the tests compare with, are where they always were: in ``layers.py``, ``models/gqa.py``, ``moe/gate.py`` and
+``eplb/recorder.py``.
 Read next: ``kernels/chain.py``, ``kernels/norms.py``, ``kernels/attention.py``, ``kernels/gate.py``.
 """
 
@@ -24,9 +25,11 @@ def _kernels() -> Any:
         import triton  # noqa: F401
     except ImportError:
         return None
-    from toolkit.engine.kernels import attention, gate, latent, linear, norms
+    from toolkit.engine.kernels import attention, counting, gate, latent, linear, norms
 
-    return {"attention": attention, "gate": gate, "latent": latent, "linear": linear, "norms": norms}
+    return {
+        "attention": attention, "counting": counting, "gate": gate, "latent": latent, "linear": linear, "norms": norms,
+    }  # fmt: skip
 
 
 def supported(x: Tensor) -> bool:
@@ -107,3 +110,8 @@ def lookup(table_E: Tensor, ids_SK: Tensor) -> Tensor:
     """``table_E[ids_SK]``, int64; -1 finds the last entry."""
     out: Tensor = _kernels()["gate"].lookup(table_E, ids_SK)
     return out
+
+
+def count(ids: Tensor, counts_E: Tensor, rows_e: Tensor, received_e: Tensor) -> None:
+    """Adds the ids [...] (-1: padding) to ``counts_E`` and ``rows_e`` to ``received_e``; both int64."""
+    _kernels()["counting"].count(ids, counts_E, rows_e, received_e)

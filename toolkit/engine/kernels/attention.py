@@ -89,6 +89,6 @@ def rotate_and_write(
             qkv.stride(0), qkv.stride(1), norms[0].eps if norms else 0.0,
             H=q_heads, KV=kv_heads, DIM=dim, HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2),
             HEADS=together, NORM=norms is not None, ADD_ONE=norms is not None and norms[0].add_one, num_warps=1,
-            **chained(),
+            **chained(tokens),
         )  # fmt: skip
     return q

@@ -1,8 +1,9 @@
 """Kernels that follow one another without a gap: programmatic dependent launch, of Hopper and later GPUs.
 
 A kernel of a chain is launched while the one before it still runs, and begins with ``follow``, which waits for that
-one's end: nothing is read or written earlier than without it, only the time to start is hidden. ``WIDEEP_PDL=0`` turns
-it off, to compare. Knows no arithmetic. Used by every kernel of a decode step.
+one's end: nothing is read or written earlier than without it, only the time to start is hidden. ``WIDEEP_PDL`` is the
+number of rows up to which a step does so, to compare: 0 turns it off.
+Knows no arithmetic. Used by every kernel of a decode step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-PDL_ENV = "WIDEEP_PDL"
+PDL_ENV, MANY = "WIDEEP_PDL", 128
 
 
 @triton.jit
@@ -26,11 +27,18 @@ def follow(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
+def chained(rows: int = 0) -> dict[str, bool]:
+    """Options of a launch: whether the kernel is one of a chain.
+
+    Args:
+        rows: of the step. With many, kernels that wait their turn are in the way of those that run.
+    """
+    return {"PDL": True, "launch_pdl": True} if rows <= _most_rows() else {"PDL": False}
+
+
 @cache
-def chained() -> dict[str, bool]:
-    """Options of a launch: whether the kernel is one of a chain."""
-    if os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get(PDL_ENV) == "0":
-        return {"PDL": False}
-    if torch.version.hip or torch.cuda.get_device_capability() < (9, 0):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+def _most_rows() -> int:
+    """Rows of the largest step whose kernels are chained; -1: none can be."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip or torch.cuda.get_device_capability() < (9, 0):
+        return -1
+    return int(os.environ.get(PDL_ENV, MANY)) or -1

@@ -159,7 +159,7 @@ def grouped_route(
             PARTS=len(parts), GROUPS=gate.n_group, WIDTH=width, BEST=gate.topk_group,
             G_BLOCK=triton.next_power_of_2(gate.n_group), W_BLOCK=triton.next_power_of_2(width),
             COUNTED=real is not None, TABLE=table is not None, K=top_k, K_BLOCK=triton.next_power_of_2(top_k),
-            RENORMALIZE=gate.renormalize, num_warps=1, **chained(),
+            RENORMALIZE=gate.renormalize, num_warps=1, **chained(rows),
         )  # fmt: skip
     return ids, weights, found
 
@@ -180,7 +180,7 @@ def softmax_route(
             PARTS=len(parts), ROUND=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32, COUNTED=real is not None,
             TABLE=table is not None,
             K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=triton.next_power_of_2(experts),
-            RENORMALIZE=renormalize, num_warps=1, **chained(),
+            RENORMALIZE=renormalize, num_warps=1, **chained(rows),
         )  # fmt: skip
     return ids, weights, found
 
@@ -200,7 +200,7 @@ def _parts(x: Tensor, weight_ED: Tensor, step: int) -> Tensor:
     _logits_kernel[(triton.cdiv(rows, height), SPLITS)](
         x.contiguous(), weight_ED, parts, rows, experts,
         D=columns, PART=columns // SPLITS, ROWS=height, STEP=step, BLOCK=max(16, triton.next_power_of_2(experts)),
-        **chained(),
+        **chained(rows),
         num_warps=4,
     )  # fmt: skip
     return parts
@@ -220,5 +220,5 @@ def lookup(table_E: Tensor, ids_SK: Tensor) -> Tensor:
     out = torch.empty_like(ids)
     if ids.numel():
         grid = (triton.cdiv(ids.numel(), 256),)
-        _lookup_kernel[grid](table_E, ids, out, ids.numel(), len(table_E), BLOCK=256, **chained())
+        _lookup_kernel[grid](table_E, ids, out, ids.numel(), len(table_E), BLOCK=256, **chained(len(ids)))
     return out

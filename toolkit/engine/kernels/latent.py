@@ -77,7 +77,7 @@ def write_latent(kv: Tensor, norm: RMSNorm, rotary: Rotary, positions_T: Tensor,
             kv, norm.weight, rotary.cos, rotary.sin, positions_T, rows_T, cache, kv.stride(0), norm.eps,
             C=latent, R=rope, C_BLOCK=triton.next_power_of_2(latent), HALF=triton.next_power_of_2(rope // 2),
             MOST=FP8_MAX if cache.dtype == torch.float8_e4m3fn else 0, num_warps=2,
-            **chained(),
+            **chained(tokens),
         )  # fmt: skip
 
 
@@ -89,5 +89,5 @@ def rotate_pairs(x: Tensor, rotary: Rotary, positions_T: Tensor) -> None:
         _rotate_kernel[(tokens, triton.cdiv(heads, together))](
             x, rotary.cos, rotary.sin, positions_T, x.stride(0), x.stride(1), heads,
             R=rope, HEADS=together, HALF=triton.next_power_of_2(rope // 2), num_warps=2,
-            **chained(),
+            **chained(tokens),
         )  # fmt: skip

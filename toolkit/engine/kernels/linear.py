@@ -48,6 +48,7 @@ def partial_products(x: Tensor, weight_NK: Tensor) -> Tensor | None:
     if rows:
         _parts_kernel[(outputs // TILE, count)](
             x, weight_NK, parts, rows, x.stride(0), N=outputs, K=columns, PART=columns // count,
-            ROWS=max(16, triton.next_power_of_2(rows)), TILE=TILE, STEP=STEP, num_warps=4, num_stages=4, **chained(),
+            ROWS=max(16, triton.next_power_of_2(rows)), TILE=TILE, STEP=STEP, num_warps=4, num_stages=4,
+            **chained(rows),
         )  # fmt: skip
     return parts

@@ -73,8 +73,9 @@ def _launch(
     x: Tensor, parts: Tensor, total: Tensor, weight: Tensor, out: Tensor, eps: float, add: bool, add_one: bool
 ) -> None:
     rows, size = x.shape
-    block = triton.next_power_of_2(size)
+    block, share = triton.next_power_of_2(size), 512 if len(parts) == 1 else 256
     _norm_kernel[(rows,)](
         x, parts, total, weight, out, x.stride(0), parts.stride(1), parts.stride(0), size, eps,
-        ADD=add, PARTS=len(parts), ADD_ONE=add_one, BLOCK=block, num_warps=min(max(block // 512, 1), 16), **chained(),
+        ADD=add, PARTS=len(parts), ADD_ONE=add_one, BLOCK=block, num_warps=min(max(block // share, 1), 16),
+        **chained(rows),
     )  # fmt: skip

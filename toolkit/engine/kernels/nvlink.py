@@ -22,15 +22,17 @@ from torch import Tensor
 
 from toolkit.engine.kernels.chain import chained, follow
 from toolkit.engine.kernels.rows import column_major
-from toolkit.engine.kernels.signals import Window, block, part, programs, signal, wait
+from toolkit.engine.kernels.signals import Window, block, few, part, programs, signal, wait
+
+PLACERS = 128  # programs, about one for each of an H100's 132 multiprocessors
 
 
 @triton.jit(do_not_specialize=["rows", "step_rows", "rank"])
 def _push_kernel(
-    x_ptr, scales_ptr, slots_ptr, weights_ptr, peers_ptr, rounds_ptr, rows, step_rows, rank,
+    x_ptr, scales_ptr, slots_ptr, weights_ptr, peers_ptr, rounds_ptr, done_ptr, rows, step_rows, rank,
     x_at, scales_at, ids_at, weights_at, signals, e,
     D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    G_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    G_BLOCK: tl.constexpr, FEW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     follow(PDL)
     to = tl.program_id(1)
@@ -57,7 +59,7 @@ def _push_kernel(
             tl.store(scales_out + at * G + g, scale, mask=(g < G) & sent)
         tl.store(ids_out + at * K + k, slots, mask=k < K)
         tl.store(weights_out + at * K + k, weights, mask=(k < K) & sent)
-    signal(peers_ptr, to, signals, rank)
+    signal(peers_ptr, to, signals, rank, done_ptr + to, FEW)
 
 
 @triton.jit(do_not_specialize=["step_rows", "rank", "scales_stride"])
@@ -66,46 +68,52 @@ def _place_kernel(
     x_at, scales_at, ids_at, signals, scales_stride, e,
     N: tl.constexpr, N_BLOCK: tl.constexpr, D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, G_BLOCK: tl.constexpr, PAIRS: tl.constexpr, SLOTS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    PDL: tl.constexpr,
+    TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a received row. Each counts all slots for itself: cheaper than another kernel, and always alike."""
+    """TOKENS received rows a program. Each counts all slots for itself: cheaper than another kernel, always alike."""
     follow(PDL)
-    token = tl.program_id(0)
+    first = tl.program_id(0) * TOKENS
     wait(peers_ptr, rank, signals, 0, tl.load(rounds_ptr), N, N_BLOCK)
-    x = part(peers_ptr, rank, x_at, out_ptr.dtype.element_ty) + token * D
+    x = part(peers_ptr, rank, x_at, out_ptr.dtype.element_ty)
     ids_in = part(peers_ptr, rank, ids_at, tl.int32)
-    head = tl.load(x + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < D)  # under way while slots are counted
+    token = first + tl.arange(0, TOKENS)
+    here, d = (token < N * step_rows)[:, None], tl.arange(0, BLOCK)[None, :]
+    head = tl.load(x + token[:, None] * D + d, mask=here & (d < D))  # under way while slots are counted
     pair = tl.arange(0, PAIRS)
     local = tl.load(ids_in + pair, mask=pair < N * step_rows * K, other=-1) - rank * e
     mine = (local >= 0) & (local < e)
-    slots = tl.arange(0, SLOTS)
-    counts = tl.histogram(tl.where(mine, local, 0), SLOTS, mask=mine)
+    slots, bins = tl.arange(0, SLOTS), tl.where(mine, local, 0)
+    before = tl.histogram(bins, SLOTS, mask=mine & (pair < first * K))
+    counts = before + tl.histogram(bins, SLOTS, mask=mine & (pair >= first * K))
     padded = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     starts = tl.cumsum(padded, 0) - padded
-    if token == 0:
+    if first == 0:
         tl.store(counts_ptr + slots, counts, mask=slots < e)
         tl.store(ends_ptr + slots, starts + counts, mask=slots < e)
-    choice = tl.arange(0, K_BLOCK)
-    placed = tl.full((K_BLOCK,), -1, tl.int64)
-    for k in tl.static_range(K):
-        slot = tl.load(ids_in + token * K + k) - rank * e
-        if (slot >= 0) & (slot < e):
-            before = tl.sum(((local == slot) & (pair < token * K + k)).to(tl.int32), 0)
-            row = (tl.sum(tl.where(slots == slot, starts, 0), 0) + before).to(tl.int64)
-            placed = tl.where(choice == k, row, placed)
-    tl.store(rows_ptr + token * K + choice, placed, mask=choice < K)
-    for first in tl.static_range(0, D, BLOCK):
-        d = first + tl.arange(0, BLOCK)
-        value = head if first == 0 else tl.load(x + d, mask=d < D)
+    # the pairs of this program: after those of earlier programs, then in order
+    own = tl.arange(0, TOKENS * K_BLOCK)
+    at = (first + own // K_BLOCK) * K + own % K_BLOCK
+    real = (own % K_BLOCK < K) & (first + own // K_BLOCK < N * step_rows)
+    slot = tl.load(ids_in + at, mask=real, other=-1) - rank * e
+    slot = tl.where((slot >= 0) & (slot < e), slot, -1)
+    ahead = tl.sum(((slot[:, None] == slot[None, :]) & (own[None, :] < own[:, None])).to(tl.int32), 1)
+    base = tl.sum(tl.where(slot[:, None] == slots[None, :], (starts + before)[None, :], 0), 1)
+    placed = tl.where(slot >= 0, base + ahead, -1).to(tl.int64)
+    tl.store(rows_ptr + at, placed, mask=real)
+    placed, choice = tl.reshape(placed, (TOKENS, K_BLOCK)), tl.arange(0, K_BLOCK)[None, :]
+    for column in tl.static_range(0, D, BLOCK):
+        inside = column + d < D
+        value = head if column == 0 else tl.load(x + token[:, None] * D + column + d, mask=here & inside)
         for k in tl.static_range(K):
-            row = tl.sum(tl.where(choice == k, placed, 0), 0, keep_dims=True)
-            tl.store(out_ptr + row * D + d, value, mask=(d < D) & (row >= 0))
+            row = tl.sum(tl.where(choice == k, placed, 0), 1)[:, None]
+            tl.store(out_ptr + row * D + column + d, value, mask=inside & here & (row >= 0))
     if G > 0:
-        g = tl.arange(0, G_BLOCK)
-        scale = tl.load(part(peers_ptr, rank, scales_at, tl.float32) + token * G + g, mask=g < G)
+        g = tl.arange(0, G_BLOCK)[None, :]
+        scales = part(peers_ptr, rank, scales_at, tl.float32)
+        scale = tl.load(scales + token[:, None] * G + g, mask=here & (g < G))
         for k in tl.static_range(K):
-            row = tl.sum(tl.where(choice == k, placed, 0), 0, keep_dims=True)
-            tl.store(out_scales_ptr + g * scales_stride + row, scale, mask=(g < G) & (row >= 0))
+            row = tl.sum(tl.where(choice == k, placed, 0), 1)[:, None]
+            tl.store(out_scales_ptr + g * scales_stride + row, scale, mask=here & (g < G) & (row >= 0))
 
 
 def push(w: Window, x: Tensor, scales: Tensor | None, slots: Tensor, weights: Tensor, step_rows: int, e: int) -> None:
@@ -120,9 +128,9 @@ def push(w: Window, x: Tensor, scales: Tensor | None, slots: Tensor, weights: Te
     groups = 0 if scales is None else scales.shape[1]
     _push_kernel[(programs(step_rows), len(w.peers))](
         x.view(torch.int8) if scales is not None else x, x if scales is None else scales, slots, weights, w.peers,
-        w.rounds, rows, step_rows, w.rank, w.x, w.scales, w.ids, w.weights, w.signals, e,
+        w.rounds, w.done, rows, step_rows, w.rank, w.x, w.scales, w.ids, w.weights, w.signals, e,
         D=columns, G=groups, K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=block(columns),
-        G_BLOCK=triton.next_power_of_2(max(groups, 1)), num_warps=4, **chained(),
+        G_BLOCK=triton.next_power_of_2(max(groups, 1)), FEW=few(step_rows), num_warps=4, **chained(step_rows),
     )  # fmt: skip
 
 
@@ -148,12 +156,13 @@ def place(
     if not tokens:
         return out, scales, rows, counts.zero_(), ends.zero_()
     pairs = triton.next_power_of_2(tokens * top_k)
-    _place_kernel[(tokens,)](
+    together = min(triton.next_power_of_2(triton.cdiv(tokens, PLACERS)), 8)
+    _place_kernel[(triton.cdiv(tokens, together),)](
         out.view(torch.int8) if groups else out, out if scales is None else scales, rows, counts, ends, w.peers,
         w.rounds, step_rows, w.rank, w.x, w.scales, w.ids, w.signals, 0 if scales is None else scales.stride(1), e,
         N=ranks, N_BLOCK=triton.next_power_of_2(ranks), D=columns, G=groups, K=top_k,
         K_BLOCK=triton.next_power_of_2(top_k), BLOCK=block(columns),
         G_BLOCK=triton.next_power_of_2(max(groups, 1)), PAIRS=pairs, SLOTS=triton.next_power_of_2(e),
-        ALIGNMENT=alignment, num_warps=4 if pairs <= 4096 else 8, **chained(),
+        ALIGNMENT=alignment, TOKENS=together, num_warps=4 if pairs <= 1024 else 8, **chained(step_rows),
     )  # fmt: skip
     return out, scales, rows, counts, ends

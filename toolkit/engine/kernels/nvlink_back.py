@@ -13,15 +13,15 @@ from torch import Tensor
 from toolkit.engine.kernels.chain import chained, follow
 from toolkit.engine.kernels.norms import added, normed
 from toolkit.engine.kernels.rows import weighted_sum
-from toolkit.engine.kernels.signals import Window, block, part, programs, signal, wait
+from toolkit.engine.kernels.signals import Window, block, few, part, programs, signal, wait
 from toolkit.engine.layers import RMSNorm
 
 
 @triton.jit(do_not_specialize=["step_rows", "rank"])
 def _give_back_kernel(
-    y_ptr, rows_ptr, peers_ptr, rounds_ptr, step_rows, rank, weights_at, back_at, signals,
+    y_ptr, rows_ptr, peers_ptr, rounds_ptr, done_ptr, step_rows, rank, weights_at, back_at, signals,
     N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    PARTS: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, FEW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     follow(PDL)
     to = tl.program_id(1)
@@ -38,7 +38,7 @@ def _give_back_kernel(
         total = weighted_sum(y_ptr, rows, weights, d, D).to(y_ptr.dtype.element_ty)
         sent = tl.max(rows, 0, keep_dims=True) >= 0
         tl.store(back + (rank * step_rows + s) * D + d, total, mask=(d < D) & sent)
-    signal(peers_ptr, to, signals, N + rank)
+    signal(peers_ptr, to, signals, N + rank, done_ptr + N + to, FEW)
 
 
 @triton.jit(do_not_specialize=["rows", "step_rows", "rank"])
@@ -82,9 +82,9 @@ def give_back(w: Window, y: Tensor, rows: Tensor, step_rows: int) -> None:
     width = min(block(columns), 1024)  # columns of a program: 8 of each of its 128 threads, all K rows at once
     parts = triton.cdiv(columns, width)
     _give_back_kernel[(programs(step_rows * parts), ranks)](
-        y, rows, w.peers, w.rounds, step_rows, w.rank, w.weights, w.back, w.signals,
-        N=ranks, D=columns, K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=width, PARTS=parts, num_warps=4,
-        **chained(),
+        y, rows, w.peers, w.rounds, w.done, step_rows, w.rank, w.weights, w.back, w.signals,
+        N=ranks, D=columns, K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=width, PARTS=parts,
+        FEW=few(step_rows * parts), num_warps=4, **chained(step_rows),
     )  # fmt: skip
 
 
@@ -119,5 +119,5 @@ def _total(
         w.peers, w.rounds, rows, step_rows, w.rank, w.back, w.signals, e, norm.eps if norm is not None else 0.0,
         N=ranks, N_BLOCK=triton.next_power_of_2(ranks), D=columns, K=top_k, K_BLOCK=triton.next_power_of_2(top_k),
         BLOCK=width, MORE=more is not None, NORM=norm is not None, ADD_ONE=norm is not None and norm.add_one,
-        num_warps=min(max(width // 256, 1), 16), **chained(),
+        num_warps=min(max(width // 256, 1), 16), **chained(step_rows),
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 256  # at most, of a rank for each destination: a power of two
+ALONE = 64  # programs at most that signal each for itself
 SIGNALS = tl.constexpr(PROGRAMS)  # what a counter grows by in a round, however many programs there are
 LINE = tl.constexpr(32)  # counters lie 128 bytes apart
 SPINS = tl.constexpr(1 << 30)  # looks at the counters, tens of minutes, until a rank that waits for a dead one gives up
@@ -27,11 +28,13 @@ class Window:
     Attributes:
         peers: int64 [N], the address of each rank's buffer, own included.
         rounds: int32 [2], the number of the next dispatch and of the combine under way, from 1.
+        done: int32 [2 N], programs of a dispatch and a combine that have done their part for each rank.
         x, scales, ids, weights, back, signals: where each part begins, bytes.
     """
 
     peers: Tensor
     rounds: Tensor
+    done: Tensor
     rank: int
     x: int
     scales: int
@@ -49,12 +52,20 @@ def part(peers_ptr, rank, offset, dtype: tl.constexpr):
 
 
 @triton.jit
-def signal(peers_ptr, to, signals, counter):
-    """Everything this program wrote is visible to whoever sees the counter grow."""
+def signal(peers_ptr, to, signals, counter, done_ptr, FEW: tl.constexpr):
+    """Everything this program wrote is visible to whoever sees the counter grow.
+
+    A peer's counter takes growth from many programs one after the other: unless they are FEW, the last one speaks for
+    all that ``done`` has counted here.
+    """
     tl.debug_barrier()
-    counters = part(peers_ptr, to, signals, tl.int32)
-    share = tl.full((), SIGNALS, tl.int32) // tl.num_programs(0)
-    tl.atomic_add(counters + counter * LINE, share, sem="release", scope="sys")
+    counters, number = part(peers_ptr, to, signals, tl.int32) + counter * LINE, tl.num_programs(0)
+    if FEW:
+        share = tl.full((), SIGNALS, tl.int32) // number
+        tl.atomic_add(counters, share, sem="release", scope="sys")
+    elif tl.atomic_add(done_ptr, 1, sem="acq_rel", scope="sys") == number - 1:
+        tl.store(done_ptr, 0)
+        tl.atomic_add(counters, SIGNALS, sem="release", scope="sys")
 
 
 @triton.jit
@@ -83,6 +94,11 @@ def wait(peers_ptr, rank, signals, first, round_, N: tl.constexpr, N_BLOCK: tl.c
 def programs(tasks: int) -> int:
     """For each destination."""
     return min(1 << (max(tasks, 1) - 1).bit_length(), PROGRAMS)
+
+
+def few(tasks: int) -> bool:
+    """Whether each of ``programs(tasks)`` signals for itself."""
+    return programs(tasks) <= ALONE
 
 
 def block(columns: int) -> int:

@@ -78,6 +78,7 @@ class DeepGemm:
         kind = "bf16" if scales is None else "fp8"
         expected = next(size for size in self.shapes(rows.expected, rows.alignment) if size >= rows.expected)
         if rows.layout == "masked":
+            assert not out.shape[1] % self.alignment, f"tiles of {self.alignment} rows do not end with {out.shape[1]}"
             masked = getattr(self._library, f"m_grouped_{kind}_gemm_nt_masked")
             masked(a, b, out, rows.counts, min(expected, out.shape[1]))
             return

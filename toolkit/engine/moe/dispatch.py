@@ -40,7 +40,8 @@ class Dispatched:
 
     Attributes:
         x: contiguous: [R, D], slot-major; slot s owns the ``counts[s]`` rows before ``ends[s]`` (rows between are
-            padding). masked: [e, M, D]; slot s owns the first ``counts[s]`` rows of x[s].
+            padding). masked: [e, M, D]; slot s owns the first ``counts[s]`` rows of x[s]; M is a multiple
+            of the GEMM's alignment, as it may store whole tiles.
         scales: quantisation scales of ``x``, or None.
         counts: real rows of each slot, [e].
         ends: contiguous: the row after the last of each slot, [e]; the next slot begins at the next multiple of

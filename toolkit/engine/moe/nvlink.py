@@ -68,6 +68,7 @@ class NvlinkDispatcher:
         self.window = signals.Window(
             torch.tensor(addresses, dtype=torch.int64, device="cuda"),
             torch.tensor([1, 0], dtype=torch.int32, device="cuda"),
+            torch.zeros(2 * comm.size, dtype=torch.int32, device="cuda"),
             comm.rank, *([0, *ends[:-1]]),
         )  # fmt: skip
         log.info(
