@@ -3,18 +3,21 @@
 #   PYTHON    the interpreter the virtual environment is made from
 #   VENV      where the virtual environment is
 #   PIP_ARGS  more options for every pip install, e.g. an index with the CPU build of torch
+#   JOBS      files of tests that run at a time; those of servers start up to four ranks each
 #   ARGS      more arguments for the command of a target: make demo ARGS=load.osl=64, make unit ARGS='-k gate'
 PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
+JOBS     ?= 2
 ARGS     ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
 
-# What can run two files at a time; the rest starts several ranks itself.
-PARALLEL := tests/unit tests/process tests/eplb
+# Those that take longest first, so that all cores are busy to the end.
+PYTEST      = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+WITHOUT_E2E := tests/dist tests/contract tests/process tests/eplb tests/unit
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit check fmt hooks test-gpu measure-gpu
@@ -28,18 +31,16 @@ demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the char
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
 
 test: $(STAMP)  ## all tests, those that serve the demo model included (but slow ones: ARGS='-m slow')
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL) $(ARGS)
-	$(BIN)/python -m pytest tests/contract tests/dist tests/e2e -m 'not slow' $(ARGS)
+	$(PYTEST) tests/e2e $(WITHOUT_E2E) -m 'not slow' $(ARGS)
 
 unit: $(STAMP)  ## the fast tests: under a minute
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
+	$(PYTEST) tests/unit $(ARGS)
 
 check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL) $(ARGS)
-	$(BIN)/python -m pytest tests/contract tests/dist $(ARGS)
+	$(PYTEST) $(WITHOUT_E2E) -m 'not slow' $(ARGS)
 
 bench-kv: $(STAMP)  ## KV transfer beside the bare NIXL library, 4 KiB to 256 MiB and whole requests (GPUs: ARGS='--device cuda')
 	$(BIN)/python -m tests.bench.kv $(ARGS)

@@ -23,10 +23,13 @@ def dims(ranks: int) -> ParallelDims:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("alignment", [1, 8])
-def test_round_trip(backend: str, ranks: int, alignment: int) -> None:
-    results = run_ranks(dims(ranks), round_trips, Case(backend, alignment))
-    assert results == [2 * len(ROWS[ranks]) * len(ROUTINGS)] * ranks
+def test_round_trip(backend: str, ranks: int) -> None:
+    results = run_ranks(dims(ranks), round_trips_aligned, backend)
+    assert results == [[2 * len(ROWS[ranks]) * len(ROUTINGS)] * 2] * ranks
+
+
+def round_trips_aligned(groups: Groups, backend: str) -> list[int]:
+    return [round_trips(groups, Case(backend, alignment)) for alignment in (1, 8)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -22,16 +22,20 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def mappings(world: int, arch: Arch) -> Iterator[tuple[ParallelConfig, str]]:
+def mappings(world: int, arch: Arch, pairs: bool) -> Iterator[tuple[ParallelConfig, str]]:
     """Every (degrees, dispatcher) that the relations of SGLang allow; what a model cannot tell apart, once.
 
     Where both ways to split a dense FFN are tried, so are both ways to split the LM head.
+
+    Args:
+        pairs: every degree of attention with every degree of experts; else each of both, in turn.
     """
     experts = [(1, 1)]
     if arch.moe_layers:
         experts = [(moe_dp, ep) for moe_dp in divisors(world) for ep in divisors(world // moe_dp)]
     dense = (None, 1) if len(arch.moe_layers) < arch.num_layers else (None,)
-    for dp, (moe_dp, ep), dense_tp in itertools.product(divisors(world), experts, dense):
+    both = itertools.product(divisors(world), experts) if pairs else zip(itertools.cycle(divisors(world)), experts)
+    for (dp, (moe_dp, ep)), dense_tp in itertools.product(both, dense):
         dp_head = dp > 1 and dense_tp == 1
         parallel = ParallelConfig(
             world, dp, ep, moe_dp, dense_tp, enable_dp_attention=dp > 1, enable_dp_lm_head=dp_head
@@ -41,13 +45,13 @@ def mappings(world: int, arch: Arch) -> Iterator[tuple[ParallelConfig, str]]:
             yield parallel, "all_to_all"
 
 
-def all_mappings(groups: Groups, case: Case) -> list[str]:
+def all_mappings(groups: Groups, case: Case, pairs: bool) -> list[str]:
     """Runs every mapping on ranks that are connected already -> what went wrong on this rank."""
     failures = []
     world, rank = groups.dims.tp_size, groups.rank
     split = functools.cache(lambda size, backend: Comm.split(world, rank, size, backend))
     arch, padding = read_arch(case.model), ""
-    for parallel, backend in mappings(world, arch):
+    for parallel, backend in mappings(world, arch, pairs or not arch.moe_layers):
         padding = "sum_len" if padding == "max_len" else "max_len"  # in turn
         dims = ParallelDims.of(parallel)
         options = engine(moe_a2a_backend=backend, dp_padding_mode=padding, chunked_prefill_size=8)

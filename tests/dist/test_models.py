@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from tests.dist.cases import PROMPT, Case, check_close, engine
 from tests.dist.families import FAMILIES, make_case
 from tests.dist.forced import forced_logits
 from tests.dist.ranks import run_ranks
+from toolkit.config.engine import EngineConfig
 from toolkit.config.model import ModelConfig
 from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.arch import read_arch
@@ -55,16 +57,23 @@ OVERLAPPING = {
 
 
 @pytest.mark.parametrize("mapping", OVERLAPPING)
-@pytest.mark.parametrize("sequences", [5, 3, 1], ids=["all-busy", "some-idle", "one-sided"])
-def test_two_batch_overlap_changes_nothing(case: Case, mapping: str, sequences: int) -> None:
+def test_two_batch_overlap_changes_nothing(case: Case, mapping: str) -> None:
     """Halves of decode and of prefill, requests cut in two, halves without tokens, ranks without requests."""
     if not read_arch(case.model).moe_layers:
         pytest.skip("no experts, which the check refuses")
     options = engine(enable_two_batch_overlap=True, chunked_prefill_size=12)
-    dims = ParallelDims.of(OVERLAPPING[mapping])
-    for logits in run_ranks(dims, forced_logits, case.model, options, case.sequences[:sequences], PROMPT):
-        for i, rows in logits.items():
-            check_close(rows, case.expected[i])
+    loads = [case.sequences[:count] for count in (5, 3, 1)]  # all ranks are busy, some idle, one alone
+    for rank in run_ranks(ParallelDims.of(OVERLAPPING[mapping]), forced_logits_of_each, case.model, options, loads):
+        for logits in rank:
+            for i, rows in logits.items():
+                check_close(rows, case.expected[i])
+
+
+def forced_logits_of_each(
+    groups: Groups, model: ModelConfig, options: EngineConfig, loads: list[list[list[int]]]
+) -> list[dict[int, dict[int, np.ndarray]]]:
+    """One load after the other, in the same processes."""
+    return [forced_logits(groups, model, options, sequences, PROMPT) for sequences in loads]
 
 
 def test_redundant_experts_change_nothing(case: Case) -> None:

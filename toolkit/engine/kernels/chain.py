@@ -3,7 +3,7 @@
 A kernel of a chain is launched while the one before it still runs, and begins with ``follow``, which waits for that
 one's end: nothing is read or written earlier than without it, only the time to start is hidden. ``WIDEEP_PDL`` is the
 number of rows up to which a step does so, to compare: 0 turns it off.
-Knows no arithmetic. Used by every kernel of a decode step.
+Knows no arithmetic.
 """
 
 from __future__ import annotations
