@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.engine.core import Batch, Request, SamplingParams
+from toolkit.engine.core import Batch, SamplingParams
 from toolkit.engine.disagg.decode import DecodePart
 from toolkit.engine.disagg.log import TransferLog
 from toolkit.engine.disagg.part import Cache
@@ -28,6 +29,7 @@ from toolkit.engine.kv.local import LocalTransfer
 from toolkit.engine.kv.pool import KVCache, KVSpec
 from toolkit.engine.kv.tables import BlockTables
 from toolkit.engine.messages import Generate, Handover, Output, Receive, Send
+from toolkit.engine.pipeline import Step
 from toolkit.engine.scheduler import Scheduler
 
 PAGE, MAX_LEN, WINDOWS = 4, 48, (0, 6)
@@ -46,25 +48,32 @@ class Side:
         self.layout = CacheLayout(PAGE, "float64", 1, 0, 1, 2, 0, list(WINDOWS), layers, [blocks] * len(kinds))
         self.kv = msgspec.msgpack.encode(Cache(self.layout, self.transfer.register(regions(self.cache))))
 
-    def run(self, batch: Batch) -> list[int]:
-        """The model: each token leaves its prefix's hash, and sees those before it."""
-        for scheduled in batch.scheduled:
-            request, begin = scheduled.request, scheduled.begin
-            for kind, window in enumerate(WINDOWS):
-                for position in range(begin, scheduled.end):
-                    self._row(request, kind, position)[:] = prefix_hash(request.tokens[: position + 1])
-                for position in range(first_token(window, begin), scheduled.end):
-                    found = float(self._row(request, kind, position)[0])
-                    assert found == prefix_hash(request.tokens[: position + 1]), f"{request.rid} reads another's KV"
-        return [next_token(s.request.tokens) for s in batch.scheduled if s.samples]
+    def launch(self, batch: Batch) -> Callable[[], Step]:
+        """The model: each token leaves its prefix's hash, and sees those before it; when what is returned is called."""
+        began = time.monotonic()
+        work = [
+            (s.request.rid, s.begin, s.end, s.samples, list(s.request.tokens), [list(t) for t in s.request.blocks])
+            for s in batch.scheduled
+        ]
+        in_flight = self.scheduler.advance(batch)
 
-    def _row(self, request: Request, kind: int, position: int) -> torch.Tensor:
-        block = request.blocks[kind][position // PAGE]
-        assert block >= 0, f"{request.rid} has no block for {position}"
+        def over() -> Step:
+            for rid, begin, end, _, tokens, blocks in work:
+                for kind, window in enumerate(WINDOWS):
+                    rows = {at: self._row(kind, blocks[kind], at) for at in range(first_token(window, begin), end)}
+                    for position in range(begin, end):
+                        rows[position][:] = prefix_hash(tokens[: position + 1])
+                    for position, row in rows.items():
+                        assert float(row[0]) == prefix_hash(tokens[: position + 1]), f"{rid} reads another's KV"
+            outputs = self.scheduler.resolve(in_flight, [next_token(tokens) for *_, s, tokens, _ in work if s])
+            return Step(0, batch, 0.0, 0.0, outputs, began, in_flight.computed, lambda: None)
+
+        return over
+
+    def _row(self, kind: int, blocks: list[int], position: int) -> torch.Tensor:
+        block = blocks[position // PAGE]
+        assert block >= 0, f"no block for {position}"
         return self.cache.k[kind][block * PAGE + position % PAGE, 0]
-
-    def audit(self) -> None:
-        self.scheduler.audit()
 
 
 def prefix_hash(tokens: list[int]) -> float:
@@ -85,8 +94,9 @@ def expected(prompt: list[int], count: int) -> list[int]:
 class Pair:
     """A prefill and a decode rank, and a frontend's part between them."""
 
-    def __init__(self, blocks: int, early: bool) -> None:
-        self.early = early
+    def __init__(self, blocks: int, early: bool, ahead: bool) -> None:
+        self.early, self.ahead = early, ahead
+        self.under_way: Callable[[], Step] | None = None
         self.source, self.sink = Side("p", blocks, 7, True), Side("d", blocks, 12, False)
         self.prefill = PrefillPart(self.source.scheduler, self.source.transfer, self.source.kv, True, 60.0)
         log = TransferLog(None, "d", 0)
@@ -114,12 +124,21 @@ class Pair:
     def turn(self) -> None:
         for part, side in ((self.prefill, self.source), (self.decode, self.sink)):
             arrived, lost = part.poll()
+            ahead, told = self.ahead and part is self.prefill, list[Output]()
+            if ahead and self.under_way is not None and not side.scheduler.can_run_ahead:
+                told += part.stepped(self.under_way())
+                self.under_way = None
             batch = side.scheduler.schedule()
-            told = part.apply(arrived & ((1 << 62) - 1), lost)
-            outputs = side.scheduler.finish(batch, side.run(batch))
-            for output in [*told, *part.stepped(batch, time.monotonic(), outputs, lambda: None)]:
+            told += part.apply(arrived & ((1 << 62) - 1), lost)
+            step: Callable[[], Step] | None = side.launch(batch)
+            if ahead:  # the step before this one is over only now
+                step, self.under_way = self.under_way, step
+            if step is not None:
+                told += part.stepped(step())
+            for output in told:
                 self.hear(output)
-            side.audit()
+            if not ahead:  # a step under way has not let go of what lies behind windows
+                side.scheduler.audit()
 
     def hear(self, output: Output) -> None:
         rid = output.rid
@@ -150,12 +169,13 @@ class Pair:
         self.decode.close()
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
 @pytest.mark.parametrize("early", [True, False], ids=["bootstrap", "synchronous"])
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32), blocks=st.integers(14, 40), faults=st.booleans())
-def test_random_handoffs(early: bool, seed: int, blocks: int, faults: bool) -> None:
+def test_random_handoffs(early: bool, ahead: bool, seed: int, blocks: int, faults: bool) -> None:
     rng = random.Random(seed)
-    pair = Pair(blocks, early)
+    pair = Pair(blocks, early, ahead)
     if faults:
         start: Any = pair.sink.transfer.start_read
 

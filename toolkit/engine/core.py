@@ -151,10 +151,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class InFlight:
-    """A launched step: its batch, and where in ``request.tokens`` each sampled token belongs, in batch order."""
+    """A launched step.
+
+    Attributes:
+        sampling: where in ``request.tokens`` each sampled token belongs, in batch order.
+        computed: of each scheduled request, ``num_computed`` once this step is over; later ones may be under way.
+    """
 
     batch: Batch
     sampling: tuple[tuple[Request, int], ...]
+    computed: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Step:
         began: Unix seconds: of its launch, or of the end of the step before, whichever came later.
         duration_s: from then until its tokens were there, so that durations add up.
         begin: of its launch, on the monotonic clock.
+        computed: as ``InFlight`` has it.
         settle: waits until the device has done it; without sampled tokens it may be over on the host only.
     """
 
@@ -35,6 +36,7 @@ class Step:
     duration_s: float
     outputs: list[Output]
     begin: float
+    computed: tuple[int, ...]
     settle: Callable[[], None]
 
 
@@ -85,5 +87,5 @@ class Pipeline:
         duration = now - max(pending.begin, self._ended)
         self._ended = now
         began = time.time() - duration
-        batch, launched = pending.in_flight.batch, pending.launched
-        self._over(Step(pending.ctx.step, batch, began, duration, outputs, pending.begin, launched.settle))
+        step, settle = pending.in_flight, pending.launched.settle
+        self._over(Step(pending.ctx.step, step.batch, began, duration, outputs, pending.begin, step.computed, settle))

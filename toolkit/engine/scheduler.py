@@ -178,7 +178,7 @@ class Scheduler:
             if samples:
                 sampling.append((request, len(request.tokens)))
                 request.tokens.append(UNKNOWN)
-        return InFlight(batch, tuple(sampling))
+        return InFlight(batch, tuple(sampling), tuple(s.request.num_computed for s in batch.scheduled))
 
     def resolve(
         self, step: InFlight, sampled: Sequence[int], logprobs: Mapping[str, TokenLogprobs] | None = None

@@ -228,7 +228,7 @@ class Worker:
         """Replies to a step whose tokens are there."""
         outputs = step.outputs
         if self.part is not None:
-            outputs = self.part.stepped(step.batch, step.begin, outputs, step.settle)
+            outputs = self.part.stepped(step)
         self._tell(outputs)
         self._steps += 1
         self._step_s += step.duration_s

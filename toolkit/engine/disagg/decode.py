@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from toolkit.engine.core import Batch, Request
+from toolkit.engine.core import Request
 from toolkit.engine.disagg.log import TransferLog
 from toolkit.engine.disagg.part import MAX_BITS, Cache, bits, chosen
 from toolkit.engine.kv.layout import Blocks, CacheLayout, mismatch, pieces, sources
@@ -22,6 +22,7 @@ from toolkit.engine.kv.strategy import check_blocks
 from toolkit.engine.kv.tables import NO_BLOCK
 from toolkit.engine.kv.transfer import KVTransfer, Read
 from toolkit.engine.messages import Generate, Handover, Output, Receive, Ticket
+from toolkit.engine.pipeline import Step
 from toolkit.engine.scheduler import Scheduler
 
 
@@ -142,10 +143,10 @@ class DecodePart:
             self._log.joined(arrival)
         return outputs
 
-    def stepped(self, batch: Batch, began: float, outputs: list[Output], settle: Callable[[], None]) -> list[Output]:
-        for output in outputs:
+    def stepped(self, step: Step) -> list[Output]:
+        for output in step.outputs:
             self._log.decoded(output.rid)
-        return outputs
+        return step.outputs
 
     def flush(self) -> None:
         self._log.flush()

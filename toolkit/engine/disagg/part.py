@@ -8,18 +8,18 @@ Knows no sockets and no collectives. Read next: ``prefill.py``, ``decode.py``, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from toolkit.engine.args import WorkerArgs
-from toolkit.engine.core import Batch
 from toolkit.engine.kv.layout import CacheLayout, regions
 from toolkit.engine.kv.transfer import TRANSFERS, KVTransfer
 from toolkit.engine.messages import Generate, Handover, Output
 from toolkit.engine.parallel import Groups
+from toolkit.engine.pipeline import Step
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.scheduler import Scheduler
 
@@ -63,11 +63,8 @@ class Part(Protocol):
         """Acts on the bits that the group has agreed on, between two steps. Returns what to tell the frontend."""
         ...
 
-    def stepped(self, batch: Batch, began: float, outputs: list[Output], settle: Callable[[], None]) -> list[Output]:
-        """After a step that began at ``began`` (monotonic): its outputs, with tickets.
-
-        ``settle`` waits until the device has written what the step computed.
-        """
+    def stepped(self, step: Step) -> list[Output]:
+        """After a step: its outputs, with tickets. The next one may be under way."""
         ...
 
     def flush(self) -> None:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
 
-from toolkit.engine.core import Batch, Request
+from toolkit.engine.core import Request
 from toolkit.engine.disagg.part import MAX_BITS, bits, chosen
 from toolkit.engine.kv.transfer import KVTransfer
 from toolkit.engine.messages import Generate, Handover, Output, Send, Ticket
+from toolkit.engine.pipeline import Step
 from toolkit.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -95,17 +95,18 @@ class PrefillPart:
             self._released.clear()  # of rooms that were aborted meanwhile
         return []
 
-    def stepped(self, batch: Batch, began: float, outputs: list[Output], settle: Callable[[], None]) -> list[Output]:
-        for scheduled in batch.scheduled:
+    def stepped(self, step: Step) -> list[Output]:
+        for scheduled in step.batch.scheduled:
             room = self._rooms.get(scheduled.request.rid)
             if room is not None and not room.began:
-                room.began = began
-        told = [self._told(output) for output in outputs]
-        early = [scheduled.request for scheduled in batch.prefill if scheduled.request.rid not in self._kept]
+                room.began = step.begin
+        told = [self._told(output) for output in step.outputs]
+        requests = [scheduled.request for scheduled in step.batch.scheduled]
+        early = [(r, computed) for r, computed in zip(requests, step.computed) if r.rid not in self._kept]
         if early:
-            settle()
-        for request in early:
-            if (ticket := self._early(request)) is not None:
+            step.settle()
+        for request, computed in early:
+            if (ticket := self._early(request, computed)) is not None:
                 told.append(Output(request.rid, [], ticket=ticket))
         return told
 
@@ -133,12 +134,12 @@ class PrefillPart:
         )  # fmt: skip
         return msgspec.structs.replace(output, ticket=ticket)
 
-    def _early(self, request: Request) -> Ticket | None:
-        """A ticket for the full blocks that a chunk has added."""
+    def _early(self, request: Request, computed: int) -> Ticket | None:
+        """A ticket for the full blocks that a chunk has added: of ``computed`` tokens, not of those under way."""
         room = self._rooms.get(request.rid)
         if room is None or not room.send.early:
             return None
-        full = request.num_computed // self._page_size
+        full = computed // self._page_size
         if (full * self._page_size, request.preemptions) == (room.announced, room.epoch) or not full:
             return None
         room.announced, room.epoch = full * self._page_size, request.preemptions

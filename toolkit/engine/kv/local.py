@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import secrets
-import select
+import selectors
 import socket
 import threading
 import time
@@ -213,7 +213,10 @@ class LocalTransfer:
             log.info("%s is not watched: %s", peer.name, error)
             return
         else:
-            ready, _, _ = select.select([process, self._closing], [], [])
+            with selectors.DefaultSelector() as selector:  # select() takes no descriptor above 1023
+                for descriptor in (process, self._closing):
+                    selector.register(descriptor, selectors.EVENT_READ)
+                ready = [key.fd for key, _ in selector.select()]
             os.close(process)
             if self._closing in ready:
                 return
