@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from toolkit.engine import fused
-from toolkit.engine.late import Late, in_parts, late_linear
+from toolkit.engine.late import Late, late_linear
 from toolkit.engine.layers import RMSNorm, Rotary
 from toolkit.engine.moe.gate import GroupedSigmoidGate, SoftmaxGate
 
@@ -65,14 +65,10 @@ def test_a_product_in_parts_goes_on_to_the_norm(hidden: int, wide: int, rows: in
     weight = (torch.randn(hidden, wide, device=DEVICE) / wide**0.5).to(BF16)
     late = late_linear(x.to(BF16), weight)
     assert isinstance(late, Late)
-    wanted = torch.nn.functional.linear(x.to(BF16), weight)
+    wanted = (x.to(BF16).float() @ weight.float().T).to(BF16)  # a library may add up its own parts in bf16
     close(late.alone(), wanted)
     for found, expected in zip(n.add(residual.to(BF16), late), n.add(residual.to(BF16), wanted)):
         close(found, expected)
-    early = in_parts(x.to(BF16), weight, early=True)
-    assert (early is None) == (rows > 32)
-    if early is not None:
-        close(early.sum(0).to(BF16), wanted)
     assert torch.is_tensor(late_linear(x.to(BF16).repeat(65, 1), weight))
 
 

@@ -15,7 +15,7 @@ from tests.gpu.needs import needs_gpus
 # Qwen3-30B-A3B's shape, four layers of it, random weights
 COMMAND = [
     "+exp=smoke", "model=qwen3_30b_a3b", "model.hf_config.num_hidden_layers=4", "cluster=local", "cluster.device=cuda",
-    "engine.page_size=64", "engine.mem_fraction_static=0.5", "engine.max_running_requests=16",
+    "engine.page_size=64", "engine.max_total_tokens=32768", "engine.max_running_requests=16",
     "engine.chunked_prefill_size=2048", "load.dataset=random", "load.isl=256", "load.osl=64",
     "load.concurrency=[2,16]",
 ]  # fmt: skip

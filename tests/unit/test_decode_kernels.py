@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.interpreted import interpret, needs_triton
-from toolkit.engine.layers import RMSNorm, Rotary
+from toolkit.engine.layers import RMSNorm
 from toolkit.engine.moe.gate import GroupedSigmoidGate
 
 # rows, hidden, wide: of a product with few rows that goes on to a norm
@@ -25,39 +25,16 @@ def product_then_norm(rows: int, hidden: int, wide: int) -> None:
 
     x, residual = torch.randn(rows, wide), torch.randn(rows, hidden)
     weight = torch.randn(hidden, wide) / wide**0.5
+    parts = linear.partial_products(x, weight)
+    assert parts is not None and len(parts) > 1
     wanted = x.float() @ weight.float().T
-    for early in (True, False):
-        parts = linear.partial_products(x, weight, early)
-        assert parts is not None and len(parts) > 1
-        torch.testing.assert_close(parts.sum(0), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(parts.sum(0), wanted, rtol=1e-3, atol=1e-3)
     norm = RMSNorm(_Weight(hidden), "norm", hidden, 1e-6)  # type: ignore[arg-type]
     total, normed = norms.add_rms_norm(residual, parts, norm.weight, norm.eps, False)
     wanted_total, wanted_norm = norm.add(residual, wanted)
     torch.testing.assert_close(total, wanted_total, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(normed, wanted_norm, rtol=1e-3, atol=1e-3)
     assert linear.partial_products(x[:, :200].contiguous(), weight[:, :200].contiguous()) is None
-
-
-def heads_in_parts(rows: int, hidden: int, wide: int) -> None:
-    """Head norms, RoPE and the write into the cache, of a product that comes in parts."""
-    from toolkit.engine.kernels import attention
-
-    heads, kv_heads, dim = 4, 2, 16
-    parts = torch.randn(3, rows, heads + 2 * kv_heads, dim)
-    norms = (RMSNorm(_Weight(dim), "q", dim, 1e-6), RMSNorm(_Weight(dim), "k", dim, 1e-6))  # type: ignore[arg-type]
-    rotary = Rotary(dim, {"rope_theta": 1e4, "rope_type": "default"}, 64, "cpu")
-    positions, at = torch.randint(64, (rows,), dtype=torch.int32), torch.randperm(32)[:rows].int()
-    caches = [[torch.zeros(32, kv_heads, dim) for _ in range(2)] for _ in range(2)]
-    found = attention.rotate_and_write(parts, norms, rotary, positions, *caches[0], at)
-    wanted = attention.rotate_and_write(parts.sum(0), norms, rotary, positions, *caches[1], at)
-    q = rotary(norms[0](parts.sum(0)[:, :heads]), positions)
-    for one, other in ((found, wanted), (found, q), *zip(*caches)):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
-@needs_triton
-def test_heads_in_parts() -> None:
-    interpret(__name__, "heads_in_parts")
 
 
 def experts_and_slots(rows: int, hidden: int, wide: int) -> None:

@@ -60,8 +60,6 @@ def rotate_and_write(
 ) -> Tensor:
     """Norms and rotates queries and keys of qkv [T, H + 2 Hkv, dim], and stores keys and values at ``rows_T``.
 
-    qkv may come in float32 parts [P, T, ..] to be added up.
-
     Returns:
         The queries [T, H, dim].
     """
@@ -102,13 +100,9 @@ def grouped_route(
     return out
 
 
-def partial_products(x: Tensor, weight_NK: Tensor, early: bool = False) -> Tensor | None:
-    """x [n <= 64, K] times weight [N, K] transposed, bf16, as float32 parts [P, n, N]; None: not of such shapes.
-
-    Args:
-        early: read some of the weight while the kernel before ends.
-    """
-    out: Tensor | None = _kernels()["linear"].partial_products(x, weight_NK, early)
+def partial_products(x: Tensor, weight_NK: Tensor) -> Tensor | None:
+    """x [n <= 64, K] times weight [N, K] transposed, bf16, as float32 parts [P, n, N]; None: not of such shapes."""
+    out: Tensor | None = _kernels()["linear"].partial_products(x, weight_NK)
     return out
 
 

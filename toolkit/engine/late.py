@@ -41,17 +41,11 @@ def now(value: Tensor | Late) -> Tensor:
     return value.alone() if isinstance(value, Late) else value
 
 
-def in_parts(x: Tensor, weight: Tensor, early: bool = False) -> Tensor | None:
-    """The parts [P, n, N] of such a product, where they are faster than the whole; ``early`` as in ``fused``."""
-    most = FEW_ROWS // 2 if early else FEW_ROWS  # beyond it too little of the weight fits beside the rest
-    if not 0 < len(x) <= most or x.dtype != torch.bfloat16 or not fused.supported(x) or x.stride(1) != 1:
-        return None
-    return fused.partial_products(x, weight, early)
-
-
 def late_linear(x: Tensor, weight: Tensor) -> Tensor | Late:
     """x [n, K] times weight [N, K] transposed; with few rows on a GPU its parts are added up later."""
-    parts = in_parts(x, weight)
+    if not 0 < len(x) <= FEW_ROWS or x.dtype != torch.bfloat16 or not fused.supported(x) or x.stride(1) != 1:
+        return F.linear(x, weight)
+    parts = fused.partial_products(x, weight)
     if parts is None:
         return F.linear(x, weight)
     return Late(lambda: parts.sum(0).to(x.dtype), lambda residual, norm: fused.add_rms_norm(residual, parts, norm))

@@ -24,13 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.engine import device as devices
-from toolkit.engine import fused
-from toolkit.engine.late import in_parts, late_linear
-from toolkit.engine.layers import RMSNorm, Rotary
+from toolkit.engine.late import late_linear
+from toolkit.engine.layers import RMSNorm
 from toolkit.engine.moe.gate import GroupedSigmoidGate, SoftmaxGate
 
 COPIES, CALLS, REPEATS = 8, 48, 20
-HIDDEN, WIDE, QKV, EXPERTS, TOP_K = 2048, 4096, 5120, 128, 8
+HIDDEN, WIDE, EXPERTS, TOP_K = 2048, 4096, 128, 8
 
 Call = Callable[[int], object]
 """Does the work once, with the given copy of the weights."""
@@ -69,7 +68,7 @@ def main() -> int:
 
 
 def pairs(rows: int) -> Iterator[tuple[str, Call, Call]]:
-    """Ours and torch's way to the same, by name; where a product is meant, the rest is ours both times."""
+    """Ours and torch's way to the same, by name."""
     x, wide, residual = _random(rows, HIDDEN), _random(rows, WIDE), _random(rows, HIDDEN)
     norm = RMSNorm(_Ones(), "norm", HIDDEN, 1e-6)  # type: ignore[arg-type]
     yield "add, norm", lambda i: norm.add(residual, x), lambda i: _plain_norm(residual + x, norm)
@@ -78,13 +77,6 @@ def pairs(rows: int) -> Iterator[tuple[str, Call, Call]]:
         "o, add, norm",
         lambda i: norm.add(residual, late_linear(wide, o[i])),
         lambda i: norm.add(residual, F.linear(wide, o[i])),
-    )
-    qkv = [_random(QKV, HIDDEN) / HIDDEN**0.5 for _ in range(COPIES)]
-    heads = _Heads(rows)
-    yield (
-        "add, norm, qkv, heads",
-        lambda i: heads(_product(norm.add(residual, x)[1], qkv[i])),
-        lambda i: heads(F.linear(norm.add(residual, x)[1], qkv[i])),
     )
     real = torch.tensor([rows], dtype=torch.int32, device="cuda")
     table = torch.arange(-1, EXPERTS, device="cuda").roll(-1)
@@ -102,28 +94,6 @@ def pairs(rows: int) -> Iterator[tuple[str, Call, Call]]:
         lambda i: kernels.gather_rows(placed, at, weights, torch.bfloat16),
         lambda i: (placed[at] * weights[..., None]).sum(1).to(torch.bfloat16),
     )
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    parts = in_parts(x, weight, early=True)
-    return F.linear(x, weight) if parts is None else parts
-
-
-class _Heads:
-    """What follows the product: norms of heads, RoPE, the write into a cache."""
-
-    def __init__(self, rows: int) -> None:
-        norm = RMSNorm(_Ones(), "head", 128, 1e-6)  # type: ignore[arg-type]
-        self.norms = (norm, norm)
-        self.rotary = Rotary(128, {"rope_theta": 1e6, "rope_type": "default"}, 64, "cuda")
-        self.at = torch.arange(rows, device="cuda", dtype=torch.int32)
-        self.positions = self.at % 64
-        self.k, self.v = (_random(rows, 4, 128) for _ in range(2))
-
-    def __call__(self, qkv: Tensor) -> Tensor:
-        return fused.rotate_and_write(
-            qkv.unflatten(-1, (-1, 128)), self.norms, self.rotary, self.positions, self.k, self.v, self.at
-        )
 
 
 class _Ones:

@@ -13,7 +13,7 @@ from torch import Tensor
 from toolkit.engine import fused
 from toolkit.engine.arch import Arch
 from toolkit.engine.kv.pool import KVSpec
-from toolkit.engine.late import Late, in_parts, late_linear, now
+from toolkit.engine.late import Late, late_linear, now
 from toolkit.engine.layers import RMSNorm, Rotary
 from toolkit.engine.models.base import Forward
 from toolkit.engine.parallel import Comm, Groups
@@ -65,9 +65,7 @@ class Attention:
     def prepare(self, x_SD: Tensor, step: Forward) -> Tensor:
         """Queries of this rank's heads, [T, heads, head_dim]; keys and values go into the cache."""
         x = step.layout.gather(x_SD)
-        parts = in_parts(x, self.qkv, early=True)
-        product = F.linear(x, self.qkv) if parts is None else parts
-        qkv = product.unflatten(-1, (-1, self.head_dim))
+        qkv = F.linear(x, self.qkv).unflatten(1, (-1, self.head_dim))
         if fused.supported(qkv):
             cache, rows_T = step.attention.cache, step.plan.layers[self.layer].rows_T
             return fused.rotate_and_write(
