@@ -30,7 +30,7 @@ help:  ## list the targets
 demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the charts (minutes)
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
 
-test: $(STAMP)  ## all tests, those that serve the demo model included (but two slow ones: ARGS='-m slow')
+test: $(STAMP)  ## all tests, those that serve the demo model included (but slow ones: ARGS='-m slow')
 	$(PYTEST) tests/e2e $(WITHOUT_E2E) -m 'not slow' $(ARGS)
 
 unit: $(STAMP)  ## the fast tests: under a minute

@@ -61,7 +61,7 @@ def measure(folder: Path) -> dict[str, float]:
     """Seconds of each stage and the peak resident memory, bytes, in this process."""
     from toolkit.analysis import Run
     from toolkit.analysis.findings import goodputs
-    from toolkit.analysis.metrics import Slo
+    from toolkit.analysis.goodput import Slo
     from toolkit.analysis.trust import warnings
 
     found, run = {"import_bytes": peak()}, Run(folder)

@@ -1,24 +1,28 @@
 """``make measure-gpu``: every test and benchmark that wants GPUs, on this machine's, as many beside each other as fit.
 
-    python -m tests.bench.gpu_host --out DIR [--only NAME ...] [--minutes M] [--list]
+    python -m tests.bench.gpu_host --out DIR [--only NAME ...] [--minutes M] [--beside N] [--list]
 
-For a machine that is yours for minutes: jobs start in their order, each on GPUs and cores of its own, and what does
-not fit into the time is named. A job leaves its log as DIR/NAME.log and may fill DIR/NAME; the last lines are a table.
+For a machine that is yours for minutes: jobs start in their order, each on GPUs and cores of its own, and what does not
+fit into the time is named. Tests may share GPUs (``--beside 3``: up to three jobs on each); what is timed should not. A
+job leaves its log as DIR/NAME.log and may fill DIR/NAME; the last lines are a table.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGKILL
 
+import psutil
 import torch
 
 from tests.gpu.needs import GPUS
@@ -62,27 +66,40 @@ def jobs(n: int) -> Iterator[Work]:
     """What there is to do on ``n`` GPUs, the dearest first."""
     pair = min(n, 2)
     half = n // 2
-    yield Work("loadgen", 0, 240, ("-m", "tests.bench.loadgen", "socket"))
+    yield Work("loadgen", 0, 240, ("-m", "tests.bench.loadgen", "socket", "rounds=2", "out=OUT/loadgen.json"))
     for backend in ("nvlink", "deepep") if n > 1 else ("allgather",):
         yield Work(f"qwen3-{backend}", n, 240, bench(QWEN, n, f"engine.moe_a2a_backend={backend}"))
     for backend in ("deepep", "nvlink") if n > 1 else ("allgather",):
         yield Work(f"deepseek-{backend}", n, 240, bench(DEEPSEEK, n, f"engine.moe_a2a_backend={backend}", LAYERS))
-    yield Work("test-eplb", pair, 300, pytest("tests/gpu/test_eplb_gpu.py"))
+    eplb = "tests/gpu/test_eplb_gpu.py"
+    yield Work("test-eplb-bf16", pair, 300, pytest(eplb, "-s", "-k", "one_gpu or (two_gpus and bf16)"))
+    yield Work("test-eplb-fp8", pair, 300, pytest(eplb, "-s", "-k", "not one_gpu and not bf16 and not four_gpus"))
     yield Work("test-disagg", pair, 300, pytest("tests/gpu/test_disagg_gpu.py"))
-    yield Work("test-engine", n, 420, pytest("tests/gpu/test_engine.py", "tests/gpu/test_dispatchers.py"))
+    engine = "tests/gpu/test_engine.py"
+    yield Work("test-engine-one", 1, 300, pytest(engine, "-k", "not several_gpus"))
+    yield Work("test-engine", n, 420, pytest(engine, "-k", "several_gpus"))
+    yield Work("test-dispatchers", n, 300, pytest("tests/gpu/test_dispatchers.py"))
     yield Work("test-kernels", 1, 300, pytest("tests/gpu/test_fused.py", "tests/gpu/test_gemms.py"))
+    yield Work("kernels", 1, 90, ("-m", "toolkit.engine.bench.kernels", "--out", "OUT/kernels.json"))
+    yield Work("attention", 1, 150, ("-m", "toolkit.engine.bench.attention", "--out", "OUT/attention.json",
+               "--backends", "fa3", "fa3-merged", "fa3-whole"))  # fmt: skip
+    yield Work("recorder", 1, 90, ("-m", "tests.bench.recorder", "--device", "cuda"))
     yield Work("test-attention", 1, 300, pytest("tests/gpu/test_attention.py"))
     yield Work("test-layers", pair, 300, pytest("tests/gpu/test_moe_layers.py"))
     yield Work("test-transfers", pair, 200, pytest("tests/gpu/test_transfers.py"))
-    yield Work("test-serving", pair, 300, pytest("tests/gpu/test_serving.py"))
+    yield Work("test-serving", n, 300, pytest("tests/gpu/test_serving.py"))
     if n < 2:
         return
+    if n >= 4:
+        yield Work("test-eplb-four", 4, 300, pytest(eplb, "-s", "-k", "four_gpus"))
     deepep = "engine.moe_a2a_backend=deepep"
-    yield Work("migration", n, 200, moving(n, 400, deepep))
-    yield Work("migration-weighted", n, 200, moving(n, 100, deepep, "engine.ep_dispatch_algorithm=weighted"))
+    yield Work("migration", n, 200, moving(n, 300, deepep))
+    yield Work("migration-v2", 2, 200, moving(2, 300, deepep))
+    yield Work("migration-weighted", 2, 200, moving(2, 300, deepep, "engine.ep_dispatch_algorithm=weighted"))
+    yield Work("migration-legacy", 2, 200, moving(2, 300, deepep, "engine.deepep_buffer=legacy"))
+    yield Work("migration-nvlink", 2, 200, moving(2, 300, "engine.moe_a2a_backend=nvlink"))
     yield Work("moe", n, 200, ("-m", "toolkit.engine.moe.bench", "--ranks", str(n), "--out", "OUT/moe.json"))
-    whole = f"{{tp_size: {2 * half}, dp_size: {2 * half}, ep_size: {2 * half}}}"
-    split = (f"+variants.agg.parallel={whole}", f"parallel@deploy.prefill.parallel=dep{half}",
+    split = (f"parallel=dep{2 * half}", f"parallel@deploy.prefill.parallel=dep{half}",
              f"parallel@deploy.decode.parallel=dep{half}")  # fmt: skip
     agg = "variants.agg.engine.moe_a2a_backend=nvlink"
     disagg = f"variants.disagg.engine.moe_a2a_backend={'nvlink' if half > 1 else 'allgather'}"
@@ -101,17 +118,19 @@ class Host:
 
     out: Path
     deadline: float
-    free: set[int] = field(default_factory=lambda: set(range(max(GPUS, 1))))
+    beside: int = 1
+    jobs_on: Counter[int] = field(default_factory=lambda: Counter(dict.fromkeys(range(max(GPUS, 1)), 0)))
     cpu_free: bool = True
     running: dict[subprocess.Popen[bytes], tuple[Work, set[int], float]] = field(default_factory=dict)
     done: list[tuple[str, str, float]] = field(default_factory=list)
 
     def fits(self, work: Work) -> bool:
-        return len(self.free) >= work.gpus if work.gpus else self.cpu_free
+        free = [gpu for gpu, jobs in self.jobs_on.items() if jobs < self.beside]
+        return len(free) >= work.gpus if work.gpus else self.cpu_free
 
     def start(self, work: Work) -> None:
-        gpus = set(sorted(self.free)[: work.gpus])
-        self.free -= gpus
+        gpus = set(sorted(self.jobs_on, key=lambda gpu: (self.jobs_on[gpu], gpu))[: work.gpus])
+        self.jobs_on.update(gpus)
         self.cpu_free = self.cpu_free and work.gpus > 0
         folder = self.out / work.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +147,16 @@ class Host:
         self.running[process] = (work, gpus, time.monotonic())
         print(f"{work.name}: started on GPUs {sorted(gpus)}", flush=True)
 
+    def stacks(self, pid: int, name: str) -> None:
+        """Where each process of a job stands, at the end of its log."""
+        if (spy := shutil.which("py-spy", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")) is None:
+            return
+        with (self.out / f"{name}.log").open("ab") as log, suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(pid).children(recursive=True):
+                subprocess.run(
+                    [spy, "dump", "--pid", str(process.pid)], stdout=log, stderr=log, timeout=10, check=False
+                )
+
     def collect(self, wait_for: Callable[[], bool]) -> None:
         """Waits until ``wait_for`` holds, ending jobs whose time is up."""
         while not wait_for():
@@ -137,11 +166,13 @@ class Host:
                 if process.poll() is None and now < min(since + work.seconds, self.deadline):
                     continue
                 how = "timed out" if process.poll() is None else f"exit {process.returncode}"
+                if process.poll() is None:
+                    self.stacks(process.pid, work.name)
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, SIGKILL)
                 process.wait()
                 del self.running[process]
-                self.free |= gpus
+                self.jobs_on.subtract(gpus)
                 self.cpu_free = self.cpu_free or not work.gpus
                 self.done.append((work.name, how, now - since))
                 print(f"{work.name}: {how} after {now - since:.0f} s", flush=True)
@@ -152,6 +183,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/gpu-host"), help="folder for logs and results")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="these jobs, in this order")
     parser.add_argument("--minutes", type=float, default=60, help="end what runs then")
+    parser.add_argument("--beside", type=int, default=1, metavar="N", help="jobs that may share a GPU")
     parser.add_argument("--list", action="store_true", help="the jobs and their commands, nothing else")
     args = parser.parse_args()
     todo = {work.name: work for work in jobs(GPUS or 1)}
@@ -162,7 +194,7 @@ def main() -> None:
         for work in chosen:
             print(f"{work.name:20} {work.gpus} GPUs, {work.seconds} s at most: python {' '.join(work.words)}")
         sys.exit(0 if args.list else "no GPU is visible to torch here: nothing was run")
-    host = Host(args.out, time.monotonic() + 60 * args.minutes)
+    host = Host(args.out, time.monotonic() + 60 * args.minutes, args.beside)
     for work in chosen:
         host.collect(lambda work=work: host.fits(work) or time.monotonic() > host.deadline)  # type: ignore[misc]
         if time.monotonic() > host.deadline:

@@ -1,11 +1,14 @@
-"""What each mode of the expert recorder costs of a decode step, on one CPU rank.
+"""What each mode of the expert recorder costs of a decode step, on one CPU rank; or what it adds to a CUDA graph.
 
     python -m tests.bench.recorder [--rows 8]
+    python -m tests.bench.recorder --device cuda
 
 A model with the demo's layers (hidden 576, 8 experts, top 2) decodes without a recorder; its ids of one pass are then
 given to a recorder of each mode again and again, exactly as the layers give them, windows and their sums included.
 CPU time of the process, rounds of the modes interleaved; prints microseconds a pass, their spread, and the share of the
 step. The thread that sums windows is counted in. Below, the same calls at DeepSeek-V3's size (58 layers, 256 experts).
+On a GPU: time of a graph that holds the counting of all layers of a decode step, as one kernel a layer and as the torch
+calls that it stands for, by the device's clock; steps beside which to see it are in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from toolkit.config.engine import EngineConfig
 from toolkit.config.model import ModelConfig
 from toolkit.engine.arch import read_arch
 from toolkit.engine.core import Batch, SamplingParams, StepContext
+from toolkit.engine.eplb.history import History
 from toolkit.engine.eplb.placement import Placement
 from toolkit.engine.eplb.recorder import Recorder
 from toolkit.engine.eplb.setup import make_recorder
@@ -110,11 +114,67 @@ def costs(layers: int, experts: int, top_k: int, rows: int, folder: Path) -> dic
     return found
 
 
+SHAPES = {"Qwen3-30B-A3B, 2 GPUs": (48, 128, 8, 72), "DeepSeek-V3, 32 GPUs": (58, 256, 8, 9)}
+"""Layers, experts, top-k and slots of a rank."""
+
+
+def graph_us(layers: int, experts: int, top_k: int, local: int, rows: int, by_ids: bool, fused: bool) -> list[float]:
+    """Microseconds of the counting of a decode step, a figure a round of replays."""
+    ranks = -(-experts // local)
+    placement = Placement.trivial(layers, experts, local * ranks, 0, ranks, "cuda")
+    history = History(tuple(range(layers)), experts, Groups.single().counts, 0, ranks, placement.phy2log_LP, None)
+    made = Recorder(layers, placement, True, 1 << 30, history, "cuda", by_ids=by_ids)
+    made._fused = fused
+    ids = torch.rand(rows, experts, device="cuda").argsort(-1)[:, :top_k]
+    received = torch.full((local,), rows * top_k // local, dtype=torch.int32, device="cuda")
+
+    def count() -> None:
+        for layer in range(layers):
+            made.selected(layer, ids, ids)
+            made.received(layer, received)
+
+    count()
+    made.stop()  # as while graphs are captured
+    torch.cuda.synchronize()
+    graph, begin, end = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.graph(graph):
+        count()
+    found = []
+    for _ in range(ROUNDS + 1):
+        begin.record()
+        for _ in range(PASSES):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(1e3 * begin.elapsed_time(end) / PASSES)
+    return found[1:]
+
+
+def on_gpu() -> None:
+    for name, (layers, experts, top_k, local) in SHAPES.items():
+        for rows in (32, 128, 256):
+            cells = []
+            for mode, by_ids in (("stat", True), ("stat_approx", False)):
+                for fused in (True, False):
+                    times = graph_us(layers, experts, top_k, local, rows, by_ids, fused)
+                    low, high = min(times), max(times)
+                    cells.append(
+                        f"{mode}{'' if fused else ' in torch'} {statistics.median(times):.0f} ({low:.0f} to {high:.0f})"
+                    )
+            print(f"{name}, {layers} layers, {rows} rows, us a step: {', '.join(cells)}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=8, help="requests that decode (default 8)")
-    rows = parser.parse_args().rows
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    args = parser.parse_args()
+    rows = args.rows
     torch.set_num_threads(1)
+    if args.device == "cuda":
+        with torch.inference_mode():
+            on_gpu()
+        return 0
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         step = decode_steps(rows)
         print(f"decode step, {LAYERS} layers, {rows} rows: {step:.0f} us")

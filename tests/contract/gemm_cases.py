@@ -80,7 +80,7 @@ def equals_a_float32_loop(case: Case, counts: tuple[int, ...], gemm: ExpertGemm 
     gemm.pack(w)
     alignment = max(gemm.decode_alignment if case.decode else gemm.alignment, 4)
     generator = torch.Generator().manual_seed(1)
-    rows, starts = _rows(case, counts, alignment, generator)
+    rows, starts = _rows(case, counts, alignment, generator, gemm.alignment)
     out = gemm(rows)
     assert out.shape == rows.x.shape and out.dtype == case.dtype
     x = rows.x if rows.scales is None else dequantize_rows(rows.x, rows.scales)
@@ -98,11 +98,12 @@ def equals_a_float32_loop(case: Case, counts: tuple[int, ...], gemm: ExpertGemm 
 
 
 def _rows(
-    case: Case, counts: tuple[int, ...], alignment: int, generator: torch.Generator
+    case: Case, counts: tuple[int, ...], alignment: int, generator: torch.Generator, tile: int
 ) -> tuple[Dispatched, list[int]]:
     padded = [-(-c // alignment) * alignment for c in counts]
     starts = [0 if case.layout == "masked" else sum(padded[:s]) for s in range(len(counts))]
-    size = (len(counts), max(12, *padded)) if case.layout == "masked" else (sum(padded),)
+    most = -(-max(12, *counts) // tile) * tile
+    size = (len(counts), most) if case.layout == "masked" else (sum(padded),)
     x = torch.randn(*size, case.hidden, generator=generator).to(case.device, case.dtype)
     scales = None
     if case.rows == "fp8_rows":

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -154,42 +153,25 @@ def test_a_placement_that_does_not_fit_ends_the_start_by_name(tmp_path: Path) ->
     assert "ValueError: engine.init_expert_location" in log
 
 
-def stacks(served: Served) -> str:
-    """What the ranks that are left do, and the ends of their logs."""
-    for state in served.job.poll():
-        if state.alive and state.name.startswith("rank"):
-            os.kill(json.loads((served.run_dir / "launch" / f"{state.name}.json").read_text())["pid"], signal.SIGUSR1)
-    time.sleep(1)
-    logs = sorted((served.run_dir / "logs").glob("rank-*.log"))
-    return "\n".join(f"{log.name}: {log.read_text()[-6000:]}" for log in logs)
+def test_a_rank_killed_while_experts_move_ends_all_and_leaves_readable_files(served: Served) -> None:
+    """Nothing hangs in a transfer; what the folder tells are whole placements. The last that this server does."""
+    wait_for(lambda: state(served)["state"]["state"] == "waiting", "still moving")
+    before = done(served)
+    with ThreadPoolExecutor(4) as pool:
+        for seed in range(8):
+            pool.submit(requests.post, f"{served.url}/v1/completions", json={"prompt": [seed] * 9, "max_tokens": 40})
+        sent = post(served, "/eplb/rebalance", {"physical_to_logical_map": placement(served, 9)})
+        assert sent.status_code in (200, 409), sent.text  # 409: one of its own accord is under way
+        wait_for(lambda: state(served)["state"]["state"] != "waiting" or done(served) > before, "does not begin")
+        pids = [json.loads((served.run_dir / "launch" / f"rank-{r}.json").read_text())["pid"] for r in (0, 2)]
+        (planning,) = psutil.Process(pids[0]).children()
+        os.kill(pids[1], signal.SIGKILL)
 
+        def ended() -> bool:
+            return all(p.state == "exited" for p in served.job.poll() if p.name.startswith("rank"))
 
-@pytest.mark.slow  # once in some 35 runs a rank stayed for ever, not yet understood: its stacks are printed then
-def test_a_rank_killed_while_experts_move_ends_all_and_leaves_readable_files(tmp_path: Path) -> None:
-    """Nothing hangs in a transfer; what the folder tells are whole placements."""
-    options = EPLB | {"eplb_rebalance_layers_per_chunk": 1}
-    with serve(tmp_path / "run", parallel=PARALLEL, engine=ENGINE | options) as served:
-        complete(served, "count me")
-        with ThreadPoolExecutor(4) as pool:
-            for seed in range(8):
-                pool.submit(
-                    requests.post, f"{served.url}/v1/completions", json={"prompt": [seed] * 9, "max_tokens": 40}
-                )
-            assert post(served, "/eplb/rebalance", {"physical_to_logical_map": placement(served, 0)}).status_code == 200
-            wait_for(lambda: state(served)["state"]["state"] != "waiting" or done(served) > 0, "does not begin")
-            pids = [json.loads((served.run_dir / "launch" / f"rank-{r}.json").read_text())["pid"] for r in (0, 2)]
-            (planning,) = psutil.Process(pids[0]).children()
-            os.kill(pids[1], signal.SIGKILL)
-
-            def ended() -> bool:
-                return all(p.state == "exited" for p in served.job.poll() if p.name.startswith("rank"))
-
-            try:
-                wait_for(ended, "a rank hangs")
-            except AssertionError:
-                raise AssertionError(stacks(served)) from None
-            wait_for(lambda: not planning.is_running(), "the planning process outlives its rank")
-    if (served.run_dir / records.EXPERTS).exists():
-        experts = read_experts(served.run_dir / records.EXPERTS)
-        for row in experts.placement.reshape(-1, experts.placement.shape[2]):
-            assert set(row.tolist()) == set(range(experts.counts.shape[2]))
+        wait_for(ended, "a rank hangs")
+        wait_for(lambda: not planning.is_running(), "the planning process outlives its rank")
+    experts = read_experts(served.run_dir / records.EXPERTS)
+    for row in experts.placement.reshape(-1, experts.placement.shape[2]):
+        assert set(row.tolist()) == set(range(experts.counts.shape[2]))

@@ -104,6 +104,17 @@ def test_what_cannot_be_used_is_explained(spec: str, message: str) -> None:
         read(spec)
 
 
+def test_counts_of_a_plain_archive(counts: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "one.npz", logical=counts.sum(0))
+    assert (formats.read_counts(tmp_path / "one.npz").load_LE == counts.sum(0)).all()
+    np.savez(tmp_path / "two.npz", a=counts, b=counts)
+    np.savez(tmp_path / "pickled.npz", a=np.array([Command()], object))
+    (tmp_path / "text.npz").write_text("no archive")
+    for name, message in [("two", "neither the experts.npz"), ("pickled", "no archive of"), ("text", "no archive of")]:
+        with pytest.raises(ValueError, match=message):
+            formats.read_counts(tmp_path / f"{name}.npz")
+
+
 class Command:
     """Stands for code that a pickle would run."""
 
@@ -115,9 +126,10 @@ def test_nothing_is_unpickled_but_tensors(tmp_path: Path, capsys: pytest.Capture
     torch.save({"physical_to_logical_map": Command()}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="cannot be read as tensors"):
         read(tmp_path / "evil.pt")
-    (tmp_path / "text.pt").write_text("no tensor")
-    with pytest.raises(ValueError, match="cannot be read as tensors"):
-        read(tmp_path / "text.pt")
+    for text in ("no tensor", "abc", ""):  # torch has another error for each
+        (tmp_path / "text.pt").write_text(text)
+        with pytest.raises(ValueError, match="cannot be read as tensors"):
+            read(tmp_path / "text.pt")
     assert "ran" not in capsys.readouterr().out
 
 

@@ -1,8 +1,9 @@
-"""The kernels of the weighted choice, in Triton's interpreter, against the split on the host."""
+"""Kernels of EPLB in Triton's interpreter: the weighted choice against the split on the host, the recorder's counts."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from tests.interpreted import interpret, needs_triton
@@ -10,6 +11,23 @@ from toolkit.engine.eplb.planner import plan
 from toolkit.engine.eplb.replicas import WeightedOnDevice, WeightedOnHost
 
 SHAPES = [(16, 24, 4, 300), (16, 16, 4, 40), (64, 96, 8, 1400)]
+
+
+def counted(experts: int, slots: int, gpus: int, assignments: int) -> None:
+    """Two passes of ids with padding, and rows received, onto what is there already."""
+    from toolkit.engine.kernels.counting import count
+
+    rng, local = np.random.default_rng(experts), slots // gpus
+    counts, received = torch.full((experts,), 2**40), torch.full((local,), 7)
+    wanted, wanted_rows = counts.clone(), received.clone()
+    for size in (assignments, 4):
+        ids = torch.from_numpy(rng.integers(-1, experts, (size // 4, 4)))
+        rows = torch.from_numpy(rng.integers(0, 1000, local)).int()
+        count(ids, counts, rows, received)
+        wanted += torch.bincount(ids[ids >= 0], minlength=experts)
+        wanted_rows += rows
+    count(ids[:0], counts, rows, received)
+    assert torch.equal(counts, wanted) and torch.equal(received, wanted_rows + rows)
 
 
 def both_ways(experts: int, slots: int, gpus: int, assignments: int) -> None:
@@ -39,5 +57,6 @@ def both_ways(experts: int, slots: int, gpus: int, assignments: int) -> None:
 
 
 @needs_triton
-def test_kernels_do_what_the_host_does() -> None:
-    interpret(__name__, "both_ways")
+@pytest.mark.parametrize("what", ["both_ways", "counted"])
+def test_kernels_do_what_the_host_does(what: str) -> None:
+    interpret(__name__, what)

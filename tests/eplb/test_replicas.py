@@ -17,12 +17,31 @@ def placed(seed: int, experts: int = 16, slots: int = 24) -> np.ndarray:
     return rng.permutation(np.concatenate([np.arange(experts), rng.integers(0, experts, slots - experts)]))
 
 
+def dealt_one_by_one(row: np.ndarray, ranks: int, nodes: int) -> np.ndarray:
+    """What ``nearest`` says in words, [ranks, E]: owners first, then those of their nodes, then others."""
+    local, node = len(row) // ranks, ranks // nodes
+    table = np.zeros((ranks, row.max() + 1), np.int64)
+    for expert in range(table.shape[1]):
+        slots = np.flatnonzero(row == expert)
+        slots = np.roll(slots, expert) if len(slots) > 1 else slots
+        used, left = dict.fromkeys(slots.tolist(), 0), set(range(ranks))
+        for near in (lambda s, r: s // local == r, lambda s, r: s // local // node == r // node, lambda s, r: True):
+            for rank in sorted(left):
+                if allowed := [slot for slot in used if near(slot, rank)]:
+                    table[rank, expert] = choice = min(allowed, key=lambda slot: used[slot])
+                    used[choice] += 1
+                    left.discard(rank)
+    return table
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([(4, 1), (4, 2), (8, 2), (8, 4)]))
 def test_static_takes_the_own_gpu_then_the_node_then_any_and_shares_evenly(seed: int, shape: tuple[int, int]) -> None:
     ranks, nodes = shape
     row = placed(seed)
-    table, local, node = nearest(row, 16, ranks, nodes), 24 // ranks, ranks // nodes
+    table = np.stack([nearest(row, 16, ranks, nodes, rank) for rank in range(ranks)])
+    local, node = 24 // ranks, ranks // nodes
+    assert (table == dealt_one_by_one(row, ranks, nodes)).all()
     for expert in range(16):
         slots = np.flatnonzero(row == expert)
         for rank in range(ranks):

@@ -14,6 +14,7 @@ from toolkit.engine.arch import Arch, read_arch
 from toolkit.engine.core import StepContext
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.fp8 import Matrix, quantize_blocks
+from toolkit.engine.late import now
 from toolkit.engine.models import deepseek_v3, qwen3_moe
 from toolkit.engine.moe.layer import MoEContext, MoELayer
 from toolkit.engine.overlap import finish
@@ -51,34 +52,38 @@ class FromCpu(DummyWeights):
         return quantize_blocks(plain) if self.keep_fp8 else plain
 
 
-def close_to_the_cpu(
-    groups: Groups, family: str, engine: EngineConfig, fp8: bool, rows: tuple[int, ...], extend: bool
-) -> float:
-    """Relative error of this rank's rows."""
-    config = FAMILIES[family]
-    if fp8:
-        config = config | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    arch = read_arch(ModelConfig(hf_config=config, load_format="dummy"))
-    x = [
-        torch.randn(n, arch.hidden_size, generator=torch.Generator().manual_seed(n + 9 * r)) for r, n in enumerate(rows)
-    ]
-    single = Groups.single()
-    cpu = EngineConfig(moe_a2a_backend="allgather", moe_runner_backend="torch")
-    reference = _layer(arch, MoEContext.create(arch, cpu, single, "cpu"), DummyWeights(0, torch.float32, "cpu"))
-    wanted = _run(reference, torch.cat(x), single, (sum(rows),), extend).split(rows)[groups.rank]
+class Compared:
+    """A layer on this rank's GPU, and the same in float32 on the CPU."""
 
-    context = MoEContext.create(arch, engine, groups, "cuda")
-    layer = _layer(arch, context, FromCpu(0, torch.bfloat16, "cpu", keep_fp8=context.shape.fp8))
-    assert context.shape.fp8 == fp8
-    seen: list[tuple[int, int]] = []
-    context.warm_up(lambda done, total: seen.append((done, total)))
-    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
-    found = _run(layer, x[groups.rank].to("cuda", torch.bfloat16), groups, rows, extend)
-    if not rows[groups.rank]:
-        return float(found.numel())
-    # a row whose experts were a near tie in bf16 may have gone to another: the median row tells the arithmetic
-    errors = (found.float().cpu() - wanted).norm(dim=1) / wanted.norm(dim=1)
-    return float(errors.median())
+    def __init__(self, groups: Groups, family: str, engine: EngineConfig, fp8: bool) -> None:
+        config = FAMILIES[family]
+        if fp8:
+            config = config | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+        arch = read_arch(ModelConfig(hf_config=config, load_format="dummy"))
+        self.groups, self.hidden = groups, arch.hidden_size
+        cpu = EngineConfig(moe_a2a_backend="allgather", moe_runner_backend="torch")
+        alone = MoEContext.create(arch, cpu, Groups.single(), "cpu")
+        self.reference = _layer(arch, alone, DummyWeights(0, torch.float32, "cpu"))
+        context = MoEContext.create(arch, engine, groups, "cuda")
+        self.layer = _layer(arch, context, FromCpu(0, torch.bfloat16, "cpu", keep_fp8=context.shape.fp8))
+        assert context.shape.fp8 == fp8
+        seen: list[tuple[int, int]] = []
+        context.warm_up(lambda done, total: seen.append((done, total)))
+        assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+
+    def error(self, rows: tuple[int, ...], extend: bool) -> float:
+        """Relative error of this rank's rows."""
+        rank = self.groups.rank
+        x = [
+            torch.randn(n, self.hidden, generator=torch.Generator().manual_seed(n + 9 * r)) for r, n in enumerate(rows)
+        ]
+        wanted = _run(self.reference, torch.cat(x), Groups.single(), (sum(rows),), extend).split(rows)[rank]
+        found = _run(self.layer, x[rank].to("cuda", torch.bfloat16), self.groups, rows, extend)
+        if not rows[rank]:
+            return float(found.numel())
+        # a row whose experts were a near tie in bf16 may have gone to another: the median row tells the arithmetic
+        errors = (found.float().cpu() - wanted).norm(dim=1) / wanted.norm(dim=1)
+        return float(errors.median())
 
 
 def _layer(arch: Arch, context: MoEContext, weights: DummyWeights) -> MoELayer:
@@ -89,7 +94,7 @@ def _layer(arch: Arch, context: MoEContext, weights: DummyWeights) -> MoELayer:
 
 def _run(layer: MoELayer, x: Tensor, groups: Groups, rows: tuple[int, ...], extend: bool) -> Tensor:
     layout = TokenLayout(StepContext(0, rows, rows, is_extend=extend), groups)
-    return finish(layer.stages(x, layout))
+    return now(finish(layer.stages(x, layout)))
 
 
 def dims(ranks: int) -> ParallelDims:

@@ -23,5 +23,8 @@ def needs_gpus(count: int) -> pytest.MarkDecorator:
     return pytest.mark.skipif(count > GPUS, reason=f"needs {count} GPUs, this machine has {GPUS}")
 
 
+SIZES = [pytest.param(n, marks=needs_gpus(n)) for n in (1, 2, 4)]  # of groups of GPUs
+
+
 def needs_library(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(find_spec(name) is None, reason=f"needs {name} (pip install 'wideep-toolkit[gpu]')")

@@ -16,6 +16,13 @@ needs_mla = pytest.mark.skipif(importlib.util.find_spec("flash_mla") is None, re
 PAGED = [pytest.param("fa3", 16, marks=needs_fa3), pytest.param("fa3", 64, marks=needs_fa3), ("varlen", 256)]
 
 
+@needs_fa3
+@pytest.mark.parametrize("splits", [0, 1])
+def test_requests_whole_or_in_parts(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.engine.attention.fa3.Fa3Attention.splits", splits)
+    cases.check_static_plan("fa3", 64, 0, torch.bfloat16, "cuda:0")
+
+
 def skip_windows(backend: str, window: int) -> None:
     if backend == "varlen" and window:
         with pytest.raises(ValueError, match="without windows"):

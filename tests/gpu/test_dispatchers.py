@@ -1,4 +1,4 @@
-"""The dispatchers' contract on 1 and 2 GPUs: every backend, way, buffer and type, eagerly and in CUDA graphs."""
+"""The dispatchers' contract on 1, 2 and 4 GPUs: every backend, way, buffer and type, eagerly and in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from tests.contract.dispatch_cases import ROUTINGS, ROWS, Case, round_trips, rows_meet_their_experts
 from tests.dist.ranks import run_ranks
-from tests.gpu.dispatch_graphs import graph_follows_its_inputs
-from tests.gpu.needs import needs_gpus, needs_library
+from tests.gpu.dispatch_graphs import graph_follows_its_inputs, sums_go_on_to_the_norm
+from tests.gpu.needs import SIZES, needs_gpus, needs_library
 from toolkit.config.engine import EngineConfig
 from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.dims import ParallelDims
@@ -43,6 +43,10 @@ NVLINK = {
         tolerance=FP8_TOLERANCE if dtype == "fp8" else {torch.bfloat16: 2e-2},
     )
     for dtype in ("bf16", "fp8")
+} | {
+    "deepseek": Case(
+        "nvlink", 64, "cuda", slots=256, hidden=7168, top_k=8, fp8=True, dtypes=BF16, tolerance=FP8_TOLERANCE
+    ),
 }  # fmt: skip
 NCCL = {
     name: Case(name, 128, "cuda", slots=16, hidden=2048, is_extend=(True, False))
@@ -69,20 +73,27 @@ def expected(ranks: int, case: Case) -> list[int]:
 
 @needs_gpus(1)
 @pytest.mark.parametrize("name", NCCL)
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=needs_gpus(2))])
+@pytest.mark.parametrize("ranks", SIZES)
 def test_nccl(name: str, ranks: int) -> None:
     assert run_ranks(dims(ranks), whole_contract, NCCL[name], device="cuda") == [expected(ranks, NCCL[name])] * ranks
 
 
-@needs_gpus(2)
 @needs_library("deep_ep")
 @pytest.mark.parametrize("name", CASES)
-def test_deepep(name: str) -> None:
-    assert run_ranks(dims(2), whole_contract, CASES[name], device="cuda") == [expected(2, CASES[name])] * 2
+@pytest.mark.parametrize("ranks", SIZES[1:])
+def test_deepep(name: str, ranks: int) -> None:
+    assert run_ranks(dims(ranks), whole_contract, CASES[name], device="cuda") == [expected(ranks, CASES[name])] * ranks
 
 
-@needs_gpus(2)
+def nvlink_contract(groups: Groups, case: Case) -> list[int]:
+    return [*whole_contract(groups, case), sums_go_on_to_the_norm(groups, case)]
+
+
+@needs_gpus(1)
 @pytest.mark.parametrize("dtype", NVLINK)
-def test_nvlink(dtype: str) -> None:
+@pytest.mark.parametrize("ranks", SIZES)
+def test_nvlink(dtype: str, ranks: int) -> None:
     """The prefill steps of this case go by DeepEP, or by all-gather where it is not installed."""
-    assert run_ranks(dims(2), whole_contract, NVLINK[dtype], device="cuda") == [expected(2, NVLINK[dtype])] * 2
+    case = NVLINK[dtype]
+    wanted = [*expected(ranks, case), len(ROWS[ranks])]
+    assert run_ranks(dims(ranks), nvlink_contract, case, device="cuda") == [wanted] * ranks

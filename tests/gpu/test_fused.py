@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from toolkit.engine import fused
+from toolkit.engine.late import Late, in_parts, late_linear
 from toolkit.engine.layers import RMSNorm, Rotary
-from toolkit.engine.moe.gate import SoftmaxGate
+from toolkit.engine.moe.gate import GroupedSigmoidGate, SoftmaxGate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-DEVICE = "cuda:0"
+DEVICE, BF16 = "cuda:0", torch.bfloat16
 
 
 class Given:
@@ -57,6 +58,24 @@ def test_norms(size: int, rows: int, dtype: torch.dtype, add_one: bool, monkeypa
     close(added, wanted)
 
 
+@pytest.mark.parametrize(("hidden", "wide"), [(2048, 4096), (256, 1024), (2880, 4096)])
+@pytest.mark.parametrize("rows", [1, 32, 64])
+def test_a_product_in_parts_goes_on_to_the_norm(hidden: int, wide: int, rows: int) -> None:
+    n, (x, residual) = norm(hidden, BF16, False), (torch.randn(rows, size, device=DEVICE) for size in (wide, hidden))
+    weight = (torch.randn(hidden, wide, device=DEVICE) / wide**0.5).to(BF16)
+    late = late_linear(x.to(BF16), weight)
+    assert isinstance(late, Late)
+    wanted = torch.nn.functional.linear(x.to(BF16), weight)
+    close(late.alone(), wanted)
+    for found, expected in zip(n.add(residual.to(BF16), late), n.add(residual.to(BF16), wanted)):
+        close(found, expected)
+    early = in_parts(x.to(BF16), weight, early=True)
+    assert (early is None) == (rows > 32)
+    if early is not None:
+        close(early.sum(0).to(BF16), wanted)
+    assert torch.is_tensor(late_linear(x.to(BF16).repeat(65, 1), weight))
+
+
 @pytest.mark.parametrize("dim", [12, 64, 128])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -86,9 +105,11 @@ def test_rotate_and_write(dim: int, normed: bool, dtype: torch.dtype, heads: int
 def test_softmax_topk(experts: int, top_k: int, rows: int, renormalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = SoftmaxGate(torch.randn(experts, 64, device=DEVICE), top_k, renormalize)
     x, real = torch.randn(rows, 64, device=DEVICE), torch.tensor([60], dtype=torch.int32, device=DEVICE)
-    (ids, weights), (padded, _) = gate(x), gate(x, real)
+    table = torch.cat([torch.randperm(experts, device=DEVICE), torch.tensor([-1], device=DEVICE)])
+    (ids, weights, _), (padded, _, slots) = gate(x), gate(x, real, table)
+    assert slots is not None and torch.equal(slots, table[padded])
     reference(monkeypatch)
-    wanted_ids, wanted = gate(x)
+    wanted_ids, wanted, _ = gate(x)
     assert torch.equal(ids, wanted_ids) and torch.equal(padded, gate(x, real)[0])
     assert bool((padded[60:] == -1).all())
     torch.testing.assert_close(weights, wanted, rtol=1e-5, atol=1e-7)
@@ -102,12 +123,34 @@ def test_route_of_few_rows(
     """The product in parts rounds where the whole does, but adds in another order: near ties may go either way."""
     weight = torch.randn(experts, hidden, device=DEVICE, dtype=torch.bfloat16) / hidden**0.5
     gate, x = SoftmaxGate(weight, top_k, False), torch.randn(rows, hidden, device=DEVICE, dtype=torch.bfloat16)
-    ids, weights = gate(x)
+    ids, weights, _ = gate(x)
     reference(monkeypatch)
-    wanted_ids, wanted = gate(x)
+    wanted_ids, wanted, _ = gate(x)
     torch.testing.assert_close(weights, wanted, rtol=3e-2, atol=1e-5)
     assert bool((ids.sort(-1).values == wanted_ids.sort(-1).values).float().mean() > 0.97)
     assert all(len(set(row)) == top_k for row in ids.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 33, 700])
+def test_route_by_groups(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek-V3's shape. Scores are summed in another order in bf16: near ties may go either way."""
+    experts, hidden, top_k = 256, 7168, 8
+    weight, bias = torch.randn(experts, hidden, device=DEVICE) / hidden**0.5, 0.1 * torch.randn(experts, device=DEVICE)
+    gate = GroupedSigmoidGate(weight.to(dtype), bias, top_k, 8, 4, renormalize=True, scale=2.5)
+    x, real = (
+        torch.randn(rows, hidden, device=DEVICE, dtype=dtype),
+        torch.tensor([20], dtype=torch.int32, device=DEVICE),
+    )
+    table = torch.cat([torch.randperm(experts, device=DEVICE), torch.tensor([-1], device=DEVICE)])
+    ids, weights, slots = gate(x, real, table)
+    assert slots is not None and torch.equal(slots, table[ids])
+    reference(monkeypatch)
+    wanted = gate(x, real)
+    assert torch.equal(ids[20:], wanted.ids_SK[20:])
+    same = (ids == wanted.ids_SK).all(-1)
+    assert rows == 0 or bool(same.float().mean() > 0.95)
+    torch.testing.assert_close(weights[same], wanted.weights_SK[same], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (300, 8)], ids=str)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.dist.ranks import run_ranks
-from tests.gpu.moe_layers import close_to_the_cpu, dims
-from tests.gpu.needs import needs_gpus, needs_library
+from tests.gpu.moe_layers import Compared, dims
+from tests.gpu.needs import SIZES, needs_gpus, needs_library
 from toolkit.config.engine import EngineConfig
 from toolkit.engine.parallel import Groups
 
@@ -28,17 +28,24 @@ def all_steps(groups: Groups, family: str, dispatcher: str, gemm: str, fp8: bool
     engine = EngineConfig(
         moe_a2a_backend=dispatcher, moe_runner_backend=gemm, max_running_requests=16, chunked_prefill_size=32
     )
-    steps = STEPS if groups.dims.tp_size == 2 else [((sum(rows),), extend) for rows, extend in STEPS]
-    return [close_to_the_cpu(groups, family, engine, fp8, rows, extend) for rows, extend in steps]
+    compared = Compared(groups, family, engine, fp8)
+    return [compared.error(of_ranks(rows, groups.dims.tp_size), extend) for rows, extend in STEPS]
+
+
+def of_ranks(rows: tuple[int, int], ranks: int) -> tuple[int, ...]:
+    """The rows of two ranks, on one or dealt to four."""
+    return {1: (sum(rows),), 2: rows, 4: (rows[1], rows[0], 0, rows[1] // 2)}[ranks]
 
 
 @needs_gpus(1)
 @needs_library("deep_gemm")
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: f"{k[0]}-{k[1]}-{'fp8' if k[2] else 'bf16'}")
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=needs_gpus(2))])
+@pytest.mark.parametrize("ranks", SIZES)
 def test_layers_equal_the_cpu(family: str, kind: tuple[str, str, bool], ranks: int) -> None:
     if kind[0] in ("deepep", "nvlink") and ranks == 1:
         pytest.skip("between GPUs")
+    if kind[0] in ("allgather", "all_to_all") and ranks > 2:
+        pytest.skip("no other than between two")
     errors = run_ranks(dims(ranks), all_steps, family, *kind, device="cuda")
     assert all(error < (8e-2 if kind[2] else 1.5e-2) for rank in errors for error in rank), errors

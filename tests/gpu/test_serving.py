@@ -15,15 +15,19 @@ from tests.gpu.needs import needs_gpus
 # Qwen3-30B-A3B's shape, four layers of it, random weights
 COMMAND = [
     "+exp=smoke", "model=qwen3_30b_a3b", "model.hf_config.num_hidden_layers=4", "cluster=local", "cluster.device=cuda",
-    "engine.page_size=64", "engine.mem_fraction_static=0.5", "engine.max_running_requests=32",
-    "engine.chunked_prefill_size=16384", "load.dataset=random", "load.isl=256", "load.osl=64",
+    "engine.page_size=64", "engine.mem_fraction_static=0.5", "engine.max_running_requests=16",
+    "engine.chunked_prefill_size=2048", "load.dataset=random", "load.isl=256", "load.osl=64",
     "load.concurrency=[2,16]",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("parallel", "dispatcher"),
-    [pytest.param("dep1", "allgather", marks=needs_gpus(1)), pytest.param("dep2", "deepep", marks=needs_gpus(2))],
+    [
+        pytest.param("dep1", "allgather", marks=needs_gpus(1)),
+        pytest.param("dep2", "deepep", marks=needs_gpus(2)),
+        pytest.param("dep4", "nvlink", marks=needs_gpus(4)),
+    ],
 )
 def test_requests_are_served(tmp_path: Path, parallel: str, dispatcher: str) -> None:
     options = [f"parallel={parallel}", f"engine.moe_a2a_backend={dispatcher}", f"cluster.results_dir={tmp_path}"]

@@ -16,12 +16,13 @@ from matplotlib.image import imread
 
 from tests.unit.analysis_run import EPOCH, failure, make_run, record
 from toolkit import records
-from toolkit.analysis import Run, metrics
+from toolkit.analysis import Run
 from toolkit.analysis.__main__ import main
 from toolkit.analysis.charts import CHARTS
 from toolkit.analysis.findings import best_row, verdict
 from toolkit.analysis.finish import complete_sweep, finish_run, terminal_table
 from toolkit.analysis.report import write_report
+from toolkit.analysis.sweep_row import sweep_row
 from toolkit.analysis.trust import warnings
 from toolkit.records.experts import read_experts, write_experts
 from toolkit.records.requests import RequestRecord, read_requests, write_requests
@@ -105,7 +106,7 @@ def test_the_sweep_gets_its_expert_figures_and_keeps_the_rest(finished: Path) ->
     run, sweep = Run(finished), read_sweep(finished)
     for (_, row), point, load in zip(sweep.iterrows(), run.points, run.point_loads, strict=True):
         assert load is not None
-        expected = metrics.sweep_row(point.requests, point.concurrency, 4, load.balancedness_mean, load.imbalance_max)
+        expected = sweep_row(point.requests, point.concurrency, 4, load.balancedness_mean, load.imbalance_max)
         power = ("power_w", "output_tok_s_per_w")  # from nodes.parquet
         figures = {name: value for name, value in expected.items() if name not in (*SWEEP_TEXTS, *power)}
         assert {name: row[name] for name in figures} == pytest.approx(figures, rel=1e-5, nan_ok=True)
@@ -220,7 +221,7 @@ def test_a_point_where_every_request_failed_leaves_nan_not_a_crash(run_folder: P
     requests = [*_read_records(run_folder), *rows]
     write_requests(run_folder, requests)
     frame = read_requests(run_folder)
-    write_sweep(run_folder, [*sweep, metrics.sweep_row(frame[frame["point"] == 2], 8, 4)])
+    write_sweep(run_folder, [*sweep, sweep_row(frame[frame["point"] == 2], 8, 4)])
     table, _ = report_without_charts(run_folder)
     assert re.search(r"8 +3 +3 +–", table)
     latency = CHARTS["latency_vs_concurrency"].draw(Run(run_folder))

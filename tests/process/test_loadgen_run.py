@@ -30,10 +30,12 @@ def server() -> Iterator[ScriptedServer]:
         yield running
 
 
+# The client's own lateness, on a busy test machine, must not make these points invalid.
+OWN = ("osl=3", "max_client_verdict=client_limited")
+
+
 def words(server: ScriptedServer, out: Path, *more: str) -> list[str]:
-    """``max_client_verdict``: the client's own lateness, on a busy test machine, must not make these points invalid."""
-    own = ["osl=3", "max_client_verdict=client_limited"]
-    return [f"url={server.url}", "model=demo", f"out={out}", *own, *more]
+    return [f"url={server.url}", "model=demo", f"out={out}", *OWN, *more]
 
 
 def test_a_sweep(server: ScriptedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +71,7 @@ def test_without_out_nothing_is_written(
     server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([f"url={server.url}/v1/", "concurrency=1", "osl=2", "endpoint=completions", "dataset=random"]) == 0
+    assert main([f"url={server.url}/v1/", "concurrency=1", "endpoint=completions", "dataset=random", *OWN]) == 0
     assert list(tmp_path.iterdir()) == []
     assert set(server.paths) == {"/v1/completions"}
     assert {body["model"] for body in server.bodies} == {"demo"}, "the first that /v1/models lists"

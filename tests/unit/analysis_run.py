@@ -12,7 +12,7 @@ import yaml
 
 from toolkit import records
 from toolkit.analysis.imbalance import window_loads
-from toolkit.analysis.metrics import sweep_row
+from toolkit.analysis.sweep_row import sweep_row
 from toolkit.records.experts import ExpertCounts, write_experts
 from toolkit.records.files import write_json
 from toolkit.records.requests import RequestRecord, read_requests, write_requests

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.analysis_run import EPOCH, failure, record
 from toolkit.analysis import metrics
+from toolkit.analysis.sweep_row import sweep_row
 from toolkit.records.requests import RequestRecord, read_requests, requests_schema, write_requests
 from toolkit.records.sweep import SWEEP_COLUMNS
 
@@ -53,7 +54,7 @@ def test_tpot_divides_by_the_tokens_after_the_first_chunk() -> None:
 
 def test_a_single_token_has_a_ttft_and_no_tpot() -> None:
     requests = frame(record(output_tokens=1, chunk_s=[0.1], chunk_tokens=[1], last_token_s=0.1))
-    row = metrics.sweep_row(requests, 1, 1)
+    row = sweep_row(requests, 1, 1)
     assert row["ttft_p50_ms"] == pytest.approx(100)
     assert row["e2e_p99_ms"] == pytest.approx(100)
     assert all(math.isnan(row[name]) for name in ("itl_mean_ms", "tpot_p50_ms", "output_tok_s_per_user"))
@@ -66,7 +67,7 @@ def test_sweep_row_by_hand() -> None:
         record(t_send=EPOCH + 1, first_token_s=0.3, last_token_s=1.1, prompt_tokens=20),  # TPOT 0.2
         failure(t_send=EPOCH + 0.5),
     )
-    row = metrics.sweep_row(requests, concurrency=2, num_gpus=4, balancedness_mean=0.5, imbalance_max=3.0)
+    row = sweep_row(requests, concurrency=2, num_gpus=4, balancedness_mean=0.5, imbalance_max=3.0)
     assert tuple(row) == SWEEP_COLUMNS
     expected = {
         "concurrency": 2, "requests": 3, "failed": 1, "duration_s": 2.1, "isl_mean": 15, "osl_mean": 5,
@@ -80,7 +81,7 @@ def test_sweep_row_by_hand() -> None:
 
 def test_a_failure_that_had_begun_to_answer_is_in_the_duration_but_in_no_latency() -> None:
     broken = record(status="error", error="stream broke", t_send=EPOCH + 1, first_token_s=5.0, last_token_s=8.0)
-    row = metrics.sweep_row(frame(record(), broken), 1, 1)
+    row = sweep_row(frame(record(), broken), 1, 1)
     assert row["duration_s"] == pytest.approx(9.0)
     assert row["ttft_p99_ms"] == pytest.approx(100)
     assert row["output_tok_s"] == pytest.approx(5 / 9)
@@ -88,7 +89,7 @@ def test_a_failure_that_had_begun_to_answer_is_in_the_duration_but_in_no_latency
 
 @pytest.mark.parametrize("rows", [(), (failure(),), (record(warmup=True),)], ids=["none", "all failed", "warm-up"])
 def test_a_point_without_a_result_is_nan_not_a_crash(rows: tuple[RequestRecord, ...]) -> None:
-    row = metrics.sweep_row(frame(*rows), 1, 1)
+    row = sweep_row(frame(*rows), 1, 1)
     measured = [r for r in rows if not r.warmup]
     assert (row["requests"], row["failed"]) == (len(measured), len(measured))
     assert math.isnan(row["output_tok_s"]) and math.isnan(row["ttft_p50_ms"]) and math.isnan(row["itl_p99_ms"])
@@ -97,8 +98,8 @@ def test_a_point_without_a_result_is_nan_not_a_crash(rows: tuple[RequestRecord, 
 def test_the_row_is_the_same_after_a_trip_through_parquet(tmp_path) -> None:
     rows = [record(), failure(), record(t_send=EPOCH + 2, chunk_s=[0.2, 0.4], chunk_tokens=[4, 1])]
     write_requests(tmp_path, rows)
-    read = metrics.sweep_row(read_requests(tmp_path), 1, 1)
-    assert read == pytest.approx(metrics.sweep_row(frame(*rows), 1, 1), nan_ok=True)
+    read = sweep_row(read_requests(tmp_path), 1, 1)
+    assert read == pytest.approx(sweep_row(frame(*rows), 1, 1), nan_ok=True)
 
 
 @settings(deadline=None)

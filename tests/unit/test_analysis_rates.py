@@ -14,7 +14,7 @@ from tests.unit.analysis_run import EPOCH, record
 from toolkit import records
 from toolkit.analysis import Run
 from toolkit.analysis.__main__ import main
-from toolkit.analysis.metrics import Slo
+from toolkit.analysis.goodput import Slo
 from toolkit.analysis.rates import full_gap_s, rate_match
 from toolkit.records.files import write_json
 from toolkit.records.requests import RequestRecord, requests_table, write_requests

@@ -11,7 +11,7 @@ import pytest
 from tests.unit.analysis_run import EPOCH, failure, point_records, record
 from toolkit import records
 from toolkit.analysis import Run
-from toolkit.analysis.metrics import held_concurrency, steady_interval
+from toolkit.analysis.steady import held_concurrency, steady_interval
 from toolkit.analysis.trust import warnings
 from toolkit.records.files import write_json
 from toolkit.records.requests import RequestRecord, write_requests

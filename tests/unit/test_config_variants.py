@@ -41,3 +41,12 @@ def test_the_ab_experiment_differs_in_eplb_only() -> None:
     for variant in values["variants"].values():
         assert list(variant) == ["engine"]
         from_mapping({"engine": values["engine"] | variant["engine"]}, ExpConfig)
+
+
+def test_the_parallel_group_is_the_aggregated_variants_where_others_have_pools() -> None:
+    given = {"agg": {"deploy": {"mode": "agg"}}, "disagg": {"deploy": {"mode": "disagg"}}}
+    words = ["parallel=dep4", "parallel.ep_size=2", "parallel@deploy.prefill.parallel=dep2"]
+    (_, agg), (_, disagg) = variants(node(variants=given), words)
+    assert agg == [*words, "variant=agg"] and disagg == [words[2], "variant=disagg"]
+    del given["agg"]  # nothing is aggregated: `resolve` says that `parallel` is ignored
+    assert variants(node(variants=given), words)[0][1] == [*words, "variant=disagg"]

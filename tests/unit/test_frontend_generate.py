@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import aiohttp
 import pytest
 
 from tests.unit.frontend_peer import Bench, serving, utf8
-from toolkit.engine.messages import Abort, Failed, Generate, Outputs, Wake
+from toolkit.engine.core import FinishReason
+from toolkit.engine.messages import Abort, Failed, Generate, Output, Outputs, Wake
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -79,6 +81,37 @@ def test_stream_writes_one_event_a_step_and_joins_to_the_text() -> None:
             assert {event["object"] for event in events[:-1]} == {"text_completion"}
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("end", ["length", "error"])
+def test_what_waits_for_a_client_goes_out_in_one_write_an_event_each(end: FinishReason) -> None:
+    async def run() -> None:
+        async with serving() as bench:
+            http = asyncio.create_task(_chunks(bench, text(stream=True)))
+            request = await bench.ranks.generate()
+            last = Output(request.rid, [] if end == "error" else utf8("c"), end, error="out of blocks")
+            await bench.ranks.send(Outputs(0, [Output(request.rid, utf8("a")), Output(request.rid, utf8("b")), last]))
+            chunks = await http
+            texts = [json.loads(event[6:])["choices"][0]["text"] for event in chunks[0].split(b"\n\n")[:2]]
+            assert texts == ["a", "b"]
+            if end == "error":
+                assert len(chunks) == 2 and b"out of blocks" in chunks[1]
+            else:
+                assert len(chunks) == 1 and chunks[0].endswith(b"data: [DONE]\n\n")
+
+    asyncio.run(run())
+
+
+async def _chunks(bench: Bench, body: dict[str, Any]) -> list[bytes]:
+    """The HTTP chunks of an answer."""
+    chunks, part = [], b""
+    async with bench.http.post(TEXT, json=body) as response:
+        async for data, ended in response.content.iter_chunks():
+            part += data
+            if ended:
+                chunks.append(part)
+                part = b""
+    return [chunk for chunk in chunks if chunk]
 
 
 def test_usage_in_streams() -> None:

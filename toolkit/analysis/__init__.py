@@ -1,6 +1,6 @@
 """From a run folder to charts and a report. Reads files only; knows neither the engine nor torch.
 
-Import-light, because the load generator imports ``toolkit.analysis.metrics``.
+Import-light, because the load generator imports metrics.py and what is built on it.
 Read first: metrics.py (the definitions), then load.py (``Run``) and runs.py (``Runs``).
 """
 

@@ -104,7 +104,7 @@ def pareto(options: argparse.Namespace) -> int:
 def rates(options: argparse.Namespace) -> int:
     from toolkit.analysis import charts
     from toolkit.analysis.charts.rates import RATES_CAPTION, rates_figure
-    from toolkit.analysis.metrics import Slo
+    from toolkit.analysis.goodput import Slo
     from toolkit.analysis.rates import rate_match
     from toolkit.analysis.runs import Runs
 

@@ -13,17 +13,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from toolkit.analysis.load import Run
-from toolkit.analysis.metrics import (
-    e2e_s,
-    interval,
-    itl_by_request_s,
-    steady_interval,
-    succeeded,
-    tokens_at,
-    tpot_s,
-    ttft_s,
-)
+from toolkit.analysis.metrics import e2e_s, interval, itl_by_request_s, succeeded, tokens_at, tpot_s, ttft_s
 from toolkit.analysis.stats import Draws, mean, percentile, ratio_of_sums
+from toolkit.analysis.steady import steady_interval
 
 Floats = NDArray[np.float64]
 

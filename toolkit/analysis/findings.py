@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from toolkit.analysis.goodput import Goodput, Slo, goodput
 from toolkit.analysis.imbalance import imbalance
 from toolkit.analysis.join import Loss
 from toolkit.analysis.load import Run
-from toolkit.analysis.metrics import Goodput, Slo, goodput
 
 SATURATED = 0.03  # throughput gain below which more load is said to buy nothing
 STILL_RISING = 0.10  # gain at the last load point above which the limit is said not to be reached

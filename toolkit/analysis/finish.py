@@ -10,10 +10,11 @@ from pathlib import Path
 
 from toolkit.analysis.charts import draw_charts
 from toolkit.analysis.findings import best_row, number, verdict
-from toolkit.analysis.load import COUNT_COLUMNS, Run
-from toolkit.analysis.metrics import steady_figures
+from toolkit.analysis.load import Run
 from toolkit.analysis.nodes import point_power
 from toolkit.analysis.report import write_report
+from toolkit.analysis.steady import steady_figures
+from toolkit.analysis.sweep_table import COUNT_COLUMNS
 from toolkit.analysis.trust import warnings
 from toolkit.records.sweep import write_sweep
 

@@ -18,8 +18,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from toolkit.analysis.load import Run
-from toolkit.analysis.metrics import ended, itl_at
+from toolkit.analysis.metrics import itl_at
 from toolkit.analysis.stats import Estimate, Model, correlation, linear_model
+from toolkit.analysis.steady import ended
 
 Floats = NDArray[np.float64]
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from toolkit.analysis.load import LoadPoint, Run
+from toolkit.analysis.load import Run
 from toolkit.analysis.metrics import e2e_s, itl_s, succeeded, summary_ms, tpot_s, ttft_s
+from toolkit.analysis.sweep_table import LoadPoint
 from toolkit.records.sweep import SWEEP_TEXTS
 
 RATES = ("output_tok_s", "output_tok_s_per_gpu", "output_tok_s_per_user", "total_tok_s", "steady_output_tok_s")

@@ -8,10 +8,8 @@ Read next: charts.py, findings.py, report.py.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,38 +19,24 @@ import pandas as pd
 import yaml
 
 from toolkit import heartbeat, point_files, records
-from toolkit.analysis import attempts
+from toolkit.analysis import attempts, settings
 from toolkit.analysis.chunks import check_chunks
+from toolkit.analysis.goodput import Slo
 from toolkit.analysis.imbalance import PointLoad, WindowLoads, summed, window_loads
-from toolkit.analysis.metrics import Slo, interval, sweep_row
+from toolkit.analysis.metrics import interval
+from toolkit.analysis.sweep_table import LoadPoint, load_points, missing_rows, read_whole
 from toolkit.records.experts import ExpertCounts, RebalanceRecord, read_rebalances
 from toolkit.records.requests import read_requests, requests_schema
 from toolkit.records.samples import MetricSample, NodeSample
-from toolkit.records.status import PointStatus, RunStatus, read_status
+from toolkit.records.status import RunStatus, read_status
 from toolkit.records.steps import StepRecord, TransferRecord, read_transfers
-from toolkit.records.sweep import SWEEP_COLUMNS, SWEEP_TEXTS, read_sweep
+from toolkit.records.sweep import SWEEP_COLUMNS
 from toolkit.records.tables import schema_of
 
 if TYPE_CHECKING:
     from toolkit.analysis.join import Loss
 
 T = TypeVar("T")
-
-COUNT_COLUMNS = ("concurrency", "requests", "failed")
-
-
-@dataclass(frozen=True)
-class LoadPoint:
-    """One load point: the requests sent in it (warm-up included) and its row of the sweep."""
-
-    concurrency: int
-    requests: pd.DataFrame
-    row: pd.Series[Any]
-
-    @property
-    def valid(self) -> bool:
-        """Whether its figures may be compared: False for a point that the validity gate has found wanting."""
-        return self.row.get("state") != "invalid"
 
 
 class Run:
@@ -175,68 +159,43 @@ class Run:
     @cached_property
     def slo(self) -> Slo:
         """The config's ``load.slo_*_ms``; all 0 where none is set."""
-        load = self.config.get("load")
-        load = load if isinstance(load, dict) else {}
-        bounds = {field.name: load.get(f"slo_{field.name}") or 0.0 for field in dataclasses.fields(Slo)}
-        wrong = [name for name, bound in bounds.items() if not isinstance(bound, (int, float)) or bound < 0]
-        if wrong:
-            self.warnings.append(f"{records.CONFIG}: load.slo_{wrong[0]}={bounds[wrong[0]]!r} is no time; left out")
-        return Slo(**{name: 0.0 if name in wrong else float(bound) for name, bound in bounds.items()})
+        slo, wrong = settings.objectives(self.config)
+        self.warnings += [f"{records.CONFIG}: {name} is no time; left out" for name in wrong]
+        return slo
 
     @property
     def mapping(self) -> str:
         """``DEP=16`` and its like; empty where neither plan nor config says."""
-        if isinstance(self.plan.get("mapping"), str):
-            return str(self.plan["mapping"])
-        parallel = self.config.get("parallel")
-        names = ("tp_size", "dp_size", "ep_size")
-        if not isinstance(parallel, dict) or not all(name in parallel for name in names):
-            return ""
-        return " ".join(f"{name.removesuffix('_size').upper()}={parallel[name]}" for name in names)
+        return settings.mapping(self.plan, self.config)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The config with dotted keys (``engine.page_size``), and ``run``, ``model``, ``mapping``, ``num_gpus``."""
-        flat = dict(_dotted(self.config, ""))
+        flat = dict(settings.dotted(self.config))
         own = {"run": self.name, "model": flat.get("model.name", ""), "mapping": self.mapping}
         return own | {"num_gpus": self.num_gpus} | flat
 
     @cached_property
     def sweep(self) -> pd.DataFrame:
         """``sweep.csv``, with rows computed from the requests for the load points that it lacks."""
-        table = self._read(records.SWEEP, self._read_sweep, _no_rows(list(SWEEP_COLUMNS)))
-        claimed = self._rows_by_point(table)
-        extra = []
-        for point, rows in self.requests.groupby("point", sort=True):
-            if point not in claimed and not rows["warmup"].all():
-                row = sweep_row(rows, int(rows["concurrency"].iloc[0]), self.num_gpus or 1)
-                if self.num_gpus is None:
-                    row["output_tok_s_per_gpu"] = np.nan
-                status = self._status_of(int(rows["point"].iloc[0]))
-                row |= {"state": status.state, "reason": status.reason, "repeat": status.repeat}
-                extra.append(row)
-        if not extra:
-            return table
-        self.warnings.append(f"{records.SWEEP} lacks {len(extra)} load point(s): computed from {records.REQUESTS}")
-        added = pd.DataFrame(extra, columns=list(SWEEP_COLUMNS))
-        return pd.concat([table, added], ignore_index=True) if len(table) else added
 
-    def _status_of(self, point: int) -> PointStatus:
-        known = self.status.points if self.status else []
-        return known[point] if 0 <= point < len(known) else PointStatus(0, "done")
+        def read() -> pd.DataFrame:
+            table, lacking = read_whole(self.path)
+            if lacking:
+                self.warnings.append(f"{records.SWEEP} is of another version: it has no {', '.join(lacking)}")
+            return table
+
+        table = self._read(records.SWEEP, read, _no_rows(list(SWEEP_COLUMNS)))
+        added = missing_rows(table, self.requests, self.num_gpus, self.status.points if self.status else [])
+        if added.empty:
+            return table
+        self.warnings.append(f"{records.SWEEP} lacks {len(added)} load point(s): computed from {records.REQUESTS}")
+        return pd.concat([table, added], ignore_index=True) if len(table) else added
 
     @cached_property
     def points(self) -> list[LoadPoint]:
         """The load points, in the order of ``sweep``."""
-        sweep, requests = self.sweep, self.requests
-        by_row = {row: point for point, row in self._rows_by_point(sweep).items()}
-        number = requests["point"].to_numpy()
-        points = []
-        for index, (_, row) in enumerate(sweep.iterrows()):
-            point = by_row.get(index, np.nan)  # rows are sorted by point: a slice, not a copy
-            begin, end = np.searchsorted(number, point, "left"), np.searchsorted(number, point, "right")
-            points.append(LoadPoint(int(row["concurrency"]), requests.iloc[begin:end], row))
-        return points
+        return load_points(self.requests, self.sweep)
 
     @cached_property
     def experts(self) -> ExpertCounts | None:
@@ -332,42 +291,6 @@ class Run:
             raise ValueError(f"a mapping is expected, not {type(value).__name__}")
         return value
 
-    def _read_sweep(self) -> pd.DataFrame:
-        if not (self.path / records.SWEEP).read_bytes().endswith(b"\n"):
-            raise ValueError("its last line is cut off")
-        table = read_sweep(self.path)
-        missing = [name for name in SWEEP_COLUMNS if name not in table.columns]
-        if set(missing) & set(COUNT_COLUMNS):
-            raise ValueError(f"no column {', '.join(missing)}")
-        if missing:
-            self.warnings.append(f"{records.SWEEP} is of another version: it has no {', '.join(missing)}")
-        texts = {name: table.get(name, "") for name in SWEEP_TEXTS}
-        table = table.reindex(columns=list(SWEEP_COLUMNS)).drop(columns=[*texts]).astype(np.float64)
-        if table[list(COUNT_COLUMNS)].isna().any(axis=None):
-            raise ValueError(f"an empty cell in {', '.join(COUNT_COLUMNS)}")
-        table["repeat"] = table["repeat"].fillna(0)
-        table = table.astype(dict.fromkeys((*COUNT_COLUMNS, "repeat"), np.int64)).assign(**texts)
-        return pd.DataFrame(table[list(SWEEP_COLUMNS)])
-
-    def _rows_by_point(self, sweep: pd.DataFrame) -> dict[Any, int]:
-        """Load point index -> position of its row: the first row of the same concurrency not yet taken."""
-        free = list(enumerate(sweep["concurrency"]))
-        found: dict[Any, int] = {}
-        for point, concurrency in self.requests.groupby("point", sort=True)["concurrency"].first().items():
-            match = next((entry for entry in free if entry[1] == concurrency), None)
-            if match is not None:
-                free.remove(match)
-                found[point] = match[0]
-        return found
-
 
 def _no_rows(columns: list[str]) -> pd.DataFrame:
     return pd.DataFrame({name: [] for name in columns})
-
-
-def _dotted(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from toolkit.analysis.metrics import Slo, ended, goodput, itl_at, measured, succeeded, ttft_s
+from toolkit.analysis.goodput import Slo, goodput
+from toolkit.analysis.metrics import itl_at, measured, succeeded, ttft_s
+from toolkit.analysis.steady import ended
 
 if TYPE_CHECKING:
-    from toolkit.analysis.load import LoadPoint, Run
+    from toolkit.analysis.load import Run
+    from toolkit.analysis.sweep_table import LoadPoint
 
 ALIKE = 0.05  # prompts whose mean lengths differ by less are prompts of one length
 GOOD_SHARE = 0.99  # of a point's requests must keep a bound; the default of load.slo_share

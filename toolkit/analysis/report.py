@@ -20,7 +20,8 @@ from toolkit import records
 from toolkit.analysis import against, rebalances
 from toolkit.analysis.charts import Drawn
 from toolkit.analysis.findings import best_row, expert_summary, number, verdict
-from toolkit.analysis.load import COUNT_COLUMNS, Run
+from toolkit.analysis.load import Run
+from toolkit.analysis.sweep_table import COUNT_COLUMNS
 from toolkit.analysis.trust import warnings
 from toolkit.records.files import replacing
 

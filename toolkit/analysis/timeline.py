@@ -13,7 +13,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from toolkit.analysis.load import Run
-from toolkit.analysis.metrics import ended, in_flight, steady_interval, tokens_at
+from toolkit.analysis.metrics import tokens_at
+from toolkit.analysis.steady import ended, in_flight, steady_interval
 
 Floats = NDArray[np.float64]
 

@@ -12,18 +12,11 @@ import numpy as np
 
 from toolkit import records
 from toolkit.analysis.chunks import chunks_of
-from toolkit.analysis.load import LoadPoint, Run
-from toolkit.analysis.metrics import (
-    ended,
-    held_concurrency,
-    in_flight,
-    measured,
-    steady_interval,
-    succeeded,
-    tok_s_between,
-    ttft_s,
-)
+from toolkit.analysis.load import Run
+from toolkit.analysis.metrics import measured, succeeded, ttft_s
 from toolkit.analysis.nodes import throttled
+from toolkit.analysis.steady import ended, held_concurrency, in_flight, steady_interval, tok_s_between
+from toolkit.analysis.sweep_table import LoadPoint
 
 ENOUGH_FOR_P99 = 100  # requests: with fewer, linear p99 lies between the two slowest
 HELD = 0.9  # share of the asked concurrency below which the client, not the server, set the load

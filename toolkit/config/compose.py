@@ -57,6 +57,7 @@ def variants(node: Any, overrides: list[str]) -> list[tuple[Any, list[str]]]:
     """What Hydra composed, once for each of its ``variants``; itself where it has none.
 
     A variant's keys replace the experiment's; its name is added to ``exp``; all but the first are compared with it.
+    ``parallel=dep4`` is the aggregated variants' where others, with a mapping for each pool, are disaggregated.
     """
     from omegaconf import OmegaConf
 
@@ -70,6 +71,10 @@ def variants(node: Any, overrides: list[str]) -> list[tuple[Any, list[str]]]:
         if name != names[0]:
             made.compare_with = str(Path(node.cluster.results_dir).absolute() / f"{node.exp}-{names[0]}" / "latest")
         found.append((made, [*overrides, f"variant={name}"]))
+    if len({made.deploy.mode for made, _ in found}) > 1:
+        for made, words in found:
+            if made.deploy.mode == "disagg":
+                words[:] = [word for word in words if not word.startswith(("parallel=", "parallel."))]
     return found or [(node, overrides)]
 
 

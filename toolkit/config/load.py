@@ -48,7 +48,7 @@ class LoadConfig:
     prefix_len: int = opt(0, "dataset=random: tokens at the begin of a prompt that it shares with others")
     num_prefixes: int = opt(1, "dataset=random: how many such prefixes there are")
     turns: int = opt(1, "turns of a conversation, dataset=random and sharegpt; one after the other, with the answers")
-    think_s: float = opt(0.0, "pause between an answer and the next turn")
+    think_s: float = opt(0.0, "seconds between an answer and the next turn of its conversation")
     image: str = opt("", "image file sent with every prompt of dataset=random (endpoint chat)")
     ignore_eos: bool = opt(True, "ask for exactly the length: ignore_eos and min_tokens are sent")
     temperature: float = opt(0.0, "0: greedy")

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import signal
 import sys
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 from rich.progress import track
 
+from toolkit.cache import CACHE_ENV, cache_dir
 from toolkit.engine.demo_report import FIT_FILE, fit_table, gate_report, readme
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CACHE_ENV = "WIDEEP_CACHE"
 NAME = "smollm2-moe"
 PROMPTS = Path(__file__).parents[1] / "loadgen" / "datasets" / "prompts.jsonl"
 HELD_OUT = 4  # every fourth prompt only measures
@@ -67,7 +66,7 @@ class Settings:
 
 
 def default_out() -> Path:
-    return Path(os.environ.get(CACHE_ENV) or "~/.cache/wideep-toolkit").expanduser() / NAME
+    return cache_dir() / NAME
 
 
 def build(

@@ -7,6 +7,7 @@ shapes. Knows no libraries: whether they are installed is found where they are i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 from typing import TYPE_CHECKING
 
 from toolkit.config.engine import EngineConfig
@@ -21,6 +22,7 @@ LEGACY_HIDDEN = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
 LEGACY_RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
 LEGACY_TOP_K = 11
 LEGACY_ROWS = 511  # NVSHMEM_QP_DEPTH (1024) holds two for each row, and two more
+TILE = 128  # rows of DeepGEMM's tiles at most
 DEFAULTS = EngineConfig()
 USES_DEEPEP = ("deepep", "nvlink")  # which leaves steps with prefill to it
 
@@ -42,6 +44,12 @@ def room(dims: ParallelDims, engine: EngineConfig) -> int:
     """Rows of a rank for which DeepEP's low-latency way has room."""
     budget = engine.max_running_requests if engine.deepep_mode != "low_latency" else engine.chunked_prefill_size
     return engine.deepep_num_max_dispatch_tokens_per_rank or -(-budget // dims.attn_tp)
+
+
+def whole_tiles(rows: int, ranks: int, tile: int = TILE) -> int:
+    """At least ``rows`` of a rank, so that those of all ``ranks`` fill tiles: a GEMM over slots stores whole ones."""
+    unit = tile // gcd(tile, ranks)
+    return -(-rows // unit) * unit
 
 
 def _deepep(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> Iterator[str]:
@@ -99,9 +107,11 @@ def _legacy(arch: Arch, dims: ParallelDims, engine: EngineConfig) -> Iterator[st
             f"engine.deepep_buffer=legacy takes up to {LEGACY_TOP_K} experts a token with low latency, the model has "
             f"{arch.top_k}: {way_out}"
         )
-    if room(dims, engine) > LEGACY_ROWS:
+    unit = whole_tiles(1, dims.ep_size)
+    if whole_tiles(room(dims, engine), dims.ep_size) > LEGACY_ROWS:
+        most = LEGACY_ROWS // unit * unit
         yield (
-            f"engine.deepep_buffer=legacy has room for {LEGACY_ROWS} rows a rank with low latency, but a step may "
-            f"bring {room(dims, engine)}: {way_out}, or set deepep_num_max_dispatch_tokens_per_rank <= {LEGACY_ROWS} "
+            f"engine.deepep_buffer=legacy has room for {most} rows a rank with low latency, but a step may "
+            f"bring {room(dims, engine)}: {way_out}, or set deepep_num_max_dispatch_tokens_per_rank <= {most} "
             "with deepep_mode=auto"
         )

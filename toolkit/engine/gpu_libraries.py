@@ -18,16 +18,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+from toolkit.cache import cache_dir
+
 log = logging.getLogger(__name__)
 
-CACHE_ENV = "WIDEEP_CACHE"
 RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
-def cache_dir() -> Path:
+def kernels_dir() -> Path:
     """Where compiled kernels are kept."""
-    root = os.environ.get(CACHE_ENV)
-    return (Path(root) if root else Path.home() / ".cache" / "wideep-toolkit") / "jit"
+    return cache_dir() / "jit"
 
 
 def has_rdma(devices: Path = RDMA_DEVICES) -> bool:
@@ -59,8 +59,8 @@ def prepare(environment: MutableMapping[str, str] | None = None, rdma: bool | No
     environment = os.environ if environment is None else environment
     rdma = has_rdma() if rdma is None else rdma
     wanted = {
-        "DG_JIT_CACHE_DIR": (str(cache_dir() / "deep_gemm"), "kernels compiled once a node, kept between runs"),
-        "EP_JIT_CACHE_DIR": (str(cache_dir() / "deep_ep"), "kernels compiled once a node, kept between runs"),
+        "DG_JIT_CACHE_DIR": (str(kernels_dir() / "deep_gemm"), "kernels compiled once a node, kept between runs"),
+        "EP_JIT_CACHE_DIR": (str(kernels_dir() / "deep_ep"), "kernels compiled once a node, kept between runs"),
     }
     if not rdma:
         why = f"no RDMA device in {RDMA_DEVICES}: ranks of this host reach each other by NVLink"
@@ -93,7 +93,7 @@ def import_gpu_library(module: str, setting: str) -> ModuleType:
 @contextmanager
 def compiling(what: str) -> Iterator[None]:
     """Holds the node's lock on ``what``: the first rank compiles it, the others find it in the cache."""
-    folder = cache_dir() / "locks"
+    folder = kernels_dir() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{what}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

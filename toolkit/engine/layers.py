@@ -17,6 +17,7 @@ from torch import Tensor
 from toolkit.engine import fused
 from toolkit.engine.fp8 import BlockFp8, Matrix, stack_rows
 from toolkit.engine.gpu_libraries import import_gpu_library
+from toolkit.engine.late import Late
 from toolkit.engine.parallel import Comm, Groups, TokenLayout, gather_rows, reduce_rows
 from toolkit.engine.weights import Shard, Weights
 
@@ -42,8 +43,10 @@ class RMSNorm:
             return (normed * self.weight).to(x.dtype)
         return normed.to(x.dtype) * self.weight
 
-    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, delta: Tensor | Late) -> tuple[Tensor, Tensor]:
         """(x + delta, the norm of that)."""
+        if isinstance(delta, Late):
+            return delta.into(x, self)
         if fused.supported(x):
             return fused.add_rms_norm(x, delta, self)
         total = x + delta

@@ -20,7 +20,7 @@ from torch import Tensor
 from toolkit.engine.core import StepContext
 from toolkit.engine.dims import ParallelDims
 
-FOREVER = timedelta(days=30)
+FOREVER = timedelta(days=3650)  # gloo cannot do without a number
 
 
 class Comm:
@@ -138,8 +138,8 @@ class Groups:
     def connect(cls, dims: ParallelDims, rank: int, host: str, port: int, device: str) -> Groups:
         """Joins the worker's ranks at ``host:port`` (rank 0 listens). Blocks until all are there, 10 minutes at most.
 
-        A later collective has no deadline of its own: a peer's death breaks the connection, and a stall is the
-        watchdog's to find, since an idle rank may rightly wait for hours.
+        A later collective has no deadline of its own, since an idle rank may rightly wait for hours: a peer's death is
+        found by ``peers.py``, a stall by the launcher's watchdog.
         """
         world = dims.tp_size
         if world == 1:

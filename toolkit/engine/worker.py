@@ -50,6 +50,7 @@ from toolkit.engine.messages import (
 )
 from toolkit.engine.overlap import split
 from toolkit.engine.parallel import Groups
+from toolkit.engine.peers import Peers
 from toolkit.engine.pipeline import Pipeline, Step
 from toolkit.engine.prepare import prepare
 from toolkit.engine.pulse import Pulse
@@ -91,6 +92,7 @@ class Worker:
             Path(args.experts_path).parent.mkdir(parents=True, exist_ok=True)
         self._progress("connect", 0, self.dims.tp_size)
         self.groups = Groups.connect(self.dims, self.rank, args.rank_hosts[0], args.dist_port, self.device)
+        self.peers = Peers(self.groups.tp_cpu)
         self.pulse = Pulse(Path(args.pulse_dir), self.rank, self.groups.collectives) if args.pulse_dir else None
         memory = memory_by_kind(arch, self.dims, engine, args.model.dtype, args.device)
         total = sum(memory.values()) - memory["kv_cache"] - memory["eplb_spare"]
@@ -179,6 +181,7 @@ class Worker:
                         open_one.close()
                 assert self._shutdown is not None, "agreed on, and not asked for here"
                 self.link.send(ControlReply(self._shutdown.cid, self.rank, ok=True))
+                self.peers.leave()
                 return
 
     def _mark(self, phase: str) -> None:
@@ -294,7 +297,7 @@ def main() -> None:
         link.send(Failed(options.rank, f"{type(error).__name__}: {error}"))
         link.close()
         sys.stdout.flush()
-        os._exit(1)  # not through destroy_process_group: peers may never answer
+        os._exit(1)  # not through destroy_process_group: peers may never answer; they see that this one is gone
     link.close()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -41,7 +41,7 @@ def main(words: Sequence[str]) -> int:
     from toolkit.loadgen.ledger import Ledger
     from toolkit.loadgen.options import help_text, parse
 
-    if not words or {"-h", "--help", "help"} & set(words):
+    if not words or (words[0] not in ("selfcheck", "join") and {"-h", "--help", "help"} & set(words)):
         sys.stdout.write(help_text() + "\n")
         return 0
     if words[0] == "selfcheck":
@@ -110,6 +110,7 @@ async def _run(options: Options, dataset: Dataset, ledger: Ledger) -> int:
     if sweep.gone:
         return SERVER_GONE
     if options.strict and sweep.status.state == "done" and not sweep.trustworthy:
+        log.error("strict=true, and the load generator's own part in the figures is not ok at every load point")
         return NOT_TRUSTWORTHY
     return EXIT[sweep.status.state]
 
@@ -121,14 +122,14 @@ async def _sweep(sweep: Sweep, options: Options, dataset: Dataset, reporter: Rep
     from toolkit.loadgen.groups import groups
     from toolkit.loadgen.join import read_token
     from toolkit.loadgen.links import parse_address
-    from toolkit.loadgen.openai_api import PATHS
+    from toolkit.loadgen.openai_api import PATHS, server_of
     from toolkit.loadgen.points import CallMaker, most_in_flight
     from toolkit.loadgen.pool import Member, Pool, allowed_cores, pinned, share_of_cores
     from toolkit.loadgen.probe import find_model, open_session
     from toolkit.loadgen.server import ServerWatch
     from toolkit.loadgen.wire import Setup
 
-    url = options.url.rstrip("/").removesuffix("/v1")
+    url = server_of(options.url)
     leave_out_of_proxies(url)
     transport, reason = choose_transport(options.transport, url)
     in_flight = -(-most_in_flight(options) // options.nodes)  # of a node

@@ -2,6 +2,7 @@
 
 Runs after the load point, or for a turn of a conversation when it has ended. A stamp is that of the read that
 completed an event: events of one read have one stamp. Derived latencies are not computed here (analysis/metrics.py).
+What is done here for any answer, ``scan/`` does in C for the regular ones.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from toolkit.loadgen.exchange import Exchange, Raw
-from toolkit.loadgen.http1 import FramingError, Head, open_answer, plain_stream
+from toolkit.loadgen.exchange import Exchange, Raw, Spool
+from toolkit.loadgen.http1 import EVENT_STREAM, FramingError, Head, open_answer
 from toolkit.loadgen.openai_api import ERROR_CHARS, Answer, AnswerError, error_message
+from toolkit.loadgen.scan import Scanner, Seen, library
 from toolkit.loadgen.sse import SSEParser
 from toolkit.records.requests import RequestRecord
 
@@ -22,39 +25,63 @@ FAILED_FINISHES = ("abort", "error")
 BLUR_NS = 2_000_000  # a read that came later than this after the kernel had its bytes may be why they came together
 
 
-class Coalesced(NamedTuple):
-    """How many events with tokens came in one read with the one before: all of them, and those read late."""
+class Reading(NamedTuple):
+    """The row of a call, and what it shows of the client.
 
-    total: int
+    Attributes:
+        lag_ns: of each read: how long the kernel had had its bytes.
+        late: of the record's ``coalesced`` events, those that were read late.
+    """
+
+    record: RequestRecord
+    lag_ns: NDArray[np.int64]
     late: int
 
 
-def to_record(exchange: Exchange, raw: Raw, point: int, concurrency: int) -> tuple[RequestRecord, Coalesced]:
-    """The row of one call, however it ended, and how many of its events came together."""
-    record, answer, token_reads = _new_record(exchange, point, concurrency), Answer(), list[int]()
+class Reader:
+    """Makes the rows of exchanges whose bytes are in ``spool``."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        compiled = library()
+        self._scanner = None if compiled is None else Scanner(compiled, spool, BLUR_NS)
+
+    def read(self, exchange: Exchange, point: int, concurrency: int) -> Reading:
+        """The row of one call, however it ended."""
+        record, answer = _new_record(exchange, point, concurrency), Answer()
+        seen = self._scanner.scan(exchange, answer) if self._scanner is not None else None
+        if seen is None:
+            seen = read_any(exchange, self._spool.get(exchange), answer)
+        if seen.head is not None:
+            record.http_status, record.dp_rank = seen.head.status, _dp_rank(seen.head.headers.get("x-dp-rank", ""))
+        if fault := seen.fault or _incomplete(answer, exchange):
+            record.status = "error" if exchange.outcome == "ended" else exchange.outcome
+            record.error = (exchange.fault if record.status in ("timeout", "cancelled") else fault)[:ERROR_CHARS]
+        else:
+            record.status = "ok"
+        _fill(record, answer, seen, exchange.sent_ns)
+        return Reading(record, seen.read_ns - seen.kernel_ns, seen.late)
+
+    def close(self) -> None:
+        if self._scanner is not None:
+            self._scanner.close()
+
+
+def read_any(exchange: Exchange, raw: Raw, answer: Answer) -> Seen:
+    """Fills the answer with what came, up to what is wrong with it."""
+    head, token_reads, fault = None, list[int](), ""
     try:
-        plain = plain_stream(raw.data)
-        head, pieces = (plain.head, []) if plain is not None else open_answer(raw.data)
+        head, pieces = open_answer(raw.data)
         if head is None:
             raise AnswerError(exchange.fault or "the server closed the connection without an answer")
-        record.http_status, record.dp_rank = head.status, _dp_rank(head.headers.get("x-dp-rank", ""))
         _refuse_other_than_stream(head, pieces)
-        if plain is not None:
-            reads = np.searchsorted(raw.ends, np.array(plain.ends, np.int64), "left")
-            seconds = (raw.kernel_ns - exchange.sent_ns) * 1e-9
-            token_reads += reads[answer.add_all(plain.events, seconds[reads].tolist())].tolist()
-        else:
-            _read_events(answer, pieces, raw, exchange.sent_ns, token_reads)
-        _refuse_incomplete(answer, exchange)
-        record.status, record.error = "ok", ""
+        _read_events(answer, pieces, raw, exchange.sent_ns, token_reads)
     except ValueError as error:  # AnswerError, FramingError, an endless event
-        told = f"malformed HTTP: {error}" if isinstance(error, FramingError) else str(error)
-        record.status = "error" if exchange.outcome == "ended" else exchange.outcome
-        record.error = (exchange.fault if record.status in ("timeout", "cancelled") else told)[:ERROR_CHARS]
-    _fill(record, answer, raw, exchange)
-    coalesced = _coalesced(token_reads, raw)
-    record.coalesced = coalesced.total
-    return record, coalesced
+        fault = f"malformed HTTP: {error}" if isinstance(error, FramingError) else str(error)
+    reads = np.array(token_reads, np.int64)
+    shared = reads[1:][reads[1:] == reads[:-1]]
+    late = (raw.read_ns - raw.kernel_ns)[shared] > BLUR_NS
+    return Seen(head, raw.kernel_ns, raw.read_ns, len(shared), int(late.sum()), fault)
 
 
 def _read_events(
@@ -76,13 +103,6 @@ def _read_events(
             token_reads.append(read)
 
 
-def _coalesced(token_reads: list[int], raw: Raw) -> Coalesced:
-    reads = np.array(token_reads, np.int64)
-    shared = reads[1:][reads[1:] == reads[:-1]]
-    late = (raw.read_ns - raw.kernel_ns)[shared] > BLUR_NS
-    return Coalesced(len(shared), int(late.sum()))
-
-
 def _by_read(pieces: list[tuple[bytes, int]], ends: list[int]) -> Iterator[tuple[bytes, int]]:
     """The body's pieces, cut where a read ended, each with the number of its read."""
     read = 0
@@ -99,8 +119,8 @@ def _by_read(pieces: list[tuple[bytes, int]], ends: list[int]) -> Iterator[tuple
 
 def _refuse_other_than_stream(head: Head, pieces: list[tuple[bytes, int]]) -> None:
     """Raises ``AnswerError`` with what the server said when the answer is not a 200 with an event stream."""
-    kind = head.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if head.status == 200 and kind == "text/event-stream":
+    kind = head.content_type
+    if head.status == 200 and kind == EVENT_STREAM:
         return
     message = error_message(b"".join(data for data, _ in pieces)) or head.reason or "empty answer"
     if head.status == 200:
@@ -108,15 +128,17 @@ def _refuse_other_than_stream(head: Head, pieces: list[tuple[bytes, int]]) -> No
     raise AnswerError(f"HTTP {head.status}: {message}")
 
 
-def _refuse_incomplete(answer: Answer, exchange: Exchange) -> None:
+def _incomplete(answer: Answer, exchange: Exchange) -> str:
+    """Why an answer in which nothing is wrong is not one all the same; empty: it is."""
     if answer.finish_reason in FAILED_FINISHES:
-        raise AnswerError(f"the server ended the answer with finish_reason={answer.finish_reason}")
+        return f"the server ended the answer with finish_reason={answer.finish_reason}"
     if not answer.done and exchange.outcome != "ended":
-        raise AnswerError(exchange.fault)
+        return exchange.fault
     if not answer.finished:
-        raise AnswerError("the stream ended without a finish reason or [DONE]")
+        return "the stream ended without a finish reason or [DONE]"
     if not answer.finish_reason and not answer.output_tokens:
-        raise AnswerError("the stream held no token")
+        return "the stream held no token"
+    return ""
 
 
 def _new_record(exchange: Exchange, point: int, concurrency: int) -> RequestRecord:
@@ -133,12 +155,13 @@ def _new_record(exchange: Exchange, point: int, concurrency: int) -> RequestReco
     )  # fmt: skip
 
 
-def _fill(record: RequestRecord, answer: Answer, raw: Raw, exchange: Exchange) -> None:
+def _fill(record: RequestRecord, answer: Answer, seen: Seen, sent_ns: int) -> None:
     """What is known when the call has ended, however it ended."""
-    if len(raw.kernel_ns):
-        record.first_byte_s = (int(raw.kernel_ns[0]) - exchange.sent_ns) * 1e-9
+    if len(seen.kernel_ns):
+        record.first_byte_s = (int(seen.kernel_ns[0]) - sent_ns) * 1e-9
         if record.status == "ok":
-            record.end_s = (int(raw.kernel_ns[-1]) - exchange.sent_ns) * 1e-9
+            record.end_s = (int(seen.kernel_ns[-1]) - sent_ns) * 1e-9
+    record.coalesced = seen.shared
     record.chunk_s, record.chunk_tokens = answer.chunk_at, answer.chunk_tokens
     if answer.chunk_at:
         record.first_token_s, record.last_token_s = answer.chunk_at[0], answer.chunk_at[-1]

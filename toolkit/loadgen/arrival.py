@@ -108,8 +108,8 @@ async def _converse(conversation: Conversation, send: Send, due_ns: int) -> None
     """Sends the turns in order, also those after one that failed: every call has to end in a row."""
     for call in conversation:
         if call.turn:
+            due_ns = time.time_ns() + round(call.think_s * 1e9)
             await asyncio.sleep(call.think_s)
-            due_ns = time.time_ns()
         await send(call, due_ns)
 
 

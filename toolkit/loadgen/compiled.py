@@ -12,25 +12,30 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from toolkit.cache import cache_dir
+
 log = logging.getLogger(__name__)
 
 
 def build(source: Path, shared: bool = False) -> Path | None:
-    """The program made of ``source``, or the shared library; None where there is no compiler, or it fails (logged)."""
+    """The program made of ``source`` and the headers beside it, or the shared library.
+
+    None where there is no compiler, or it fails (logged).
+    """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     name = f"{source.parent.name}-{source.stem}"
     if not compiler:
         log.info("no C compiler: %s runs in Python", name)
         return None
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wideep-toolkit"
-    made = cache / f"{name}-{digest}{'.so' if shared else ''}"
+    text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    folder = cache_dir()
+    made = folder / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}{'.so' if shared else ''}"
     if made.is_file():
         return made
     part = made.with_name(f"{made.name}.{os.getpid()}.part")
     options = ["-O2", "-Wall", *(["-shared", "-fPIC"] if shared else [])]
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         subprocess.run([compiler, *options, "-o", str(part), str(source)], check=True, capture_output=True, text=True)
         part.replace(made)
     except (OSError, subprocess.CalledProcessError) as error:

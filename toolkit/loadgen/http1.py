@@ -6,15 +6,18 @@ looks at as little as it can; ``open_answer`` runs afterwards. Read next: ``sock
 
 from __future__ import annotations
 
-import itertools
+import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 HEAD_END = b"\r\n\r\n"
 MAX_HEAD = 1 << 16
 MAX_SIZE_LINE = 1 << 12
-_PLAIN_END = b"\n\n\r\n0\r\n\r\n"  # of the last event, its chunk, and the body
+HEADS_KEPT = 64  # many answers of a server have one head, but for the second in it
+_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t\r]*(?:;.*)?", re.DOTALL)
+EVENT_STREAM = "text/event-stream"
 
 
 class FramingError(ValueError):
@@ -46,10 +49,15 @@ class Head:
         return None if text is None else int(text)
 
     @property
+    def content_type(self) -> str:
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    @property
     def keeps_alive(self) -> bool:
         return "close" not in self.headers.get("connection", "").lower()
 
 
+@functools.lru_cache(HEADS_KEPT)
 def parse_head(head: bytes) -> Head:
     """The bytes before the empty line. Raises ``FramingError``."""
     lines = head.decode("latin-1").split("\r\n")
@@ -136,12 +144,10 @@ class ChunkWalk:
 
 
 def chunk_size(line: bytes) -> int:
-    """The number in a chunk's size line, whatever extension follows it."""
-    try:
-        if line[:1].isalnum():  # no sign; a line end behind it is no matter to int
-            return int(line if b";" not in line else line.partition(b";")[0], 16)
-    except ValueError:
-        pass
+    """The number in a chunk's size line, without its line feed: hexadecimal digits and nothing else that ``int`` takes,
+    white space, and whatever extension follows a semicolon."""
+    if (found := _SIZE_LINE.fullmatch(line)) is not None:
+        return int(found[1], 16)
     raise FramingError(f"a chunk's size is {line[:40]!r}")
 
 
@@ -236,41 +242,3 @@ def _chunks(raw: bytes, at: int) -> list[tuple[bytes, int]]:
         if at > total:
             break
     return pieces
-
-
-class PlainStream(NamedTuple):
-    """A chunked event stream in which every chunk is one event of one data line, as nearly all are.
-
-    Attributes:
-        events: the data of each.
-        ends: where each chunk's data ended in the answer.
-    """
-
-    head: Head
-    events: list[bytes]
-    ends: list[int]
-
-
-def plain_stream(raw: bytes) -> PlainStream | None:
-    """A whole answer, if it is such a stream: several times as fast as ``open_answer`` and ``sse.SSEParser``.
-
-    None for any other, and for one that is not whole. Raises ``FramingError`` when it is not HTTP.
-    """
-    end = raw.find(HEAD_END)
-    if end < 0 or not raw.endswith(_PLAIN_END):
-        return None
-    head = parse_head(raw[:end])
-    if head.status != 200 or not head.chunked:
-        return None
-    chunks = raw[end + 4 : -len(_PLAIN_END)].split(b"\n\n\r\n")
-    cut = [chunk.partition(b"\r\ndata: ") for chunk in chunks]
-    events = [event for _, _, event in cut]
-    try:
-        whole = [int(size, 16) for size, _, _ in cut] == [len(event) + 8 for event in events]  # "data: ", two newlines
-    except ValueError:
-        return None
-    together = b"".join(events)
-    if not whole or b"\n" in together or b"\r" in together:
-        return None
-    lengths = [len(chunk) + 4 for chunk in chunks]
-    return PlainStream(head, events, [end + 2 + at for at in itertools.accumulate(lengths)])

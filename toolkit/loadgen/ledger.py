@@ -127,7 +127,7 @@ class Ledger:
 
 def good_share(options: Options, measured: pd.DataFrame) -> float | None:
     """Share of the measured requests that met the objectives; None where there are none."""
-    from toolkit.analysis.metrics import Slo, goodput
+    from toolkit.analysis.goodput import Slo, goodput
 
     slo = Slo(options.slo_ttft_ms, options.slo_itl_ms, options.slo_tpot_ms, options.slo_e2e_ms)
     return goodput(measured, slo).share if slo and len(measured) else None

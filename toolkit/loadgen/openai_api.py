@@ -11,9 +11,7 @@ is the number of events with text.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -28,6 +26,14 @@ ERROR_CHARS = 500  # of a server's error message that are kept
 
 class AnswerError(ValueError):
     """The server answered, but not with a usable stream; the message goes into the request's row."""
+
+
+def server_of(url: str) -> str:
+    """The server's own address, whichever of its addresses the user has copied."""
+    url = url.rstrip("/")
+    for path in PATHS.values():
+        url = url.removesuffix(path)
+    return url.removesuffix("/v1")
 
 
 def output_tokens(sample: Sample, load: LoadConfig) -> int:
@@ -123,7 +129,6 @@ class _Chunk(msgspec.Struct, gc=False):
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
-_decode_all = msgspec.json.Decoder(list[_Chunk]).decode
 
 
 class Answer:
@@ -134,7 +139,6 @@ class Answer:
 
     Attributes:
         completion_tokens: the server's count; -1: it gave none.
-        events: how many events carried tokens; ``chunk_at`` has fewer when some came in one read.
         first_visible_at: of the first event with something a user sees; NaN: none.
         finished: a finish reason or ``[DONE]`` was seen.
     """
@@ -149,7 +153,6 @@ class Answer:
         self.cached_tokens = 0
         self.reasoning_tokens = 0
         self.completion_tokens = -1
-        self.events = 0
         self.first_visible_at = math.nan
         self.counted_each = False  # the server counts in every event
         self._seen = False  # an event with output has come
@@ -176,10 +179,7 @@ class Answer:
         """
         if event.type == "error":
             raise AnswerError(f"the server ended the stream with an error: {error_message(event.data)}")
-        return self.add_data(event.data, at)
-
-    def add_data(self, data: bytes, at: float) -> int:
-        """``add`` for an event without a type of its own."""
+        data = event.data
         try:
             chunk = _decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -190,25 +190,6 @@ class Answer:
         if chunk.error is not None:
             raise AnswerError(f"the server ended the stream with an error: {error_message(data)}")
         return self._take_chunk(chunk, at)
-
-    def add_all(self, events: Sequence[bytes], at: Sequence[float]) -> list[int]:
-        """``add_data`` for many events; returns which of them brought tokens. Decoded together at half the price."""
-        chunks: list[_Chunk] = []
-        last = events[-1:] == [b"[DONE]"]
-        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
-            chunks = _decode_all(b"[" + b",".join(events[: len(events) - last]) + b"]")
-        if len(chunks) + last != len(events) or any(chunk.error is not None for chunk in chunks):
-            brought = []  # one by one, to say which is wrong
-            for number, data in enumerate(events):
-                if self.add_data(data, at[number]):
-                    brought.append(number)
-                if self.done:
-                    break
-            return brought
-        take = self._take_chunk
-        brought = [number for number, chunk in enumerate(chunks) if take(chunk, at[number])]
-        self.done = last
-        return brought
 
     def _take_chunk(self, chunk: _Chunk, at: float) -> int:
         usage = chunk.usage
@@ -248,12 +229,11 @@ class Answer:
         """The first event with output. Tokens counted before it, without text, arrive with it."""
         self._seen, self.counted_each = True, usage is not None
         before, self._attributed = self._attributed, 0
-        self.chunk_at, self.chunk_tokens, self.events = [], [], 0
+        self.chunk_at, self.chunk_tokens = [], []
         return self._append(max(before, usage.completion_tokens) if usage is not None else before + 1, at)
 
     def _append(self, tokens: int, at: float) -> int:
         self._attributed += tokens
-        self.events += 1
         if self.chunk_at and self.chunk_at[-1] == at:
             self.chunk_tokens[-1] += tokens
         else:

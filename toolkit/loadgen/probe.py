@@ -54,6 +54,9 @@ async def _get(session: aiohttp.ClientSession, url: str) -> tuple[int, bytes]:
     try:
         async with session.get(url, timeout=PROBE_TIMEOUT, headers={"Accept": "application/json"}) as response:
             return response.status, await response.read()
+    except aiohttp.ClientConnectorError as error:  # its own text tells of sockets
+        reason = error.os_error.strerror or str(error)
+        raise ServerError(f"{url} cannot be reached: {reason}; is the server up, and url= right?") from None
     except (aiohttp.ClientError, OSError) as error:
         reason = str(error) or type(error).__name__
         raise ServerError(f"{url} cannot be reached: {reason}; is the server up, and url= right?") from None

@@ -23,7 +23,7 @@ import msgspec
 from toolkit.loadgen.exchange import Call, Raw
 from toolkit.loadgen.proof import Evidence
 from toolkit.loadgen.wire import RAW_SUFFIX, Broken, Command, Done, Go, Point, Progress, Ready, Report, Setup
-from toolkit.loadgen.worker import BATCH, Worker
+from toolkit.loadgen.worker import BATCH, Worker, uncollected
 from toolkit.records.requests import RequestRecord, raw_schema, requests_schema, requests_table
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Process:
 
         worker, batch, raws = self.worker, list[RequestRecord](), list[Raw]()
         keep_raw = worker.setup.record_raw
-        with contextlib.ExitStack() as files:
+        with uncollected(), contextlib.ExitStack() as files:
             rows_file = files.enter_context(pa.OSFile(point.rows, "wb"))
             rows = files.enter_context(pa.ipc.new_file(rows_file, requests_schema()))
             raw_file = files.enter_context(pa.OSFile(point.rows + RAW_SUFFIX, "wb")) if keep_raw else None
@@ -100,9 +100,10 @@ class Process:
                 batch.clear()
                 raws.clear()
 
-            for record, raw in worker.rows(point, evidence):
+            for record, exchange in worker.rows(point, evidence):
                 batch.append(record)
-                raws.append(raw)
+                if keep_raw:
+                    raws.append(worker.spool.get(exchange))
                 if len(batch) == BATCH:
                     write()
                     _report(Progress(len(worker.exchanges), worker.failed, worker.client.reads, parsing=True))

@@ -92,13 +92,19 @@ def in_flight(
     return float((ends - begins).sum() * 1e-9), slots * (end_ns - begin_ns) * 1e-9
 
 
+VERDICTS = {
+    "ok": "the load generator had no part in these figures",
+    "degraded": "the load generator may have moved these figures (more cores for it, or less beside it, help)",
+    "client_limited": "the load generator was the limit, not the server (give it more cores, nodes, or less load)",
+}
+
 # What is looked at, at which value it degrades the result, and at which it makes it the client's.
 LIMITS: tuple[tuple[str, float, float, str], ...] = (
     ("blurred", 0.01, 0.05, "{:.1%} of the chunks were read late together with others: their times are upper bounds"),
-    ("not_held", 0.02, 0.10, "{:.1%} of the concurrency asked for was not held"),
+    ("not_held", 0.02, 0.10, "{:.1%} of the concurrency asked for was not held: slots waited for their next request"),
     ("schedule_lag_p99_ms", 5.0, 50.0, "1 % of the requests were sent {:.1f} ms or more after they were due"),
-    ("user_lag_p99_ms", 5.0, 50.0, "this system has no kernel stamps, and the client itself can be late"),
-    ("cpu_share", 0.90, 0.98, "a process of the client was busy for {:.0%} of the time"),
+    ("user_lag_p99_ms", 5.0, 50.0, "without kernel stamps times are the process's own, and 1 % are {:.1f} ms late"),
+    ("cpu_share", 0.90, 0.98, "one of its processes was busy for {:.0%} of the time"),
     ("clock_steps", 1, np.inf, "the system clock was set {:.0f} times meanwhile"),
 )
 

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from toolkit.records.status import RunStatus
+from toolkit.loadgen.proof import VERDICTS
+from toolkit.records.status import PointStatus, RunStatus
 
 COLUMNS = {
     "concur-\nrency": "concurrency",
@@ -30,7 +31,7 @@ def render(rows: Sequence[dict[str, Any]], status: RunStatus) -> str:
     from rich.table import Table
 
     table = Table(title=f"sweep: {status.state}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    open_loop = any(row["request_rate"] for row in rows)
+    open_loop = any(row["request_rate"] for row in rows)  # their concurrency is what was in flight
     columns = {name: key for name, key in COLUMNS.items() if open_loop or key != "request_rate"}
     judged = [point for point in status.points if point.client is not None]
     slo = any(point.good_share is not None for point in judged)
@@ -41,18 +42,24 @@ def render(rows: Sequence[dict[str, Any]], status: RunStatus) -> str:
         verdict = point.client.verdict if point.client is not None else "-"
         table.add_row(*(_cell(row[key]) for key in columns.values()), *share, verdict, row["state"])
     text = io.StringIO()
-    console = Console(file=text, width=120)
+    console = Console(file=text, width=160)
     if rows:
         console.print(table)
     for point in status.points:
         if point.reason:
-            console.print(f"concurrency {point.concurrency}: {point.state}: {point.reason}", markup=False)
+            console.print(f"{_name(point)}: {point.state}: {point.reason}", markup=False, soft_wrap=True)
     for point in status.points:
-        for reason in point.client.reasons if point.client is not None else ():
-            console.print(f"concurrency {point.concurrency}: the client itself: {reason}", markup=False)
+        client = point.client
+        if client is not None and client.reasons and VERDICTS[client.verdict] not in point.reason:
+            said = f"{client.verdict}: {VERDICTS[client.verdict]}: {'; '.join(client.reasons)}"
+            console.print(f"{_name(point)}: {said}", markup=False, soft_wrap=True)
     if status.reason and not any(point.reason for point in status.points):
         console.print(f"{status.state}: {status.reason}", markup=False)
     return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())
+
+
+def _name(point: PointStatus) -> str:
+    return f"{point.request_rate:g} requests/s" if point.request_rate else f"concurrency {point.concurrency}"
 
 
 def _cell(value: float | int) -> str:

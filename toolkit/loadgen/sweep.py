@@ -24,7 +24,7 @@ from toolkit.loadgen.options import Options
 from toolkit.loadgen.points import CallMaker, LoadPoint, Search, points_of
 from toolkit.loadgen.pool import CallsFile, Pool, Result, WorkerError, owner
 from toolkit.loadgen.progress import Reporter
-from toolkit.loadgen.proof import judge
+from toolkit.loadgen.proof import VERDICTS, judge
 from toolkit.loadgen.server import ServerGone, ServerWatch
 from toolkit.loadgen.validity import Limits, why_invalid
 from toolkit.loadgen.wire import Progress
@@ -195,7 +195,7 @@ class Sweep:
             status.state = "done"
         if status.reason:
             log.warning("%s: %s: %s", point.name, status.state, status.reason)
-        _warn(point, proof, len(measured))
+        _warn(point, status, proof, measured)
         status.good_share = good_share(self.options, measured)
         if point.open_loop:
             table, status.concurrency = _with_concurrency(table, frame)
@@ -245,14 +245,16 @@ def _any_failed(table: pa.Table) -> bool:
     return any(status not in ("ok", "cancelled") for status in table["status"].unique().to_pylist())
 
 
-def _warn(point: LoadPoint, proof: ClientProof, measured: int) -> None:
-    if proof.verdict != "ok":
-        log.warning("%s: the client's own part is %s: %s", point.name, proof.verdict, "; ".join(proof.reasons))
+def _warn(point: LoadPoint, status: PointStatus, proof: ClientProof, measured: pd.DataFrame) -> None:
+    if proof.verdict != "ok" and VERDICTS[proof.verdict] not in status.reason:  # else it has been said
+        log.warning("%s: %s: %s", point.name, VERDICTS[proof.verdict], "; ".join(proof.reasons))
+    if cancelled := int((measured["status"] == "cancelled").sum()):
+        log.info("%s: %d requests were given up as asked; the table counts them as failed", point.name, cancelled)
     if proof.token_count_mismatches:
         log.warning(
             "%s: in %d of %d requests the server counted other than one token a chunk, and does not count in each "
             "chunk: inter-token latency is that of chunks",
-            *(point.name, proof.token_count_mismatches, measured),
+            *(point.name, proof.token_count_mismatches, len(measured)),
         )
     if proof.length_mismatches:
         log.warning("%s: %d answers are not as long as asked", point.name, proof.length_mismatches)
@@ -272,6 +274,6 @@ def _with_concurrency(table: pa.Table, frame: pd.DataFrame) -> tuple[pa.Table, i
 
 
 def _sweep_row(frame: pd.DataFrame, concurrency: int, num_gpus: int, request_rate: float) -> dict[str, Any]:
-    from toolkit.analysis.metrics import sweep_row
+    from toolkit.analysis.sweep_row import sweep_row
 
     return sweep_row(frame, concurrency, num_gpus, request_rate=request_rate)

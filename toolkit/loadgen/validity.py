@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolkit.config.load import LoadConfig
+from toolkit.loadgen.proof import VERDICTS
 from toolkit.records.status import ClientProof
 
 if TYPE_CHECKING:
@@ -56,5 +57,5 @@ def why_invalid(measured: pd.DataFrame, client: ClientProof, restarted: bool, li
     if restarted:
         reasons.append("the server was restarted meanwhile")
     if WORST[client.verdict] > WORST[limits.client]:
-        reasons.append(f"the client is {client.verdict}: {'; '.join(client.reasons)}")
+        reasons.append(f"{VERDICTS[client.verdict]}: {'; '.join(client.reasons)}")
     return reasons

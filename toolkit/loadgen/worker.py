@@ -24,9 +24,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.loadgen.answers import to_record
+from toolkit.loadgen.answers import Reader
 from toolkit.loadgen.arrival import Arrival, ClosedLoop, OpenLoop, conversations_of
-from toolkit.loadgen.exchange import Call, Client, Exchange, Raw, Spool
+from toolkit.loadgen.exchange import Call, Client, Exchange, Spool
 from toolkit.loadgen.openai_api import continue_body
 from toolkit.loadgen.proof import Evidence, in_flight
 from toolkit.loadgen.wire import Point, Setup
@@ -66,10 +66,12 @@ class Worker:
     async def __aenter__(self) -> Worker:
         self.spool = Spool(Path(tempfile.mkstemp(prefix="loadgen-")[1]))
         self.client = make_client(self.setup, self.spool, self._take)
+        self._reader = Reader(self.spool)
         return self
 
     async def __aexit__(self, *error: object) -> None:
         await self.client.close()
+        self._reader.close()
         self.spool.close()
 
     def _take(self, exchange: Exchange) -> None:
@@ -77,7 +79,7 @@ class Worker:
         self.exchanges.append(exchange)
         self.spool.put(exchange)
         exchange.ended_ns = exchange.last_ns
-        self.failed += exchange.outcome != "ended" or exchange.refused
+        self.failed += exchange.outcome in ("error", "timeout") or (exchange.outcome == "ended" and exchange.refused)
 
     async def measure(self, point: Point, calls: list[Call], bodies: bytes | mmap.mmap) -> Evidence:
         """Sends every call; the exchanges are in ``exchanges`` then. When cancelled, so are the calls in flight."""
@@ -120,26 +122,25 @@ class Worker:
                     evidence.schedule_lag.add(np.array(due, np.int64))
         return evidence
 
-    def rows(self, point: Point, evidence: Evidence) -> Iterator[tuple[RequestRecord, Raw]]:
-        """Every exchange's row and bytes, in the order in which they ended; adds what they show to ``evidence``."""
+    def rows(self, point: Point, evidence: Evidence) -> Iterator[tuple[RequestRecord, Exchange]]:
+        """Every exchange and its row, in the order in which they ended; adds what they show to ``evidence``."""
         before = time.process_time()
         lags: list[NDArray[np.int64]] = []
         for exchange in self.exchanges:
-            raw = self.spool.get(exchange)
-            record, coalesced = to_record(exchange, raw, point.index, point.concurrency)
+            record, lag_ns, late = self._reader.read(exchange, point.index, point.concurrency)
             if exchange.kernel_stamped:
-                lags.append(raw.read_ns - raw.kernel_ns)
+                lags.append(lag_ns)
             if len(lags) == BATCH:
                 evidence.lag.add(np.concatenate(lags))
                 lags.clear()
-            self._count(evidence, exchange, record, coalesced.late)
+            self._count(evidence, exchange, record, late)
             if not self.setup.record_text:
                 record.output_text = ""
-            yield record, raw
+            yield record, exchange
         if lags:
             evidence.lag.add(np.concatenate(lags))
         evidence.parse_cpu_s = time.process_time() - before
-        evidence.peak_rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        evidence.peak_rss_mb = peak_rss_mb()
 
     def _count(self, evidence: Evidence, exchange: Exchange, record: RequestRecord, late: int) -> None:
         evidence.resent += exchange.resent
@@ -153,15 +154,24 @@ class Worker:
             evidence.length_mismatches += record.expected_output_tokens not in (0, record.output_tokens)
 
     def _with_answer(self, body: bytes, exchange: Exchange) -> bytes:
-        record, _ = to_record(exchange, self.spool.get(exchange), 0, 0)
+        record = self._reader.read(exchange, 0, 0).record
         return continue_body(body, msgspec.json.encode({"messages": [_assistant(record.output_text)]}))
 
     def _count_held(self, arrival: ClosedLoop, evidence: Evidence) -> None:
-        sent = [x.sent_ns for x in self.exchanges]
+        # A pause that was asked for is part of the conversation that holds the slot.
+        sent = [x.sent_ns - round(x.call.think_s * 1e9 if x.call.turn else 0) for x in self.exchanges]
         ended = [x.ended_ns for x in self.exchanges]
         evidence.in_flight_s, evidence.asked_s = in_flight(
             sent, ended, arrival.full_ns, arrival.drained_ns, arrival.concurrency
         )
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has had. ``ru_maxrss`` begins with the memory of the process that started it."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _assistant(text: str) -> dict[str, str]:
@@ -173,12 +183,21 @@ def quiet_heap() -> Iterator[None]:
     """Keeps the garbage collector away while latencies are taken."""
     gc.collect()
     gc.freeze()
+    try:
+        with uncollected():
+            yield
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector: nothing that is made meanwhile refers to itself."""
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 @contextlib.asynccontextmanager

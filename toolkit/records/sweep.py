@@ -1,6 +1,6 @@
 """``sweep.csv``: one line for each load point.
 
-Does not know how its figures are computed: analysis/metrics.py.
+Does not know how its figures are computed: analysis/sweep_row.py.
 """
 
 from __future__ import annotations

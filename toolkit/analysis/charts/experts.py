@@ -119,13 +119,13 @@ def balancedness_over_time(run: Run) -> Figure:
     ax.scatter(at, even, s=8 + 40 * weight / max(weight.max(), 1.0), color=style.BLUE, alpha=0.45, linewidth=0,
                label="window (size: tokens)")  # fmt: skip
     ax.plot(*_smoothed(at, even, weight), color=style.BLUE, linewidth=1.8, label="weighted mean of neighbours")
-    for moment in experts.placement_times[1:]:
-        ax.axvline(moment - begin, color=style.RED, linewidth=1)
+    for number, moment in enumerate(experts.placement_times[1:]):
+        ax.axvline(moment - begin, color=style.RED, linewidth=1, label="" if number else "experts have moved")
     for phase in span:
         ax.axvline(phase.begin - begin, color=style.MUTED, linewidth=0.7)
         ax.annotate(f"{phase.concurrency}", (phase.begin - begin, 1.0), xycoords=("data", "axes fraction"),
                     xytext=(3, -10), textcoords="offset points", fontsize=8)  # fmt: skip
-    ax.axhline(1 / experts.ep_size, color=style.MUTED, linewidth=0.8, linestyle=":")
+    ax.axhline(1 / experts.ep_size, color=style.MUTED, linewidth=0.8, linestyle=":", label="all on one GPU")
     style.axes(ax, "seconds since the first request (labels: concurrency)", "balancedness (mean / busiest GPU)")
     ax.set_ylim(0, 1.03)
     ax.legend(fontsize=8, frameon=False, loc="lower right")

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from toolkit.analysis import style
-from toolkit.analysis.metrics import Slo
+from toolkit.analysis.goodput import Slo
 
 RATES_CAPTION = (
     "How many decode GPUs one prefill GPU feeds, for each length of prompt and answer, against the time a token takes "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from toolkit.analysis.metrics import sweep_row
+from toolkit.analysis.sweep_row import sweep_row
 from toolkit.records.experts import ExpertCounts
 from toolkit.records.requests import RequestRecord
 from toolkit.records.sweep import SWEEP_COLUMNS

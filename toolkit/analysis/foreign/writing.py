@@ -24,8 +24,9 @@ from toolkit.records.files import replacing
 if TYPE_CHECKING:
     import pandas as pd
 
-    from toolkit.analysis.load import LoadPoint, Run
+    from toolkit.analysis.load import Run
     from toolkit.analysis.metrics import Floats
+    from toolkit.analysis.sweep_table import LoadPoint
 
 PERCENTS = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 

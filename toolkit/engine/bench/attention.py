@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,9 +45,10 @@ class Shape:
 
 QWEN = Shape("32/4 heads x 128", 32, 4)
 MLA = Shape("MLA, 128 heads", 128, 1, latent=True)
-EVERY_LAYER = "fa3-schedule-every-layer"
+EVERY_LAYER, MERGED, WHOLE = "fa3-schedule-every-layer", "fa3-merged", "fa3-whole"
+FA3: dict[str, dict[str, Any]] = {EVERY_LAYER: {"schedule_once": False}, MERGED: {"splits": 0}, WHOLE: {"splits": 1}}
 BACKENDS = {
-    QWEN: [("fa3", 16), ("fa3", 64), (EVERY_LAYER, 64), ("fa3", 128), ("fa3", 256), ("varlen", 256)],
+    QWEN: [*((name, 64) for name in ("fa3", *FA3)), *(("fa3", page) for page in (16, 128, 256)), ("varlen", 256)],
     MLA: [("flash_mla", 64), ("fa3", 64)],
 }
 DECODES = [(32, 1088), (128, 1088), (256, 1088), (64, 4096)]
@@ -72,7 +74,8 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="", help="JSON file with every row")
-    parser.add_argument("--backends", nargs="*", default=[], help="only these: fa3, varlen, flash_mla; default: all")
+    names = ", ".join(("fa3", *FA3, "varlen", "flash_mla"))
+    parser.add_argument("--backends", nargs="*", default=[], help=f"only these: {names}; default: all")
     args = parser.parse_args()
     device = devices.use("cuda", 0)
     rows: list[Row] = []
@@ -120,9 +123,9 @@ def _times(backend: str, page: int, shape: Shape, phase: str, requests: int, len
     cache = KVCache(spec, kinds, page, torch.bfloat16, device)
     for tensor in (*cache.k, *cache.v):
         tensor.normal_()
-    attention = make_attention("fa3" if backend == EVERY_LAYER else backend, cache, device)
+    attention = make_attention("fa3" if backend in FA3 else backend, cache, device)
     if isinstance(attention, Fa3Attention):
-        attention.schedule_once = backend != EVERY_LAYER
+        vars(attention).update(FA3.get(backend, {}))
     order = torch.randperm(requests * blocks).view(requests, blocks).tolist()
     new = 1 if phase == "decode" else length
     scheduled = []

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 EPILOG = """\
-Counts come from experts.npz of a run folder, from a dump of SGLang's recorder (.pt), or from JSON with
-logical_count. A slot (physical expert) holds one expert; with 256 experts, 288 slots leave 32 for second copies of
-what is hot. Balancedness is mean / max of the GPUs' loads, averaged over layers: a MoE layer waits for its busiest
-GPU, so 0.5 means that the others idle half of the time. The bound is proven: no placement can be above it.
+Counts come from experts.npz of a run folder, from a dump of SGLang's recorder (.pt), from JSON with
+logical_count, or from an .npz with one array, [layers, experts] or [windows, layers, experts]. A slot (physical
+expert) holds one expert; with 256 experts, 288 slots leave 32 for second copies of what is hot. Balancedness is
+mean / max of the GPUs' loads, averaged over layers: a MoE layer waits for its busiest GPU, so 0.5 means that the
+others idle half of the time. The bound is proven: no placement can be above it.
 
 examples:
   python -m toolkit.engine.eplb plan results/smoke/latest/experts.npz --slots 12 --gpus 4
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     curve.add_argument("--png", type=Path, help="draw it, too")
     curve.set_defaults(run=_curve)
     for command in (planner, curve):
-        command.add_argument("counts", type=Path, help="experts.npz, dump.pt or JSON")
+        command.add_argument("counts", type=Path, help="experts.npz, dump.pt, JSON or a plain .npz")
         command.add_argument("--nodes", type=int, default=1, help="nodes the GPUs are on (default 1)")
         command.add_argument("--groups", type=int, default=1, help="expert groups of the gate (default 1: none)")
         command.add_argument("--policy", default="auto", help="see below (default auto)")
@@ -89,7 +90,7 @@ def _plan(options: argparse.Namespace) -> str:
     experts = load.shape[1]
     prev = formats.read_placement(options.prev, layers, experts, slots, gpus) if options.prev else None
     ask = (slots, options.groups, options.nodes, gpus)
-    plan(load[:1], *ask, policy=options.policy)  # checks the sizes, and compiles
+    plan(load, *ask, prev, options.policy)  # compiles, or reads what was compiled
     begin = time.perf_counter()
     planned = plan(load, *ask, prev, options.policy)
     took = time.perf_counter() - begin

@@ -52,7 +52,7 @@ class Counts:
 
 
 def read_counts(path: Path) -> Counts:
-    """Expert counts from experts.npz, an SGLang dump (.pt) or JSON with ``logical_count``.
+    """Expert counts from experts.npz, an .npz of one array, an SGLang dump (.pt) or JSON with ``logical_count``.
 
     Raises:
         ValueError: a file that is none of these, or whose arrays do not fit together.
@@ -60,14 +60,30 @@ def read_counts(path: Path) -> Counts:
     if not path.is_file():
         raise ValueError(f"counts={path} is not a file: give experts.npz of a run folder, or a dump of SGLang (.pt)")
     if path.suffix == ".npz":
-        try:
-            experts = read_experts(path)
-        except KeyError as error:
-            raise ValueError(f"counts={path} has no array {error}: it is not the experts.npz of a run folder") from None
-        return Counts(experts.counts, tuple(experts.layer_ids.tolist()))
+        return _read_npz(path)
     content = _load_pt(path) if path.suffix == ".pt" else _load_json(path.read_text(), f"counts={path}")
     counts = _counts_of(content, f"counts={path}")
     return Counts(counts, tuple(range(counts.shape[1])))
+
+
+def _read_npz(path: Path) -> Counts:
+    """experts.npz, or a file with one array of counts."""
+    name = f"counts={path}"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            alone = file[file.files[0]] if len(file.files) == 1 else None
+    except (OSError, ValueError):  # whose words recommend to unpickle
+        raise ValueError(f"{name} is no archive of plain arrays") from None
+    if alone is not None:
+        counts = _counts_of({COUNT: alone}, name)
+        return Counts(counts, tuple(range(counts.shape[1])))
+    try:
+        experts = read_experts(path)
+    except KeyError:
+        raise ValueError(
+            f"{name} is neither the experts.npz of a run folder nor one array [layers, experts] of counts"
+        ) from None
+    return Counts(experts.counts, tuple(experts.layer_ids.tolist()))
 
 
 def write_dump(path: Path, counts_WLE: Ints, balancedness: float | None = None) -> None:
@@ -221,7 +237,7 @@ def _load_pt(path: Path) -> Any:
 
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as tensors and plain values: {reason}") from None
 

@@ -82,6 +82,10 @@ class Placement:
         """Logical ids -> slots, for MoE layer ``layer``; -1 stays -1."""
         return self._choice(layer, ids_SK)
 
+    def table(self, layer: int) -> Tensor | None:
+        """The map [E + 1] that ``to_slots`` looks ids up in, -1 at its end; None: it does more than that."""
+        return self._choice.table(layer)
+
 
 def start_placement(
     spec: str, broadcast: Callable[[bytes], bytes], leads: bool, layer_ids: tuple[int, ...], experts: int, slots: int,

@@ -30,7 +30,7 @@ Ints = NDArray[np.int64]
 
 TOLERANCE = 1e-3
 TRIES = 40
-SPILL_ROUNDS = 12
+SPILL_ROUNDS = 8
 
 
 @dataclass(frozen=True)

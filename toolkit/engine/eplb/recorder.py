@@ -6,9 +6,10 @@
     per_token    as per_pass, and the slots that each token was sent to
 
 Every rank counts the rows it owns, in windows of forward passes that begin and end with the same pass on all ranks. A
-full window goes to ``history.py``, which sums it over the ranks beside the steps. Counting is a device operation
-a layer on tensors that keep their addresses, so a CUDA graph may hold it; what is counted while recording is off is
-thrown away. Source of the modes: SGLang's eplb/expert_distribution.py. Read next: ``history.py``, ``passes.py``.
+full window goes to ``history.py``, which sums it over the ranks beside the steps. Counting is a kernel a layer
+(``kernels/counting.py``) on tensors that keep their addresses, so a CUDA graph may hold it; what is counted while
+recording is off is thrown away. Source of the modes: SGLang's eplb/expert_distribution.py.
+Read next: ``history.py``, ``passes.py``.
 L: MoE layers, E: logical experts, P: slots, e: slots of this rank, S: rows, K: top-k.
 """
 
@@ -19,6 +20,7 @@ import time
 import torch
 from torch import Tensor
 
+from toolkit.engine import fused
 from toolkit.engine.core import Batch
 from toolkit.engine.eplb.history import History, Window
 from toolkit.engine.eplb.passes import PassLog
@@ -54,6 +56,11 @@ class Recorder:
         self._received_host = torch.zeros(layers, placement.num_local, dtype=torch.int64)
         self._slots_host = list(self._received_host.unbind(0))
         self._one = torch.ones(1, dtype=torch.int64, device=device)
+        self._fused = fused.supported(self._counts)
+        self._experts = [row[:-1] for row in self._rows]
+        self._chosen: list[list[Tensor]] = [[] for _ in range(layers)]  # ids that wait for their one kernel
+        self._no_ids = torch.zeros(0, dtype=torch.int64, device=device)
+        self._no_rows = torch.zeros(placement.num_local, dtype=torch.int32, device=device)
         self._pairs = torch.zeros(layers if by_ids else 0, experts, experts, dtype=torch.int64, device=device)
         self._on_host = False  # some dispatcher counted there
         self._passes = self._windows = 0
@@ -70,7 +77,9 @@ class Recorder:
     def selected(self, layer: int, ids_SK: Tensor, slots_SK: Tensor) -> None:
         """One layer's logical ids and slots; -1 (padding) is not counted."""
         if self._by_ids:
-            if self._cpu:
+            if self._fused:
+                self._chosen[layer].append(ids_SK)
+            elif self._cpu:
                 self._rows[layer].index_put_((ids_SK,), self._one, accumulate=True)
             else:  # where index_put_ would sort
                 flat = (ids_SK + (ids_SK < 0) * self._counts.shape[1]).flatten()
@@ -81,11 +90,15 @@ class Recorder:
             self.passes.selected(layer, slots_SK)
 
     def received(self, layer: int, counts_e: Tensor) -> None:
-        """Rows that each slot of this rank got, on the host or on the device."""
-        if counts_e.device.type == "cpu":
+        """Rows that each slot of this rank got, on the host or on the device; follows ``selected``."""
+        on_host = counts_e.device.type == "cpu"
+        if on_host:
             self._on_host = True
             self._slots_host[layer].add_(counts_e)
-        else:
+        if self._fused:
+            ids = self._chosen[layer].pop(0) if self._chosen[layer] else self._no_ids
+            fused.count(ids, self._experts[layer], self._no_rows if on_host else counts_e, self._slots[layer])
+        elif not on_host:
             self._slots[layer].add_(counts_e)
 
     @property

@@ -44,6 +44,10 @@ class ReplicaChoice(Protocol):
         """Logical ids [S, K] -> slots [S, K]; -1 (padding) stays -1."""
         ...
 
+    def table(self, layer: int) -> Tensor | None:
+        """[E + 1], where ``table[ids]`` is all there is to it, so that another kernel can do so; -1 finds the last."""
+        ...
+
 
 class ReplicaChoiceFactory(Protocol):
     def __call__(
@@ -68,7 +72,7 @@ class StaticChoice:
         self.table_LE = torch.full((layers, experts + 1), -1, dtype=torch.int64, device=device)
 
     def prepare(self, phy2log_R: Ints) -> Tensor:
-        return staged(nearest(phy2log_R, self._experts, self._ranks, self._nodes)[self._rank], self._device)
+        return staged(nearest(phy2log_R, self._experts, self._ranks, self._nodes, self._rank), self._device)
 
     def update(self, layer: int, prepared: Tensor) -> None:
         self.table_LE[layer, :-1].copy_(prepared, non_blocking=True)
@@ -77,6 +81,9 @@ class StaticChoice:
         if fused.supported(ids_SK):
             return fused.lookup(self.table_LE[layer], ids_SK)
         return self.table_LE[layer][ids_SK]
+
+    def table(self, layer: int) -> Tensor | None:
+        return self.table_LE[layer]
 
 
 @ALGORITHMS.register("dynamic")
@@ -104,6 +111,9 @@ class DynamicChoice:
     def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
         turn_S = torch.arange(self._rank, self._rank + len(ids_SK), device=ids_SK.device)
         return self.slots_LEX[layer][ids_SK, turn_S[:, None] % self.count_LE[layer][ids_SK]]
+
+    def table(self, layer: int) -> Tensor | None:
+        return None
 
 
 @ALGORITHMS.register("weighted")
@@ -143,6 +153,9 @@ class WeightedOnHost:
         chosen = self._weighted.choose(ids, self._weighted.split(counts, table), table)
         return torch.from_numpy(chosen).view(ids_SK.shape)
 
+    def table(self, layer: int) -> Tensor | None:
+        return None
+
 
 class WeightedOnDevice:
     """The same split by kernels that read a table of fixed size a layer."""
@@ -181,6 +194,9 @@ class WeightedOnDevice:
         slots: Tensor = self._slots_of(ids_SK, table, self._experts, self._local, self._weighted.ROUNDS)
         return slots
 
+    def table(self, layer: int) -> Tensor | None:
+        return None
+
 
 def staged(values: NDArray[Any], device: str) -> Tensor:
     """A copy on the host from which a GPU can take it without the host waiting."""
@@ -188,29 +204,54 @@ def staged(values: NDArray[Any], device: str) -> Tensor:
     return copy if device == "cpu" else copy.pin_memory()
 
 
-def nearest(phy2log_R: Ints, experts: int, ranks: int, nodes: int) -> Ints:
-    """The slot that each rank sends an expert's tokens to, [ranks, E]; every rank computes the same.
+def nearest(phy2log_R: Ints, experts: int, ranks: int, nodes: int, rank: int) -> Ints:
+    """The slot that ``rank`` sends each expert's tokens to, [E].
 
-    Its own replica, else one on its node, else any: those who have to share are dealt to the replicas evenly, and
-    among equals the first differs from expert to expert.
+    Its own replica, else one on its node, else any: ranks that have to share are dealt to the replicas evenly, those
+    whose choice is narrow first, so that the others can make up for it; among equals the first differs from expert to
+    expert. Each rank works out its own row, quickly enough to be done beside steps that need the interpreter, too.
     """
     slots, node_ranks = len(phy2log_R) // ranks, ranks // nodes
     count, log2phy = _replicas(phy2log_R, experts)
-    table = np.tile(log2phy[:, 0], (ranks, 1))
-    for expert in np.flatnonzero(count > 1).tolist():
-        replicas = np.roll(log2phy[expert, : count[expert]], expert).tolist()
-        used = dict.fromkeys(replicas, 0)
-        own: dict[int, list[int]] = {}
-        near: dict[int, list[int]] = {}
-        for slot in replicas:
-            own.setdefault(slot // slots, []).append(slot)
-            near.setdefault(slot // slots // node_ranks, []).append(slot)
-        # whose choice is narrow goes first, so that the others can make up for it
-        allowed = [(own.get(rank), near.get(rank // node_ranks), rank) for rank in range(ranks)]
-        for mine, nearby, rank in sorted(allowed, key=lambda a: (a[0] is None, a[1] is None, a[2])):
-            table[rank, expert] = choice = min(mine or nearby or replicas, key=used.__getitem__)
-            used[choice] += 1
+    table, several = log2phy[:, 0].copy(), np.flatnonzero(count > 1).tolist()
+    for expert, number, row in zip(several, count[several].tolist(), log2phy[several].tolist()):
+        first = -expert % number
+        replicas = row[first:number] + row[:first]
+        table[expert] = replicas[_nearest([slot // slots for slot in replicas], rank, node_ranks)]
     return table
+
+
+def _nearest(owners: list[int], rank: int, node_ranks: int) -> int:
+    """Which of an expert's replicas, on the ranks ``owners``, is for ``rank``."""
+    if rank in owners:
+        return owners.index(rank)
+    node, having = rank // node_ranks, set(owners)
+    used = [int(owner not in owners[:i]) for i, owner in enumerate(owners)]  # owners take the first of their own
+    on_node: dict[int, list[int]] = {}
+    for i, owner in enumerate(owners):
+        on_node.setdefault(owner // node_ranks, []).append(i)
+    if node in on_node:
+        before = sum(other not in having for other in range(node * node_ranks, rank))
+        return _dealt(used, on_node[node], before)
+    for replicas in on_node.values():
+        _dealt(used, replicas, node_ranks - len({owners[i] for i in replicas}))
+    before = sum(other not in on_node for other in range(node)) * node_ranks + rank % node_ranks
+    return _dealt(used, list(range(len(owners))), before)
+
+
+def _dealt(used: list[int], among: list[int], times: int) -> int:
+    """Uses the least used, the first among equals, so many times; the one that would be next."""
+    while True:
+        low = min(used[i] for i in among)
+        least = [i for i in among if used[i] == low]
+        if len(least) > times:
+            for i in least[:times]:
+                used[i] += 1
+            return least[times]
+        rounds = times // len(among) if len(least) == len(among) else 1
+        for i in least:
+            used[i] += rounds
+        times -= rounds * len(least)
 
 
 def _replicas(phy2log_R: Ints, experts: int) -> tuple[Ints, Ints]:

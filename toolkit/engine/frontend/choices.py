@@ -162,6 +162,11 @@ class Choices:
     def ended(self) -> bool:
         return bool(self._all) and not self._open
 
+    @property
+    def waiting(self) -> bool:
+        """Whether the next piece is here already. Never of several choices: what waits may be of one that has ended."""
+        return self._num == 1 and bool(self._open) and self._flight.waiting
+
     async def pieces(self) -> AsyncIterator[Piece]:
         """What the choices say, in the order in which it comes; ends when all have ended."""
         self._start(self._sampling)

@@ -118,6 +118,11 @@ class DisaggFlight:
     async def next(self) -> Output:
         return await self._outputs.get()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether ``next`` has an output already."""
+        return not self._outputs.empty()
+
     def abort(self, rid: str) -> None:
         """Ends a request on both sides, unless it has ended."""
         self._tasks[rid].cancel()

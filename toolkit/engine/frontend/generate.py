@@ -1,6 +1,6 @@
 """The request line: POST -> parse -> tokenize -> ``Fleet.flight`` -> rank -> detokenize -> answer.
 
-Owns the two completion endpoints, streamed and whole. Every output of a step is one write to the client.
+Owns the two completion endpoints, streamed and whole. What has come for a client goes out in one write.
 A client that goes away cancels its handler, and leaving ``Fleet.flight`` aborts its requests on their rank.
 Read next: ``protocol.py`` (what is accepted), ``choices.py`` (what becomes of tokens), ``fleet.py`` (the workers).
 """
@@ -167,14 +167,25 @@ class Generator:
 async def _write_events(
     http: web.Request, response: web.StreamResponse, options: StreamOptions, choices: Choices, fmt: ResponseFormat
 ) -> None:
-    """One write for every output of the ranks, the end of the stream in the last one."""
+    """One write for every output of the ranks, the end of the stream in the last one.
+
+    A frontend that is behind finds several outputs: an event each all the same, but a single write.
+    """
     usage: ChunkUsage = None if options.include_usage else msgspec.UNSET
-    async for piece in choices.pieces():
-        if not response.prepared:  # only now: a request that fails before its first token gets a status
-            await response.prepare(http)
-        if options.continuous_usage_stats:
-            usage = choices.usage
-        event = fmt.chunk(piece, usage)
-        if choices.ended:
-            event += (fmt.usage_chunk(choices.usage) if options.include_usage else b"") + DONE
-        await response.write(event)
+    events = b""
+    try:
+        async for piece in choices.pieces():
+            if not response.prepared:  # only now: a request that fails before its first token gets a status
+                await response.prepare(http)
+            if options.continuous_usage_stats:
+                usage = choices.usage
+            events += fmt.chunk(piece, usage)
+            if choices.ended:
+                events += (fmt.usage_chunk(choices.usage) if options.include_usage else b"") + DONE
+            if not choices.waiting:
+                written, events = events, b""
+                await response.write(written)
+    except ApiError:
+        if events:  # what was generated before it failed
+            await response.write(events)
+        raise

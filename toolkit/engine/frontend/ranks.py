@@ -86,6 +86,11 @@ class Flight:
     async def next(self) -> Output:
         return await self._outputs.get()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether ``next`` has an output already."""
+        return not self._outputs.empty()
+
     def abort(self, rid: str) -> None:
         """Ends a request on its rank, unless it has ended."""
         self._client.abort(rid)

@@ -13,16 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from toolkit.engine.kernels.chain import chained, follow
 from toolkit.engine.layers import RMSNorm, Rotary
 
 
 @triton.jit
 def _rotate_kernel(
     qkv_ptr, q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr,
-    token_stride, head_stride, eps,
+    token_stride, head_stride, part_stride, eps,
     H: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    HEADS: tl.constexpr, NORM: tl.constexpr, ADD_ONE: tl.constexpr,
+    HEADS: tl.constexpr, NORM: tl.constexpr, ADD_ONE: tl.constexpr, PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * HEADS  # all HEADS of a program are queries, or keys, or values
     h = tl.arange(0, HEADS)[:, None]
@@ -31,6 +34,10 @@ def _rotate_kernel(
     source = qkv_ptr + token * token_stride + (first + h) * head_stride + i
     a = tl.load(source, mask=mask, other=0.0)
     b = tl.load(source + HALF, mask=mask, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        a += tl.load(source + part * part_stride, mask=mask, other=0.0)
+        b += tl.load(source + part * part_stride + HALF, mask=mask, other=0.0)
+    a, b = a.to(q_ptr.dtype.element_ty), b.to(q_ptr.dtype.element_ty)
     if first >= H + KV:  # values: stored as they are
         row = tl.load(rows_ptr + token).to(tl.int64)
         target = v_ptr + (row * KV + first - H - KV + h) * DIM + i
@@ -73,19 +80,22 @@ def rotate_and_write(
     v_cache: Tensor,
     rows_T: Tensor,
 ) -> Tensor:
-    tokens, heads, dim = qkv.shape
+    *_, tokens, heads, dim = qkv.shape
+    parts = qkv if qkv.dim() == 4 else qkv[None]
     kv_heads = k_cache.shape[1]
     q_heads = heads - 2 * kv_heads
     assert not rotary.interleaved and 2 * rotary.cos.shape[1] == dim, "only whole heads rotated in halves"
-    assert k_cache.is_contiguous() and v_cache.is_contiguous() and qkv.stride(2) == 1
-    q = torch.empty(tokens, q_heads, dim, dtype=qkv.dtype, device=qkv.device)
+    assert k_cache.is_contiguous() and v_cache.is_contiguous() and qkv.stride(-1) == 1
+    q = torch.empty(tokens, q_heads, dim, dtype=k_cache.dtype, device=qkv.device)
     if tokens:
         q_weight, k_weight = (norms[0].weight, norms[1].weight) if norms else (qkv, qkv)
         together = math.gcd(q_heads, kv_heads, 8)
         _rotate_kernel[(tokens, heads // together)](
-            qkv, q, k_cache, v_cache, q_weight, k_weight, rotary.cos, rotary.sin, positions_T, rows_T,
-            qkv.stride(0), qkv.stride(1), norms[0].eps if norms else 0.0,
+            parts, q, k_cache, v_cache, q_weight, k_weight, rotary.cos, rotary.sin, positions_T, rows_T,
+            parts.stride(1), parts.stride(2), parts.stride(0), norms[0].eps if norms else 0.0,
             H=q_heads, KV=kv_heads, DIM=dim, HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2),
-            HEADS=together, NORM=norms is not None, ADD_ONE=norms is not None and norms[0].add_one, num_warps=1,
+            HEADS=together, NORM=norms is not None, ADD_ONE=norms is not None and norms[0].add_one, PARTS=len(parts),
+            num_warps=1,
+            **chained(tokens),
         )  # fmt: skip
     return q

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from toolkit.engine.fp8 import FP8_MAX
+from toolkit.engine.kernels.chain import chained, follow
 from toolkit.engine.layers import RMSNorm, Rotary
 
 
@@ -24,7 +25,9 @@ def _within(x, MOST: tl.constexpr):
 def _write_kernel(
     kv_ptr, weight_ptr, cos_ptr, sin_ptr, positions_ptr, rows_ptr, cache_ptr, stride, eps,
     C: tl.constexpr, R: tl.constexpr, C_BLOCK: tl.constexpr, HALF: tl.constexpr, MOST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     target = cache_ptr + tl.load(rows_ptr + token).to(tl.int64) * (C + R)
     i = tl.arange(0, C_BLOCK)
@@ -48,8 +51,9 @@ def _write_kernel(
 @triton.jit
 def _rotate_kernel(
     x_ptr, cos_ptr, sin_ptr, positions_ptr, token_stride, head_stride, heads,
-    R: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    R: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, HALF)[None, :]
@@ -73,6 +77,7 @@ def write_latent(kv: Tensor, norm: RMSNorm, rotary: Rotary, positions_T: Tensor,
             kv, norm.weight, rotary.cos, rotary.sin, positions_T, rows_T, cache, kv.stride(0), norm.eps,
             C=latent, R=rope, C_BLOCK=triton.next_power_of_2(latent), HALF=triton.next_power_of_2(rope // 2),
             MOST=FP8_MAX if cache.dtype == torch.float8_e4m3fn else 0, num_warps=2,
+            **chained(tokens),
         )  # fmt: skip
 
 
@@ -84,4 +89,5 @@ def rotate_pairs(x: Tensor, rotary: Rotary, positions_T: Tensor) -> None:
         _rotate_kernel[(tokens, triton.cdiv(heads, together))](
             x, rotary.cos, rotary.sin, positions_T, x.stride(0), x.stride(1), heads,
             R=rope, HEADS=together, HALF=triton.next_power_of_2(rope // 2), num_warps=2,
+            **chained(tokens),
         )  # fmt: skip

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from toolkit.engine.gpu_libraries import scales_are_powers_of_two
+from toolkit.engine.kernels.chain import chained, follow
 
 FP8_MAX = 448.0  # largest float8_e4m3
 SMALLEST = 1e-4  # least maximum of a group, as in DeepSeek's release: keeps scales of empty groups finite
@@ -64,16 +65,22 @@ def _scatter_kernel(
 
 
 @triton.jit
-def _gather_kernel(y_ptr, rows_ptr, weights_ptr, out_ptr, D, K: tl.constexpr, BLOCK: tl.constexpr):
+def weighted_sum(y_ptr, rows, weights, d, D):
+    """Columns ``d`` of the sum over rows y[rows [K]] (-1: none) times weights [K], in float32; loads them together."""
+    real = rows >= 0
+    y = tl.load(y_ptr + rows[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+    return tl.sum(y.to(tl.float32) * tl.where(real, weights, 0.0)[:, None], 0)
+
+
+@triton.jit
+def _gather_kernel(
+    y_ptr, rows_ptr, weights_ptr, out_ptr, D, K: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(K):
-        row = tl.load(rows_ptr + token * K + k)
-        if row >= 0:
-            weight = tl.load(weights_ptr + token * K + k)
-            total += weight * tl.load(y_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * D + d, total, mask=d < D)
+    d, k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, K_BLOCK)
+    rows = tl.load(rows_ptr + token * K + k, mask=k < K, other=-1)
+    weights = tl.load(weights_ptr + token * K + k, mask=k < K, other=0.0)
+    tl.store(out_ptr + token * D + d, weighted_sum(y_ptr, rows, weights, d, D), mask=d < D)
 
 
 @triton.jit(do_not_specialize=["M", "s_slot", "s_row", "s_group"])
@@ -81,11 +88,13 @@ def _quantize_kernel(
     x_ptr, weights_ptr, counts_ptr, ends_ptr, q_ptr, s_ptr, M, C, s_slot, s_row, s_group,
     GLU: tl.constexpr, FP8: tl.constexpr, GROUPS: tl.constexpr, COUNTED: tl.constexpr, ENDED: tl.constexpr,
     WEIGHTED: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr, SMALL: tl.constexpr, POWER: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows [e, M, C] (or [e, M, 2C] where GLU) -> [e, M, C], in FP8 with a scale a group of SIZE columns, or not.
 
     Where ENDED, slots lie in one [R, C], each before its end.
     """
+    follow(PDL)
     slot = tl.program_id(0).to(tl.int64)
     count = tl.load(counts_ptr + slot) if COUNTED else M
     start = tl.load(ends_ptr + slot) - count if ENDED else slot * M
@@ -154,7 +163,10 @@ def gather_rows(y: Tensor, rows_nK: Tensor, weights_nK: Tensor, dtype: torch.dty
     if n:
         block = min(triton.next_power_of_2(y.shape[1]), 1024)
         grid = (n, triton.cdiv(y.shape[1], block))
-        _gather_kernel[grid](y, rows_nK, weights_nK.float().contiguous(), out, y.shape[1], K=top_k, BLOCK=block)
+        _gather_kernel[grid](
+            y, rows_nK, weights_nK.float().contiguous(), out, y.shape[1],
+            K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=block,
+        )  # fmt: skip
     return out
 
 
@@ -225,5 +237,5 @@ def _run(x: Tensor, weights: Tensor | None, real: Real | None, out: Tensor, scal
         GLU=glu, FP8=scales is not None, GROUPS=triton.next_power_of_2(-(-columns // GROUP)),
         COUNTED=counts is not None, ENDED=ends is not None, WEIGHTED=weights is not None,
         SIZE=GROUP, FULL=FP8_MAX, SMALL=SMALLEST, POWER=scales_are_powers_of_two(),
-        num_warps=8 if columns > 1024 else 4,
+        num_warps=8 if columns > 1024 else 4, **chained(),
     )  # fmt: skip

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from toolkit.engine.late import Late, now
 from toolkit.engine.layers import DenseFFN, RMSNorm
 from toolkit.engine.models.base import Forward
 from toolkit.engine.moe.layer import MoELayer
 from toolkit.engine.overlap import Stages, finish, interleave
 
 # The residual stream [S, D] and what the last layer adds to it, so that one kernel can add and norm.
-Residual = tuple[Tensor, Tensor | None]
+Residual = tuple[Tensor, Tensor | Late | None]
 
 
 class LayerAttention(Protocol):
@@ -28,7 +29,7 @@ class LayerAttention(Protocol):
         """Everything before the scores: projections, norms, positions."""
         ...
 
-    def attend(self, prepared: Any, step: Forward) -> Tensor:
+    def attend(self, prepared: Any, step: Forward) -> Tensor | Late:
         """Cache, scores, output projection -> [S, D]."""
         ...
 
@@ -91,7 +92,7 @@ def _in_turns(layers: Sequence[DecoderLayer], residual: Residual, step: Forward)
 
 def _sum(residual: Residual) -> Tensor:
     x, delta = residual
-    return x if delta is None else x + delta
+    return x if delta is None else x + now(delta)
 
 
 def _chain(layers: Sequence[DecoderLayer], residual: Residual, step: Forward) -> Stages[Residual]:

@@ -89,9 +89,13 @@ class LatentAttention:
     def _decode(self, q: Tensor, step: Forward) -> Tensor:
         """Absorbed: q' = q W_UK in latent space, the output expanded by W_UV."""
         nope, rope = q.split([self.nope, self.rope], dim=-1)
-        absorbed = torch.cat([torch.einsum("thn,hnc->thc", nope, self.k_up), rope], dim=-1)
+        absorbed = q.new_empty(len(q), self.heads, self.latent + self.rope)
+        torch.bmm(nope.transpose(0, 1), self.k_up, out=absorbed[..., : self.latent].transpose(0, 1))
+        absorbed[..., self.latent :] = rope
         latent = step.attention.decode(absorbed, self.layer, step.plan, self.scale, self.latent)
-        return torch.einsum("thc,hvc->thv", latent, self.v_up)
+        out = q.new_empty(len(q), self.heads, self.v_dim)
+        torch.bmm(latent.transpose(0, 1), self.v_up.transpose(1, 2), out=out.transpose(0, 1))
+        return out
 
     def _prefill(self, q: Tensor, step: Forward) -> Tensor:
         """Expanded: keys and values of every head from the cached latents of the prefilling requests."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from toolkit.engine import fused
 from toolkit.engine.arch import Arch
 from toolkit.engine.kv.pool import KVSpec
+from toolkit.engine.late import Late, in_parts, late_linear, now
 from toolkit.engine.layers import RMSNorm, Rotary
 from toolkit.engine.models.base import Forward
 from toolkit.engine.parallel import Comm, Groups
@@ -38,7 +39,8 @@ class Attention:
         scale: float | None = None,
         norms: tuple[RMSNorm, RMSNorm] | None = None,
     ) -> None:
-        comm, d, head_dim = groups.attn_tp, arch.hidden_size, arch.kv_values // 2
+        self.comm = comm = groups.attn_tp
+        d, head_dim = arch.hidden_size, arch.kv_values // 2
         q_part = Shard(0, comm.rank, comm.size)
         kv_parts = min(comm.size, arch.kv_heads)
         kv_part = Shard(0, comm.rank * kv_parts // comm.size, kv_parts)
@@ -58,12 +60,14 @@ class Attention:
         self.norms = norms
 
     def __call__(self, x_SD: Tensor, step: Forward) -> Tensor:
-        return self.attend(self.prepare(x_SD, step), step)
+        return now(self.attend(self.prepare(x_SD, step), step))
 
     def prepare(self, x_SD: Tensor, step: Forward) -> Tensor:
         """Queries of this rank's heads, [T, heads, head_dim]; keys and values go into the cache."""
         x = step.layout.gather(x_SD)
-        qkv = F.linear(x, self.qkv).unflatten(1, (-1, self.head_dim))
+        parts = in_parts(x, self.qkv, early=True)
+        product = F.linear(x, self.qkv) if parts is None else parts
+        qkv = product.unflatten(-1, (-1, self.head_dim))
         if fused.supported(qkv):
             cache, rows_T = step.attention.cache, step.plan.layers[self.layer].rows_T
             return fused.rotate_and_write(
@@ -75,9 +79,11 @@ class Attention:
         step.attention.write(self.rotary(k, step.positions_T), v, self.layer, step.plan)
         return self.rotary(q, step.positions_T)
 
-    def attend(self, q: Tensor, step: Forward) -> Tensor:
+    def attend(self, q: Tensor, step: Forward) -> Tensor | Late:
         """Attention over the cache and the output projection, [S, D]."""
         out = step.attention.forward(q, self.layer, step.plan, self.scale)
+        if self.comm.size == 1:
+            return late_linear(out.flatten(1), self.o)
         return step.layout.reduce_scatter(F.linear(out.flatten(1), self.o))
 
 

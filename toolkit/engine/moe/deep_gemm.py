@@ -30,7 +30,9 @@ class DeepGemm:
         self.alignment, self.decode_alignment = 128, 64  # heights of tiles: decode has few rows a slot
         self._library: Any = import_gpu_library("deep_gemm", "engine.moe_runner_backend=deep_gemm")
         from toolkit.engine.kernels import rows as kernels
+        from toolkit.engine.kernels.chain import chained
 
+        self._library.set_pdl(chained()["PDL"])
         self._kernels = kernels
         if scales_are_powers_of_two():  # Blackwell has one height of tiles
             self.alignment = self.decode_alignment = self._library.get_theoretical_mk_alignment_for_contiguous_layout()
@@ -76,6 +78,7 @@ class DeepGemm:
         kind = "bf16" if scales is None else "fp8"
         expected = next(size for size in self.shapes(rows.expected, rows.alignment) if size >= rows.expected)
         if rows.layout == "masked":
+            assert not out.shape[1] % self.alignment, f"tiles of {self.alignment} rows do not end with {out.shape[1]}"
             masked = getattr(self._library, f"m_grouped_{kind}_gemm_nt_masked")
             masked(a, b, out, rows.counts, min(expected, out.shape[1]))
             return

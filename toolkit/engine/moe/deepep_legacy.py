@@ -1,7 +1,8 @@
 """DeepEP's first buffer: a pair of calls for each way, with the shapes that its compiled kernels know.
 
 ``normal`` delivers each row once a rank; ``place.py`` lays the rows out by slot. ``low_latency`` delivers them by
-slot, [e, M, D], and weights the results itself. It needs NVSHMEM, which finds peers of the same host by NVLink.
+slot, [e, M, D], M whole tiles of the GEMM, and weights the results itself. It needs NVSHMEM, which finds peers of the
+same host by NVLink.
 Knows neither when a step takes which way (``deepep.py``) nor GEMMs.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.engine.experts_check import whole_tiles
 from toolkit.engine.gpu_libraries import scales_are_powers_of_two
 from toolkit.engine.moe.deepep import Settings, Way, expected_rows
 from toolkit.engine.moe.dispatch import Dispatched, StepRows
@@ -49,9 +51,9 @@ class LegacyTransport:
                 nvlink_bytes = max(nvlink_bytes, config.get_nvl_buffer_size_hint(shape.hidden * 2, size))
                 rdma_bytes = max(rdma_bytes, config.get_rdma_buffer_size_hint(shape.hidden * 2, size))
         low_latency = "low_latency" in ways
+        self.room = whole_tiles(settings.most["low_latency"], size, shape.alignment)
         if low_latency:
-            most = settings.most["low_latency"]
-            hint = buffer.get_low_latency_rdma_size_hint(most, shape.hidden, size, shape.num_slots)
+            hint = buffer.get_low_latency_rdma_size_hint(self.room, shape.hidden, size, shape.num_slots)
             rdma_bytes = max(rdma_bytes, hint)
         queues = shape.num_local if low_latency else 24
         self.buffer = buffer(
@@ -67,7 +69,7 @@ class LegacyTransport:
         from toolkit.engine.kernels import rows as kernels
 
         buffer, shape, fp8 = self.buffer, self.settings.shape, self.settings.fp8
-        ids, most = slots.to(self.id_type), self.settings.most[way]
+        ids, most = slots.to(self.id_type), self.room
         sent: Any = kernels.quantize(x, by_column=False) if fp8 else x
         y: dict[tuple[int, ...], Tensor] = {}
 
@@ -121,9 +123,8 @@ class LegacyTransport:
 
     def _start_low_latency(self, x: Tensor, ids: Tensor, weights: Tensor, alignment: int, expected: int) -> _Handle:
         shape, overlap = self.settings.shape, self.settings.overlap
-        most = self.settings.most["low_latency"]
         received, counts, handle, event, hook = self.buffer.low_latency_dispatch(
-            x, ids, most, shape.num_slots, use_fp8=self.settings.fp8, round_scale=scales_are_powers_of_two(),
+            x, ids, self.room, shape.num_slots, use_fp8=self.settings.fp8, round_scale=scales_are_powers_of_two(),
             return_recv_hook=overlap,
         )  # fmt: skip
         hook = hook if overlap else None
@@ -163,7 +164,7 @@ class LegacyTransport:
         if hook is not None:
             hook()
         if self.clean and event is not None:  # between hosts the ways share a buffer, which low latency wants zeroed
-            shape, most = self.settings.shape, self.settings.most["low_latency"]
-            self.buffer.clean_low_latency_buffer(most, shape.hidden, shape.num_slots)
+            shape = self.settings.shape
+            self.buffer.clean_low_latency_buffer(self.room, shape.hidden, shape.num_slots)
         result: Tensor = combined
         return result

@@ -8,12 +8,13 @@ The halves (start, finish) are where two-batch overlap interleaves. Read next: `
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from toolkit.config.engine import EngineConfig
+from toolkit.engine.late import Late
 from toolkit.engine.parallel import Comm, PaddingMode
 from toolkit.registry import Registry
 
@@ -39,7 +40,8 @@ class Dispatched:
 
     Attributes:
         x: contiguous: [R, D], slot-major; slot s owns the ``counts[s]`` rows before ``ends[s]`` (rows between are
-            padding). masked: [e, M, D]; slot s owns the first ``counts[s]`` rows of x[s].
+            padding). masked: [e, M, D]; slot s owns the first ``counts[s]`` rows of x[s]; M is a multiple
+            of the GEMM's alignment, as it may store whole tiles.
         scales: quantisation scales of ``x``, or None.
         counts: real rows of each slot, [e].
         ends: contiguous: the row after the last of each slot, [e]; the next slot begins at the next multiple of
@@ -90,6 +92,19 @@ class TokenDispatcher(Protocol):
 
     def combine_finish(self, handle: Any) -> Tensor:
         """[S, D]: each token's weighted sum over its experts; zeros where it had none."""
+        ...
+
+
+@runtime_checkable
+class CombinesLate(Protocol):
+    """A dispatcher whose last kernel can go on to what follows the experts."""
+
+    def is_late(self, handle: Any) -> bool:
+        """Whether ``combine_late`` may take the place of ``combine_finish`` in this step."""
+        ...
+
+    def combine_late(self, handle: Any, shared: Tensor | None) -> Late:
+        """What ``combine_finish`` returns, plus ``shared`` [S, D]."""
         ...
 
 

@@ -19,7 +19,8 @@ from toolkit.engine.eplb.placement import Placement, start_placement
 from toolkit.engine.eplb.recorder import Recorder
 from toolkit.engine.fp8 import BLOCK, BlockFp8, Matrix, stack_rows
 from toolkit.engine.gpu_libraries import has_deep_gemm
-from toolkit.engine.moe.dispatch import ExpertShape, StepRows, TokenDispatcher, make_dispatcher
+from toolkit.engine.late import Late
+from toolkit.engine.moe.dispatch import CombinesLate, ExpertShape, StepRows, TokenDispatcher, make_dispatcher
 from toolkit.engine.moe.gate import Gate
 from toolkit.engine.moe.gemm import ExpertGemm, ExpertWeights, make_gemm
 from toolkit.engine.moe.warm_up import warm_up
@@ -119,12 +120,15 @@ class MoELayer:
         assert len(context.layers) == index, f"MoE layer {index} is made after {len(context.layers)} others"
         context.layers.append(self)
 
-    def stages(self, x_SD: Tensor, layout: TokenLayout) -> Stages[Tensor]:
+    def stages(self, x_SD: Tensor, layout: TokenLayout) -> Stages[Tensor | Late]:
         """The layer's stages; returns [S, D]."""
         context, dispatcher = self.context, self.context.dispatcher
-        ids_SK, weights_SK = self.gate(x_SD, layout.real)
+        ids_SK, weights_SK, slots_SK = self.gate(x_SD, layout.real, context.placement.table(self.index))
         ids_SK[layout.valid :] = -1  # padding is neither sent nor counted
-        slots_SK = context.placement.to_slots(self.index, ids_SK)
+        if slots_SK is None:
+            slots_SK = context.placement.to_slots(self.index, ids_SK)
+        else:
+            slots_SK[layout.valid :] = -1
         if context.recorder is not None:
             context.recorder.selected(self.index, ids_SK, slots_SK)
         yield "selected"
@@ -138,6 +142,9 @@ class MoELayer:
         returned = dispatcher.combine_start(self.gemm(rows), handle)
         yield "combining"
         shared = self._shared(x_SD) if layout.is_extend else shared
+        if isinstance(dispatcher, CombinesLate) and dispatcher.is_late(returned):
+            yield "combined"
+            return dispatcher.combine_late(returned, shared)
         out = dispatcher.combine_finish(returned)
         yield "combined"
         return out if shared is None else out + shared

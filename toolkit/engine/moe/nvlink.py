@@ -18,6 +18,8 @@ from torch import Tensor
 
 from toolkit.config.engine import EngineConfig
 from toolkit.engine.fp8 import BLOCK
+from toolkit.engine.late import Late
+from toolkit.engine.layers import RMSNorm
 from toolkit.engine.moe.dispatch import DISPATCHERS, Dispatched, ExpertShape, StepRows, TokenDispatcher
 from toolkit.engine.moe.place import room_for
 from toolkit.engine.parallel import Comm
@@ -52,9 +54,9 @@ class NvlinkDispatcher:
     def __init__(self, comm: Comm, shape: ExpertShape, engine: EngineConfig) -> None:
         """Raises ``ValueError`` when the ranks cannot reach each other's memory."""
         assert comm.size == shape.ep_size, f"nvlink needs whole experts: {comm.size} ranks, {shape}"
-        from toolkit.engine.kernels import nvlink, rows
+        from toolkit.engine.kernels import nvlink, nvlink_back, rows, signals
 
-        self._kernels, self._quantize = nvlink, rows.quantize
+        self._kernels, self._back, self._quantize = nvlink, nvlink_back, rows.quantize
         self.shape, self.fp8 = shape, shape.fp8 and engine.deepep_dispatch_dtype != "bf16"
         self.most, self.ranks = shape.max_decode_rows, comm.size
         other = "deepep" if find_spec("deep_ep") is not None and comm.size > 1 else "allgather"
@@ -63,9 +65,10 @@ class NvlinkDispatcher:
         sizes = self._sizes()
         self._buffer, addresses = _shared_buffer(sum(sizes), comm)
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        self.window = nvlink.Window(
+        self.window = signals.Window(
             torch.tensor(addresses, dtype=torch.int64, device="cuda"),
             torch.tensor([1, 0], dtype=torch.int32, device="cuda"),
+            torch.zeros(2 * comm.size, dtype=torch.int32, device="cuda"),
             comm.rank, *([0, *ends[:-1]]),
         )  # fmt: skip
         log.info(
@@ -108,15 +111,33 @@ class NvlinkDispatcher:
             h.inner = self.other.combine_start(y, h.inner)
             return h
         assert h.placed is not None, "combine before dispatch_finish"
-        self._kernels.give_back(self.window, y, h.placed, h.step_rows)
+        self._back.give_back(self.window, y, h.placed, h.step_rows)
         return h
 
     def combine_finish(self, handle: _Round | _Other) -> Tensor:
         h = handle
         if isinstance(h, _Other):
             return self.other.combine_finish(h.inner)
-        out: Tensor = self._kernels.total(
-            self.window, h.slots, self.shape.hidden, h.dtype, h.step_rows, self.shape.num_local
+        return self._total(h, None)
+
+    def is_late(self, handle: _Round | _Other) -> bool:
+        return isinstance(handle, _Round)
+
+    def combine_late(self, handle: _Round | _Other, shared: Tensor | None) -> Late:
+        h = handle
+        assert isinstance(h, _Round), "this round trip is another dispatcher's"
+
+        def into(x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+            out: tuple[Tensor, Tensor] = self._back.total_norm(
+                self.window, h.slots, h.step_rows, self.shape.num_local, shared, x, norm
+            )
+            return out
+
+        return Late(lambda: self._total(h, shared), into)
+
+    def _total(self, h: _Round, more: Tensor | None) -> Tensor:
+        out: Tensor = self._back.total(
+            self.window, h.slots, self.shape.hidden, h.dtype, h.step_rows, self.shape.num_local, more
         )
         return out
 

@@ -208,16 +208,17 @@ struct walk {
     char line[SIZE_LINE]; /* a size line, or one of the trailers, that is not whole */
 };
 
-static int64_t chunk_size(const char *line, int size) {
-    int64_t value = 0;
-    int i = 0;
-    for (; i < size && i < 16; i++) {
-        char c = line[i] | 0x20;
+/* At most 15 hexadecimal digits, white space, and whatever follows a semicolon: http1.chunk_size. */
+static int64_t chunk_size(const char *line, int64_t size) {
+    int64_t value = 0, i = 0;
+    for (; i < size && i < 15; i++) {
+        int c = line[i];
         if (c >= '0' && c <= '9') value = 16 * value + c - '0';
         else if (c >= 'a' && c <= 'f') value = 16 * value + c - 'a' + 10;
+        else if (c >= 'A' && c <= 'F') value = 16 * value + c - 'A' + 10;
         else break;
     }
-    if (!i || value < 0) return -1;
+    if (!i) return -1;
     while (i < size && (line[i] == ' ' || line[i] == '\t' || line[i] == '\r')) i++;
     return i == size || line[i] == ';' ? value : -1;
 }
