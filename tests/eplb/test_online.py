@@ -74,6 +74,15 @@ def test_a_layer_that_few_moves_cannot_mend_is_planned_anew() -> None:
     assert done.replanned_L.tolist() == [True] and done.after_L[0] > 2 * done.before_L[0]
 
 
+def test_layers_wait_for_the_budget_and_not_for_a_bound_that_nothing_reaches() -> None:
+    load = 1000 * np.array([[5, 9, 100, 3, 4, 50, 1, 2]] * 2)
+    held = np.tile(np.arange(12) % 8, (2, 1))
+    free = update(load, held, 4, Rules(budget=1.0))
+    assert free.after_L.max() < 0.95 < free.bound_L.min() and not free.waiting_L.any()
+    tight = update(load, held, 4, Rules(budget=0.2, few=0.05))
+    assert tight.waiting_L.sum() == 1 and tight.after_L[tight.waiting_L] < tight.after_L[~tight.waiting_L]
+
+
 def test_sampling_noise_moves_next_to_nothing() -> None:
     assert bench.sampling_noise(skewed(10, 256), windows=4) <= 0.01
 

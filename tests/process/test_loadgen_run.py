@@ -78,6 +78,18 @@ def test_without_out_nothing_is_written(
     assert "output" in capsys.readouterr().out
 
 
+def test_more_fields_and_headers_go_with_every_request(server: ScriptedServer, tmp_path: Path) -> None:
+    more = [
+        'extra_body={"top_p": 0.9, "chat_template_kwargs": {"enable_thinking": false}}',
+        "headers={X-Tenant: bench}",
+    ]
+    assert main(words(server, tmp_path, "concurrency=1", *more)) == 0
+    assert [(body["top_p"], body["chat_template_kwargs"]) for body in server.bodies] == [
+        (0.9, {"enable_thinking": False})
+    ] * 5
+    assert {headers["x-tenant"] for headers in server.headers} == {"bench"}
+
+
 def test_text_is_left_out_when_asked(server: ScriptedServer, tmp_path: Path) -> None:
     assert main(words(server, tmp_path, "concurrency=1", "record_text=false")) == 0
     assert set(read_requests(tmp_path)["output_text"]) == {""}

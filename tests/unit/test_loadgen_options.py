@@ -53,6 +53,13 @@ def test_every_key_of_the_experiments_load_is_an_option() -> None:
         ),
         ("request_rate=x", "request_rate='x': Expected `array`, got `str`; use a list such as [0.5,2]"),
         ("dataset=azure", "dataset=azure needs a file; give dataset_path"),
+        ("extra_body={seed: 1}", "extra_body has seed, which the load generator sets: say seed= instead"),
+        ("extra_body=[1]", "extra_body=[1]: Expected `object`, got `array`; use a mapping such as '{name: value}'"),
+        ("headers={Authorization: x}", "headers has Authorization, which the load generator sets: leave it out"),
+        (
+            'headers={"X-A": "b\\r\\nX-B: c"}',
+            "headers has 'X-A': a header is a name and one line of ASCII; write it so",
+        ),
         (
             "arrival=trace",
             "arrival=trace needs a dataset that says when; dataset=prompts does not, "  # noqa: ISC004

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from toolkit.config.options import opt
 
@@ -53,12 +53,19 @@ class LoadConfig:
     ignore_eos: bool = opt(True, "ask for exactly the length: ignore_eos and min_tokens are sent")
     temperature: float = opt(0.0, "0: greedy")
     seed: int = opt(0, "order of prompts, arrivals, sampling")
+    extra_body: dict[str, Any] = opt({}, "more fields of every request's body, such as {top_p: 0.9}")
+    headers: dict[str, str] = opt({}, "more HTTP headers of every request; they are written down: no secrets")
+    timeout_s: float = opt(600.0, "a request that takes longer is failed")
     max_failed_share: float = opt(0.01, "share of failed requests above which a load point is invalid")
     max_wrong_length_share: float = opt(0.01, "... of answers that are not as long as asked")
     max_client_verdict: Literal["ok", "degraded", "client_limited"] = opt(
         "degraded", "worst verdict on the load generator itself that leaves a load point valid"
     )
     gone_s: float = opt(3.0, "how long the server may be away before the sweep ends")
+    slo_ttft_ms: float = opt(0.0, "a request is good when its TTFT is at most this; 0: no bound")
+    slo_itl_ms: float = opt(0.0, "... its longest gap between tokens; 0: no bound")
+    slo_tpot_ms: float = opt(0.0, "... its TPOT; 0: no bound")
+    slo_e2e_ms: float = opt(0.0, "... its send to last token; 0: no bound")
     slo_share: float = opt(0.99, "share of good requests that a load point must have")
     search: bool = opt(False, "look for the largest concurrency (or request_rate) in the points' range that meets them")
     workers: int = opt(0, "processes that send; 0: one for each allowed core but one, as far as they have work")
@@ -73,10 +80,5 @@ class LoadConfig:
     scrape_interval_s: float = opt(1.0, "seconds between two looks at /metrics")
     profile: bool = opt(False, "POST /start_profile before each point, /stop_profile after it")
     flush_cache: bool = opt(False, "POST /flush_cache before each point")
-    timeout_s: float = opt(600.0, "a request that takes longer is failed")
-    slo_ttft_ms: float = opt(0.0, "goodput: a request is good when its TTFT is at most this; 0: no bound")
-    slo_itl_ms: float = opt(0.0, "goodput: ... its longest gap between tokens; 0: no bound")
-    slo_tpot_ms: float = opt(0.0, "goodput: ... its TPOT; 0: no bound")
-    slo_e2e_ms: float = opt(0.0, "goodput: ... its send to last token; 0: no bound")
     record_text: bool = opt(True, "keep every answer's text in requests.parquet")
     record_raw: bool = opt(False, "keep every answer's bytes and when they came in raw.parquet")

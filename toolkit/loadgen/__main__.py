@@ -140,6 +140,7 @@ async def _sweep(sweep: Sweep, options: Options, dataset: Dataset, reporter: Rep
         transport=transport,
         timeout_s=options.timeout_s,
         api_key_env=options.api_key_env,
+        headers=options.headers,
         record_text=options.record_text,
         record_raw=options.record_raw,
     )

@@ -21,6 +21,10 @@ from toolkit.loadgen.datasets import Sample
 from toolkit.loadgen.sse import Event
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+OWN_FIELDS = {  # of a body: what says each
+    "model": "model", "messages": "dataset", "prompt": "dataset", "max_tokens": "osl", "min_tokens": "ignore_eos",
+    "ignore_eos": "ignore_eos", "temperature": "temperature", "seed": "seed", "stream": "", "stream_options": "",
+}  # fmt: skip
 ERROR_CHARS = 500  # of a server's error message that are kept
 
 
@@ -59,7 +63,7 @@ def encode_body(sample: Sample, load: LoadConfig, model: str, seed: int) -> byte
         # Not OpenAI's: left out when not wanted, strict servers refuse unknown fields.
         body["ignore_eos"] = True
         body["min_tokens"] = body["max_tokens"]
-    return msgspec.json.encode(body)
+    return msgspec.json.encode(body | load.extra_body)
 
 
 def continue_body(before: bytes, body: bytes) -> bytes:

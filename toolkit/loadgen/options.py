@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,18 @@ from toolkit.config.load import LoadConfig
 from toolkit.config.mapping import from_mapping
 from toolkit.config.options import opt
 from toolkit.loadgen.datasets import DATASETS, FILE_DATASETS, TIMED_DATASETS
+from toolkit.loadgen.openai_api import OWN_FIELDS
+
+HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+OWN_HEADERS = (
+    "host", "content-length", "content-type", "transfer-encoding", "accept", "accept-encoding", "authorization",
+    "connection", "x-request-id", "x-session-id",
+)  # fmt: skip
+SECTIONS = {  # heading of the keys from this one on
+    "url": "Where", "concurrency": "Load", "dataset": "Requests", "max_failed_share": "When a load point counts",
+    "slo_ttft_ms": "Objectives", "workers": "The load generator itself", "scrape": "Around the load points",
+    "record_text": "What is kept",
+}  # fmt: skip
 
 Need = Callable[[bool, str, str], None]
 """(what must hold, field, the rule and the way out)"""
@@ -114,6 +127,14 @@ def check_load(load: LoadConfig) -> list[str]:
     need(load.gone_s >= 0, "gone_s", "is negative; use 0 to end the sweep at the first sign")
     need(load.repeat == 1 or not load.search, "repeat", "and search=true do not go together; use one of them")
     need(load.temperature >= 0, "temperature", "must be 0 (greedy) or more")
+    for name in sorted(OWN_FIELDS.keys() & load.extra_body.keys()):
+        say = f"say {OWN_FIELDS[name]}= instead" if OWN_FIELDS[name] else "answers are always streamed: leave it out"
+        problems.append(f"extra_body has {name}, which the load generator sets: {say}")
+    for name, value in load.headers.items():
+        if not (HEADER.fullmatch(name) and value.isascii() and value.isprintable()):
+            problems.append(f"headers has {name!r}: a header is a name and one line of ASCII; write it so")
+        elif name.lower() in OWN_HEADERS:
+            problems.append(f"headers has {name}, which the load generator sets: leave it out")
     need(load.timeout_s > 0, "timeout_s", "must be more than 0 seconds")
     need(load.workers >= 0, "workers", "must be 0 (choose) or more")
     need(load.nodes >= 1, "nodes", "must be at least 1")
@@ -177,9 +198,11 @@ def _check_lengths(load: LoadConfig, need: Need) -> None:
 
 def help_text() -> str:
     """Usage, and every key with its default and help."""
-    lines = [USAGE, "", "Options"]
+    lines = [USAGE]
     of_sweep = {field.name for field in dataclasses.fields(LoadConfig)}
     for field in sorted(dataclasses.fields(Options), key=lambda field: field.name in of_sweep):
+        if field.name in SECTIONS:
+            lines += ["", SECTIONS[field.name]]
         default = json.dumps(getattr(Options(), field.name), separators=(",", ":"))
         lines.append(f"  {field.name}={default}".ljust(38) + f"  {field.metadata['help']}")
     return "\n".join(lines)
@@ -234,6 +257,8 @@ def _way_out(hint: Any) -> str:
     """What to write instead, for a value of a wrong type."""
     if typing.get_origin(hint) is Literal:
         return f"; use one of: {', '.join(typing.get_args(hint))}"
+    if typing.get_origin(hint) is dict:
+        return "; use a mapping such as '{name: value}'"
     examples = {int: "a whole number", float: "a number", bool: "true or false", list[int]: "a list such as [1,2,4]"}
     examples |= {list[float]: "a list such as [0.5,2]", list[str]: "a list such as [http://node7:8000/metrics]"}
     return f"; use {examples[hint]}" if hint in examples else ""

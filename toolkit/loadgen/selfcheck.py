@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+LATE_MS = 2.0  # of the bundled server: from here on the machine is worth a word
+
+
 @dataclass(frozen=True)
 class Case:
     """``streams`` at a time a process, each request ``tokens`` long, ``rounds`` of them after one that warms up."""
@@ -46,7 +49,7 @@ class Case:
     def name(self, workers: int = 1) -> str:
         """With the streams of all processes."""
         grid = self.schedule.grid_ms
-        return f"{self.streams * workers} x {self.schedule.itl_ms:g} ms" + (f", one {grid:g} ms grid" if grid else "")
+        return f"{self.streams * workers} x {self.schedule.itl_ms:g} ms" + (", one grid" if grid else "")
 
 
 @dataclass(frozen=True)
@@ -142,18 +145,20 @@ def _compare(case: Case, transport: str, table: pa.Table, truth: exact.Truth, pr
 
 
 def render(outcomes: Sequence[Outcome], title: str) -> str:
-    """A table, a line a case."""
+    """A table, a line a case, and why a verdict is not ok."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = (
         "case", "transport", "work-\ners", "failed", "tok/s", "TTFT p99\nerror ms", "ITL p99\nerror ms",
         "E2E p99\nerror ms", "held", "CPU ms /\n1k tok", "RSS\nMB", "lag p99\nms", "coal-\nesced", "server\nlate ms",
         "verdict",
     )  # fmt: skip
     for name in columns:
-        table.add_column(name, justify="left" if name in ("case", "transport", "verdict") else "right")
+        texts = name in ("case", "transport", "verdict")
+        table.add_column(name, justify="left" if texts else "right", no_wrap=texts)
     for one in outcomes:
         proof = one.proof
         table.add_row(
@@ -163,7 +168,13 @@ def render(outcomes: Sequence[Outcome], title: str) -> str:
             f"{proof.lag_p99_ms:.2f}", f"{proof.coalesced:.2%}", f"{one.server_late_ms:.2f}", proof.verdict,
         )  # fmt: skip
     text = io.StringIO()
-    Console(file=text, width=160).print(table)
+    console = Console(file=text, width=200)
+    console.print(table)
+    for one in outcomes:
+        if one.proof.reasons:
+            late = "; the bundled server was late itself: this machine is busy" if one.server_late_ms > LATE_MS else ""
+            why = f"{one.proof.verdict}: {'; '.join(one.proof.reasons)}{late}"
+            console.print(f"{one.case.name(one.proof.workers)}: {why}", markup=False, soft_wrap=True)
     return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())
 
 

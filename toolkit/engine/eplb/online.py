@@ -54,7 +54,8 @@ class Update:
         phy2log_LR: the placement to go to; equal to the one in force where nothing is to be done.
         moves_L: slots of each layer that need an expert which their GPU does not hold.
         replanned_L: layers that were planned anew.
-        waiting_L: layers that have to wait for the next update because the budget was used up.
+        waiting_L: layers that have to wait for the next update because the budget was used up; not those that have the
+            best placement that was found, be it above the bound.
         before_L, after_L: balancedness for the given counts.
         bound_L: no placement of the policy has more.
     """
@@ -114,7 +115,7 @@ def update(
         new,
         work.moves_L,
         work.replanned_L,
-        (excess_L > 0) & (work.heaviest_L > target_L * (1 + rules.tolerance)),
+        work.waiting_L,
         maps.balancedness(before_LG),
         maps.balancedness(after_LG),
         load_LE.sum(1) / gpus / np.where(bound_L > 0, bound_L, np.nan),
@@ -130,6 +131,7 @@ class _Work:
         self.heaviest_L = maps.gpu_loads(load_LE, phy2log_LR, gpus).max(1)
         self.moves_L = np.zeros(len(load_LE), np.int64)
         self.replanned_L = np.zeros(len(load_LE), bool)
+        self.waiting_L = np.zeros(len(load_LE), bool)
         self.budget = self.left = budget
 
     def way(self, layer: int, aim: float, limit: float, most: int) -> Floats:
@@ -158,9 +160,11 @@ class _Work:
         gain = self.heaviest_L[layer] - maps.gpu_loads(load, fresh, self.gpus).max()
         extra = int(moved(before, fresh, self.gpus)[0] - self.moves_L[layer])
         alone = self.budget > 0 and self.moves_L.sum() == self.moves_L[layer]
-        if gain > matters * self.heaviest_L[layer] and (extra <= self.left or alone):
-            self._take(layer, fresh[0])
-            self.replanned_L[layer] = True
+        if gain > matters * self.heaviest_L[layer]:
+            fits = extra <= self.left or alone
+            if fits:
+                self._take(layer, fresh[0])
+            self.replanned_L[layer], self.waiting_L[layer] = fits, not fits
 
     def _take(self, layer: int, row_R: Ints) -> None:
         rows = slice(layer, layer + 1)
