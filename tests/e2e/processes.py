@@ -85,7 +85,7 @@ class Processes:
         found: dict[str, Any] = requests.get(f"{self.url}/get_server_info", timeout=10).json()
         return found
 
-    def wait_until(self, condition: Any, what: str, limit_s: float = 90.0) -> None:
+    def wait_until(self, condition: Any, what: str, limit_s: float = 180.0) -> None:
         """``condition`` of the server's info; what is not there yet counts as no."""
         deadline = time.monotonic() + limit_s
         while True:

@@ -62,7 +62,7 @@ def _serve(run_dir: Path, cfg: ExpConfig, port: int) -> Iterator[Served]:
     try:
         url = f"http://127.0.0.1:{deployment.frontend.http_port}"
         with LoadingBars(Console(), deployment.num_gpus) as bars:
-            wait_ready(url, Watch(job, run_dir), 120, bars)
+            wait_ready(url, Watch(job, run_dir), 240, bars)
         yield Served(url, cfg, job, run_dir)
     finally:
         job.stop(3)

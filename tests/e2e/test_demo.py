@@ -32,7 +32,7 @@ MAPPINGS = {
 
 def launch(*words: str, results: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "toolkit.launch", *words, f"cluster.results_dir={results}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=560, check=False)
 
 
 @pytest.fixture(scope="module", params=["dep", "tep", pytest.param("tp", marks=pytest.mark.slow)])

@@ -46,7 +46,7 @@ def test_a_killed_worker_is_started_anew_and_used_again(tmp_path: Path) -> None:
         until(process, lambda: not decode0()["down"], "it is back")
         until(process, lambda: decode0()["num_open"] > 0, "it is used again")
         requests.post(f"{url}/slow_down?pool=decode", json={"forward_sleep_time": None}, timeout=10)
-        output = process.communicate(timeout=120)[0]
+        output = process.communicate(timeout=240)[0]
     finally:
         if process.poll() is None:
             process.kill()
@@ -57,7 +57,7 @@ def test_a_killed_worker_is_started_anew_and_used_again(tmp_path: Path) -> None:
     assert read_status(folder).state == "done"
 
 
-def until(process: subprocess.Popen[str], condition: Callable[[], bool], what: str, limit_s: float = 90.0) -> None:
+def until(process: subprocess.Popen[str], condition: Callable[[], bool], what: str, limit_s: float = 180.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert process.poll() is None, process.communicate()[0]

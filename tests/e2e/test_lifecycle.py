@@ -38,7 +38,7 @@ class Run:
 
     def wait_for_load(self) -> None:
         """Until the first load point runs."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         progress = self.folder / "launch" / "progress.json"
         while not (progress.exists() and json.loads(progress.read_text())["done"] >= 1):
             assert self.process.poll() is None, self.process.communicate()[0]
@@ -48,7 +48,7 @@ class Run:
     def pid(self, name: str) -> int:
         return int(json.loads((self.folder / "launch" / f"{name}.json").read_text())["pid"])
 
-    def end(self, within_s: float = 120) -> str:
+    def end(self, within_s: float = 240) -> str:
         """Waits for the end; everything the run started must be gone then."""
         output = self.process.communicate(timeout=within_s)[0]
         assert self.left() == []

@@ -46,7 +46,7 @@ def gauge(served: Served, name: str) -> float:
     return sum(map(float, values))
 
 
-def wait_for(condition: Callable[[], bool], otherwise: str, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], otherwise: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, otherwise

@@ -85,7 +85,7 @@ def test_a_stopped_rank_is_named(run: Run) -> None:
     pid = run.pid("rank-0")
     os.kill(pid, signal.SIGSTOP)
     try:
-        output = run.end(within_s=150)
+        output = run.end(within_s=300)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -95,7 +95,7 @@ def test_a_stopped_rank_is_named(run: Run) -> None:
 
 def test_a_rank_that_blocks_in_python_is_named_with_the_line(run: Run, tmp_path: Path) -> None:
     (tmp_path / "block").touch()
-    output = run.end(within_s=150)
+    output = run.end(within_s=300)
     log = check(run, output, 1)
     assert "waits_for_a_lock" in log.partition("--- stacks of")[2]
     assert "waits_for_a_lock" in output, "the stack of the one that is behind is shown"

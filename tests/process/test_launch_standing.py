@@ -160,6 +160,29 @@ def test_each_run_gets_the_rows_of_its_own_load(tmp_path: Path, monkeypatch: pyt
     assert not (home / records.STEPS).exists(), "rows are kept once"
 
 
+def test_a_worker_that_was_started_anew_between_two_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts its steps and its pairs from zero, into new files; each run has what is its own of both lives."""
+    home, runs = tmp_path / "a" / FOLDER, [tmp_path / "a", tmp_path / "b"]
+    for folder in (home, *runs):
+        folder.mkdir(parents=True, exist_ok=True)
+    clock = iter([100.0, 200.0])
+    monkeypatch.setattr("toolkit.launch.share.time.time", lambda: next(clock))
+    share, decode = Share(home), home / records.WORKERS / "decode0"
+    share.lend(runs[0], [], [])
+    add_steps(decode, [50.0])
+    write_experts(decode / records.EXPERTS, counts([50.0], 7))
+    share.settle(runs[0], [], [])
+    share.lend(runs[1], [], [])
+    add_steps(decode, [150.0, 160.0])
+    write_experts(decode / records.EXPERTS, counts([150.0], 3))
+    share.settle(runs[1], [], [])
+    mine = [folder / records.WORKERS / "decode0" for folder in runs]
+    assert [read_steps(folder)["t_begin"].tolist() for folder in mine] == [[50.0], [150.0, 160.0]]
+    pairs = [read_experts(folder / records.EXPERTS).pairs for folder in mine]
+    assert [found.max() for found in pairs if found is not None] == [7, 3]
+    assert len(list((decode / records.STEPS).iterdir())) == 2
+
+
 def test_what_cannot_be_cut_out_stays_a_link_and_is_kept(tmp_path: Path) -> None:
     home, run_dir = tmp_path / "a" / FOLDER, tmp_path / "a"
     home.mkdir(parents=True)

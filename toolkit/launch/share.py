@@ -118,7 +118,9 @@ class Share:
         if found.slot_counts is not None:
             parts["slot_counts"] = found.slot_counts[mine]
         if found.pairs is not None:
-            parts["pairs"] = found.pairs - self._pairs.get(Path(name), 0)
+            before = self._pairs.get(Path(name))
+            if before is not None and (found.pairs >= before).all():  # else its worker was started anew, and from zero
+                parts["pairs"] = found.pairs - before
             self._pairs[Path(name)] = found.pairs
         write_experts(run_dir / name, dataclasses.replace(found, **parts))
 

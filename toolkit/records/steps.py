@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import typing
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.records import STEPS, TRANSFERS
-from toolkit.records.streams import open_rows, read_rows
+from toolkit.records.streams import life, open_rows, read_rows, read_stream
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,8 +74,24 @@ def open_steps(path: Path) -> contextlib.AbstractContextManager[Callable[[Sequen
 
 
 def read_steps(folder: Path) -> pd.DataFrame:
-    """All ranks' ``StepRecord``s in the order of time; see ``read_rows``."""
-    return read_rows(folder / STEPS, StepRecord).sort_values(["t_begin", "dp_rank"], ignore_index=True)
+    """All ranks' ``StepRecord``s in the order of time; see ``read_rows``.
+
+    Where a worker was started anew, ``step`` counts on: no two passes share a number.
+    """
+    import pandas as pd
+
+    offset = 0
+    frames: list[pd.DataFrame] = []
+    files = sorted((folder / STEPS).glob("*.arrows"), key=life)
+    for _, of_one_start in groupby(files, key=life):
+        tables = [read_stream(path, StepRecord).to_pandas() for path in of_one_start]
+        for table in tables:
+            table["step"] += offset
+        offset = max((int(table["step"].max()) + 1 for table in tables if len(table)), default=offset)
+        frames += tables
+    if not frames:
+        raise FileNotFoundError(f"{folder / STEPS} holds no rank's file")
+    return pd.concat(frames).sort_values(["t_begin", "dp_rank"], ignore_index=True)
 
 
 def read_transfers(folder: Path) -> pd.DataFrame:

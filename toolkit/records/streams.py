@@ -6,10 +6,11 @@ Does not know any record. Read next: ``steps.py``, whose rows come this way.
 from __future__ import annotations
 
 import contextlib
+import math
 import typing
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,15 @@ Row = typing.TypeVar("Row", bound=tuple[Any, ...])
 
 @contextlib.contextmanager
 def open_rows(path: Path, record: type[Row]) -> Iterator[Callable[[Sequence[Row]], None]]:
-    """Opens an Arrow stream of ``record``; each call of what it yields appends rows that a reader then sees."""
+    """Opens an Arrow stream of ``record``; each call of what it yields appends rows that a reader then sees.
+
+    A file that is there already, of a process that this one is started in place of, stays beside it: see ``life``.
+    """
     import pyarrow as pa
 
     schema = schema_of(record)
+    if path.exists():
+        path.rename(next(old for n in count(1) if not (old := path.with_name(f"{path.stem}.{n}.arrows")).exists()))
     with path.open("wb") as out, pa.ipc.new_stream(out, schema) as stream:
 
         def write(rows: Sequence[Row]) -> None:
@@ -38,6 +44,12 @@ def open_rows(path: Path, record: type[Row]) -> Iterator[Callable[[Sequence[Row]
             out.flush()
 
         yield write
+
+
+def life(path: Path) -> float:
+    """Which process wrote a stream: ``rank-0.1.arrows`` the first, ..., and ``rank-0.arrows`` the latest."""
+    number = path.stem.partition(".")[2]
+    return int(number) if number else math.inf
 
 
 def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
