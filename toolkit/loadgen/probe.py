@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -55,7 +56,8 @@ async def _get(session: aiohttp.ClientSession, url: str) -> tuple[int, bytes]:
         async with session.get(url, timeout=PROBE_TIMEOUT, headers={"Accept": "application/json"}) as response:
             return response.status, await response.read()
     except aiohttp.ClientConnectorError as error:  # its own text tells of sockets
-        reason = error.os_error.strerror or str(error)
+        cause = error.os_error
+        reason = os.strerror(cause.errno) if cause.errno and cause.errno > 0 else cause.strerror or str(error)
         raise ServerError(f"{url} cannot be reached: {reason}; is the server up, and url= right?") from None
     except (aiohttp.ClientError, OSError) as error:
         reason = str(error) or type(error).__name__
