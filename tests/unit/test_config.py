@@ -96,6 +96,18 @@ def test_resolve_rehearses_a_gpu_experiment_on_cpu_and_leaves_what_the_user_name
     assert resolve(cfg, explicit={"model"}).model.name == "deepseek-v3"
 
 
+def test_resolve_names_the_file_of_a_placement_not_a_link_that_moves_on(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "dump.pt").touch()
+    (tmp_path / "latest").symlink_to("first")
+
+    def resolved(given: str) -> str:
+        return resolve(from_mapping({"engine": {"init_expert_location": given}}, ExpConfig)).engine.init_expert_location
+
+    assert resolved(f"{tmp_path}/latest/dump.pt") == f"{tmp_path.resolve()}/first/dump.pt"
+    assert resolved("trivial") == "trivial" and resolved('{"logical_count": [[1]]}') == '{"logical_count": [[1]]}'
+
+
 def test_resolve_leaves_a_gpu_experiment_on_gpus_alone() -> None:
     cfg = compose("+exp=dep16")
     resolved = resolve(cfg)

@@ -29,6 +29,7 @@ def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     - ``model.dtype=auto`` becomes float32 on CPU and bfloat16 on GPUs.
     - ``deploy.mode=disagg``: ``deploy.decode.engine`` gets ``disable_radix_cache=true``, and the transfer backend is
       chosen where it is auto.
+    - ``engine.init_expert_location`` becomes the file itself: results/EXP/latest is the next run's once that has begun.
     - ``model.path`` and ``cluster.results_dir`` lose ``~``; an empty ``model.tokenizer`` becomes ``model.path``.
     """
     values = to_mapping(config)
@@ -56,6 +57,9 @@ def resolve(config: ExpConfig, explicit: Collection[str] = ()) -> ExpConfig:
     for group, key in (("model", "path"), ("cluster", "results_dir")):
         if values[group][key]:
             put(group, key, str(Path(values[group][key]).expanduser()))
+    placement = values["engine"]["init_expert_location"]
+    if placement.endswith((".pt", ".json")) and Path(placement).expanduser().is_file():
+        put("engine", "init_expert_location", str(Path(placement).expanduser().resolve()))
     if config.deploy.mode == "disagg":
         _resolve_disagg(values, explicit, put)
     if not values["model"]["tokenizer"]:

@@ -59,12 +59,12 @@ class Peers:
         if gone == IN_ORDER:
             return
         faulthandler.dump_traceback_later(self._grace_s, exit=True, file=sys.stderr)
-        with contextlib.suppress(RuntimeError):  # if the one after is gone, too, its own successor says so
-            self._say(gone)
+        self._say(gone)
         time.sleep(min(QUIET_S, self._grace_s / 2))
         log.error("rank %d is gone: this one ends, too, in %g s at most", self._comm.ranks[gone], self._grace_s)
 
     def _say(self, what: int) -> None:
         """Small, and expected: it is written at once, so nobody waits for it."""
         word = torch.tensor([what])
-        self._said.append((word, self._comm.exchange([(word, self._after)], [])))
+        with contextlib.suppress(RuntimeError):  # the one after is gone already, and its own successor says so
+            self._said.append((word, self._comm.exchange([(word, self._after)], [])))

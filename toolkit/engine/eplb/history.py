@@ -181,7 +181,7 @@ class History:
         self._windows.append(summed)
         self.last_balancedness = balancedness(summed.slots_LP, self._ep_size)
         if len(self._windows) >= MAX_WINDOWS:
-            self._windows = [_merged(a, b) for a, b in zip(self._windows[::2], self._windows[1::2])]
+            self._windows = [merged(a, b) for a, b in zip(self._windows[::2], self._windows[1::2])]
         self.listen(summed)
         if time.monotonic() - self._written > max(WRITE_S, self._write_took / WRITE_SHARE):
             self._write()
@@ -239,7 +239,8 @@ def dump_path(experts: Path, rank: int | None) -> Path:
     return folder / f"expert_distribution_recorder_{time.time():.3f}{suffix}.pt"
 
 
-def _merged(a: Summed, b: Summed) -> Summed:
+def merged(a: Summed, b: Summed) -> Summed:
+    """One window of two that follow each other."""
     counts, slots = a.counts_LE + b.counts_LE, a.slots_LP + b.slots_LP
     return Summed(counts, slots, a.begin, b.end, a.passes + b.passes)
 

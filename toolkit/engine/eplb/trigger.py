@@ -9,8 +9,8 @@ L: layers, E: experts, R: slots.
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config.engine import EngineConfig
-from toolkit.engine.eplb.history import Summed, balancedness
+from toolkit.engine.eplb.history import Summed, balancedness, merged
 from toolkit.engine.eplb.placement import Placement
 from toolkit.engine.eplb.planning import Answer, Ask, Planning
 from toolkit.engine.eplb.pool import Pool
@@ -66,8 +66,8 @@ class Trigger:
     def __init__(self, engine: EngineConfig, placement: Placement, topology: Topology, spare: int) -> None:
         self._engine, self._placement, self._topology, self._spare = engine, placement, topology, spare
         self._fresh = engine.init_expert_location == "trivial"
-        self._arrived: deque[Summed] = deque()  # filled by the history's thread
-        self._since: list[Summed] = []
+        self._since: Summed | None = None  # summed up by the history's thread, so that a look is no sum of many
+        self._lock = threading.Lock()
         self._pool = Pool(TOLERANCE, topology.ranks)
         self._planning = Planning()
         self._planning.start()
@@ -78,7 +78,8 @@ class Trigger:
 
     def listen(self, window: Summed) -> None:
         """Takes a window; called by another thread."""
-        self._arrived.append(window)
+        with self._lock:
+            self._since = window if self._since is None else merged(self._since, window)
 
     @property
     def planning(self) -> bool:
@@ -86,11 +87,10 @@ class Trigger:
 
     def poll(self) -> tuple[Answer, Reason] | None:
         """Called between steps: looks when it is time, and returns a plan that moves something, once."""
-        while self._arrived:
-            self._since.append(self._arrived.popleft())
         if self._asked is not None:
             return self._take_answer(self._asked)
-        if sum(w.passes for w in self._since) >= self._engine.eplb_rebalance_num_iterations:
+        since = self._since
+        if since is not None and since.passes >= self._engine.eplb_rebalance_num_iterations:
             reason = self._look("iterations")
             limit = self._engine.eplb_min_rebalancing_utilization_threshold
             if not reason.assignments or (limit < 1 and reason.measured > limit):
@@ -107,8 +107,6 @@ class Trigger:
         """
         if self._asked is not None:
             raise ValueError("a rebalance is being planned: wait for it to end")
-        while self._arrived:
-            self._since.append(self._arrived.popleft())
         reason = self._look("request")
         if target_LR is None and not reason.assignments:
             raise ValueError("no expert was counted yet: send requests first, or give a placement")
@@ -118,12 +116,13 @@ class Trigger:
         self._planning.close()
 
     def _look(self, trigger: Literal["iterations", "request"]) -> Reason:
-        since, self._since = self._since, []
-        if since:
-            self.measured = balancedness(sum(w.slots_LP for w in since), self._topology.ranks)  # type: ignore[arg-type]
-            self._pool.add(sum(w.counts_LE for w in since))  # type: ignore[arg-type]
+        with self._lock:
+            since, self._since = self._since, None
+        if since is not None:
+            self.measured = balancedness(since.slots_LP, self._topology.ranks)
+            self._pool.add(since.counts_LE)
         counts = self._pool.counts() if self._pool else np.zeros(0, np.int64)
-        return Reason(trigger, time.time(), self.measured, sum(w.passes for w in since), int(counts.sum()))
+        return Reason(trigger, time.time(), self.measured, since.passes if since else 0, int(counts.sum()))
 
     def _ask(self, reason: Reason, target_LR: Ints | None) -> None:
         engine, topology, placement = self._engine, self._topology, self._placement

@@ -38,7 +38,7 @@ def count(ids: Tensor, counts_E: Tensor, rows_e: Tensor, received_e: Tensor) -> 
     """Adds the ids [...] (-1: padding) to ``counts_E``, and ``rows_e`` to ``received_e``; both sums are int64."""
     flat, experts, slots = ids.contiguous(), len(counts_E), len(rows_e)
     _count_kernel[(max(1, triton.cdiv(flat.numel(), BLOCK)),)](
-        flat, counts_E, rows_e, received_e, flat.numel(), experts, slots,
+        flat, counts_E, rows_e.contiguous(), received_e, flat.numel(), experts, slots,
         BINS=triton.next_power_of_2(experts + 1), ROWS=triton.next_power_of_2(slots), BLOCK=BLOCK, num_warps=4,
         **chained(),
     )  # fmt: skip
