@@ -67,6 +67,7 @@ def jobs(n: int) -> Iterator[Work]:
     pair = min(n, 2)
     half = n // 2
     yield Work("loadgen", 0, 240, ("-m", "tests.bench.loadgen", "socket", "rounds=2", "out=OUT/loadgen.json"))
+    yield Work("loadgen-aiohttp", 0, 240, ("-m", "tests.bench.loadgen", "aiohttp", "out=OUT/loadgen.json"))
     for backend in ("nvlink", "deepep") if n > 1 else ("allgather",):
         yield Work(f"qwen3-{backend}", n, 240, bench(QWEN, n, f"engine.moe_a2a_backend={backend}"))
     for backend in ("deepep", "nvlink") if n > 1 else ("allgather",):

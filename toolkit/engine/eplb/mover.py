@@ -12,6 +12,7 @@ e: slots of this rank.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Sequence
@@ -75,8 +76,15 @@ class Mover:
         ranks = comm.size // placement.nodes  # of the set, on a node
         here = comm.rank // ranks * ranks
         self._transfers = Transfers(tensors, spare, comm, range(here, here + ranks))
+        # each slot as it is copied, by layer and tensor: made once, since steps wait for what is done for each
+        self._slots = [[slot_words(t) for t in layer.slot_tensors()] for layer in layers]
+        self._spare = [slot_words(b) for b in self._transfers.buffers]
+        self._transfers.warm_up(self._spare)
         self._chunk: _Chunk | None = None
-        self._waiting: threading.Thread | None = None
+        self._todo: queue.SimpleQueue[tuple[list[int], Ints, _Chunk]] = queue.SimpleQueue()
+        self._arrived = threading.Event()
+        self._arrived.set()
+        threading.Thread(target=self._wait_for_all, name="eplb-mover", daemon=True).start()
         self.failure = ""
 
     @property
@@ -97,12 +105,12 @@ class Mover:
     @property
     def ready(self) -> bool:
         """The chunk has arrived, or failed; or, once committed, its copies are done."""
-        return (self._waiting is None or not self._waiting.is_alive()) and self._transfers.settled
+        return self._arrived.is_set() and self._transfers.settled
 
     def wait(self, seconds: float) -> None:
         """Until ``ready``, at most so long."""
-        if self._waiting is not None and self._waiting.is_alive():
-            self._waiting.join(seconds)
+        if not self._arrived.is_set():
+            self._arrived.wait(seconds)
         elif not self.ready:
             time.sleep(min(seconds, 1e-3))
 
@@ -123,9 +131,8 @@ class Mover:
             self._post(moves_MC, self._chunk)
         except Exception as error:
             self._fail(error)
-        layers = sorted(set(moves_MC[:, 0].tolist()))
-        self._waiting = threading.Thread(target=self._wait_for, args=(layers, new_LR, self._chunk), daemon=True)
-        self._waiting.start()
+        self._arrived.clear()
+        self._todo.put((sorted(set(moves_MC[:, 0].tolist())), new_LR, self._chunk))
 
     def commit(self) -> None:
         """Writes what has arrived, and takes the new maps. All ranks between the same two steps."""
@@ -133,10 +140,8 @@ class Mover:
         chunk, self._chunk = self._chunk, None
         with self._transfers.timed():
             for layer, spare, slots in chunk.writes:
-                for tensor, buffer in zip(self.layers[layer].slot_tensors(), self._transfers.buffers):
-                    torch._foreach_copy_(
-                        [_words(tensor[slot]) for slot in slots], [_words(buffer[index]) for index in spare]
-                    )
+                for held, arrived in zip(self._slots[layer], self._spare):
+                    torch._foreach_copy_([held[slot] for slot in slots], [arrived[index] for index in spare])
             for layer, prepared in chunk.layers.items():
                 self.layers[layer].slots_changed()
                 self.placement.update(layer, prepared)
@@ -152,9 +157,9 @@ class Mover:
         me, used = self.placement.ep_rank, [0] * self.placement.ep_size  # spare slots of each rank
         sends: list[Send] = []
         recvs: list[Recv] = []
-        copies: list[tuple[Tensor, Tensor]] = []
+        copies: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in self._spare]
         for layer in sorted(set(moves_MC[:, 0].tolist())):
-            tensors = self.layers[layer].slot_tensors()
+            tensors = self._slots[layer]
             spare_of: dict[int, int] = {}  # slot that is written -> where its weights are
             for _, kind, _, source, target, source_slot, slot, _ in moves_MC[moves_MC[:, 0] == layer].tolist():
                 spare = used[target]
@@ -168,7 +173,9 @@ class Mover:
                 if kind == SEND:
                     recvs += [Recv(self._peer(source), i, spare) for i in range(len(tensors))]
                 elif kind == COPY:
-                    copies += [(b[spare], t[source_slot]) for b, t in zip(self._transfers.buffers, tensors)]
+                    for (into, out_of), b, t in zip(copies, self._spare, tensors):
+                        into.append(b[spare])
+                        out_of.append(t[source_slot])
                 spare_of[slot] = spare if kind in (SEND, COPY) else spare_of[source_slot]
             if spare_of:
                 chunk.writes.append((layer, list(spare_of.values()), list(spare_of)))
@@ -178,22 +185,26 @@ class Mover:
         """Rank, in the group, that holds the same part of experts as this one."""
         return ep_rank * self.moe_tp + self.comm.rank % self.moe_tp
 
-    def _wait_for(self, layers: list[int], new_LR: Ints, chunk: _Chunk) -> None:
-        """In a thread: the new maps, and the end of the transfers."""
-        try:
-            if self._transfers.device.type == "cuda":
-                torch.cuda.set_device(self._transfers.device)  # a thread begins with the first
-            for layer in layers:
-                chunk.layers[layer] = self.placement.prepare(new_LR[layer])
-            self._transfers.finish()
-        except Exception as error:
-            self._fail(error)
+    def _wait_for_all(self) -> None:
+        """The thread: one for all chunks, since to start one is to wait for it."""
+        if self._transfers.device.type == "cuda":
+            torch.cuda.set_device(self._transfers.device)  # a thread begins with the first
+        while True:
+            layers, new_LR, chunk = self._todo.get()
+            try:
+                for layer in layers:
+                    chunk.layers[layer] = self.placement.prepare(new_LR[layer])
+                self._transfers.finish()
+            except Exception as error:
+                self._fail(error)
+            self._arrived.set()
 
     def _fail(self, error: Exception) -> None:
         self.failure = f"{type(error).__name__}: {error}"
         log.error("experts cannot be moved any more, placement and weights stay as they are", exc_info=error)
 
 
-def _words(slot: Tensor) -> Tensor:
-    """A slot's part of a tensor in one type for all, so that one kernel copies several."""
-    return slot.flatten().view(torch.int64 if slot.nbytes % 8 == 0 == slot.data_ptr() % 8 else torch.uint8)
+def slot_words(tensor: Tensor) -> list[Tensor]:
+    """Each slot's part of a tensor [e, ...] as a row of one type, so that one kernel copies several."""
+    rows = tensor.view(len(tensor), -1).view(torch.uint8)
+    return list((rows.view(torch.int64) if rows.shape[1] % 8 == 0 == tensor.data_ptr() % 8 else rows).unbind(0))

@@ -113,23 +113,41 @@ class Transfers:
     def num_bytes(self) -> int:
         return self._memory.nbytes
 
-    def start(self, sends: Sequence[Send], recvs: Sequence[Recv], copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def warm_up(self, rows: Sequence[Sequence[Tensor]]) -> None:
+        """Does once what loads or connects at its first use, tens of milliseconds that a step would wait for.
+
+        All ranks at the same time. Args: ``rows``: of the buffers, as they are copied.
+        """
+        if self.device.type == "cpu":
+            return
+        for row in rows:
+            torch._foreach_copy_([row[0], row[-1]], [row[-1], row[0]])
+        for peer in self.direct:
+            self._write(Send(self.buffers[0][0], peer, 0, 0))
+        far = [peer for peer in range(self._comm.size) if peer not in (*self.direct, self._comm.rank)]
+        byte, into = self._memory[:1], self._memory[1:2]
+        for work in self._comm.exchange([(byte, peer) for peer in far], [(into, peer) for peer in far]):
+            work.wait()
+        torch.cuda.synchronize(self.device)
+
+    def start(
+        self, sends: Sequence[Send], recvs: Sequence[Recv], copies: Sequence[tuple[list[Tensor], list[Tensor]]]
+    ) -> None:
         """Posts all; the order of what goes between two ranks is the same on both.
 
         Args:
-            copies: (to, from) on this rank; whatever was queued to write sources has been told by ``written``.
+            copies: (to, from) on this rank, for each tensor; whatever was queued to write sources has been told by
+                ``written``.
         """
         far = [(_bytes(s.source), s.peer) for s in sends if s.peer not in self.direct]
         into = [(_bytes(self.buffers[r.tensor][r.spare]), r.peer) for r in recvs if r.peer not in self.direct]
         if self.device.type == "cpu":
             self._works = self._comm.exchange(far, into)
-            for target, source in copies:
-                target.copy_(source)
+            self._copy(copies)
             return
         self._side.wait_event(self._written)
         with torch.cuda.stream(self._side), Timed(self._beside):
-            for target, source in copies:
-                target.copy_(source)
+            self._copy(copies)
             for send in sends:
                 if send.peer in self.direct:
                     self._write(send)
@@ -171,6 +189,12 @@ class Transfers:
         self._spans, self._beside = [], []
         waited, beside = (sum(float(s.begin.elapsed_time(s.end)) for s in some) / 1e3 for some in spans)
         return waited, beside
+
+    @staticmethod
+    def _copy(copies: Sequence[tuple[list[Tensor], list[Tensor]]]) -> None:
+        for into, out_of in copies:
+            if into:
+                torch._foreach_copy_(into, out_of)
 
     def _write(self, send: Send) -> None:
         size = self._rows[send.tensor]

@@ -28,7 +28,7 @@ FEW_ROWS = 512  # beyond them cuBLAS is as fast
 def _logits_kernel(
     x_ptr, weight_ptr, parts_ptr, rows, experts,
     D: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -36,8 +36,11 @@ def _logits_kernel(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     inside = (expert < experts)[None, :]
     matrix = weight_ptr + expert[None, :] * D + (part * PART + d)[:, None]
+    if not EARLY:
+        follow(PDL)
     head = tl.load(matrix, mask=inside, other=0.0)  # which no kernel of a step writes
-    follow(PDL)
+    if EARLY:
+        follow(PDL)
     for first in tl.static_range(0, PART, STEP):
         column = part * PART + first + d
         x = tl.load(x_ptr + row[:, None] * D + column[None, :], mask=row[:, None] < rows, other=0.0)
@@ -200,7 +203,7 @@ def _parts(x: Tensor, weight_ED: Tensor, step: int) -> Tensor:
     _logits_kernel[(triton.cdiv(rows, height), SPLITS)](
         x.contiguous(), weight_ED, parts, rows, experts,
         D=columns, PART=columns // SPLITS, ROWS=height, STEP=step, BLOCK=max(16, triton.next_power_of_2(experts)),
-        **chained(rows),
+        EARLY=rows <= 32, **chained(rows),
         num_warps=4,
     )  # fmt: skip
     return parts
