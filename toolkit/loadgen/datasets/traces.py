@@ -123,7 +123,8 @@ def _json_lines(path: Path, kind: type[Any]) -> Iterator[Any]:
             try:
                 yield msgspec.json.decode(line, type=kind)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+                told = f"{error}; it should hold a JSON object a line: is dataset= the right one?"
+                raise ValueError(f"{path}, line {number}: {told}") from None
 
 
 def _mooncake(path: Path) -> list[Recorded]:

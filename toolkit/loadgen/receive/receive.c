@@ -1,4 +1,4 @@
-/* Reads many sockets with one call: what inboxes.py does in Python, at a fraction of the price.
+/* Reads many sockets with one call: what python.py does in Python, at a fraction of the price.
  *
  * Every connection is a line with room of its own. reader_drain reads what the epoll set has, once a line, and keeps the
  * bytes with the kernel's receive time (SO_TIMESTAMPNS) and the process's. The caller is told only of reads that may
