@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from signal import SIGKILL
+from signal import SIGKILL, SIGTERM, signal
 
 import psutil
 import torch
@@ -113,6 +113,13 @@ def jobs(n: int) -> Iterator[Work]:
     yield Work("kv", 2, 120, ("-m", "tests.bench.kv", "--device", "cuda", "--repeats", "15"))
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """A job and all that it started in its process group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, SIGKILL)
+    process.wait()
+
+
 @dataclass
 class Host:
     """GPUs and cores that are given to jobs. Cores come in equal shares: one a GPU, one for what needs no GPU."""
@@ -169,9 +176,7 @@ class Host:
                 how = "timed out" if process.poll() is None else f"exit {process.returncode}"
                 if process.poll() is None:
                     self.stacks(process.pid, work.name)
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, SIGKILL)
-                process.wait()
+                end(process)
                 del self.running[process]
                 self.jobs_on.subtract(gpus)
                 self.cpu_free = self.cpu_free or not work.gpus
@@ -196,13 +201,18 @@ def main() -> None:
             print(f"{work.name:20} {work.gpus} GPUs, {work.seconds} s at most: python {' '.join(work.words)}")
         sys.exit(0 if args.list else "no GPU is visible to torch here: nothing was run")
     host = Host(args.out, time.monotonic() + 60 * args.minutes, args.beside)
-    for work in chosen:
-        host.collect(lambda work=work: host.fits(work) or time.monotonic() > host.deadline)  # type: ignore[misc]
-        if time.monotonic() > host.deadline:
-            host.done.append((work.name, "not started: no time left", 0.0))
-        else:
-            host.start(work)
-    host.collect(lambda: not host.running)
+    signal(SIGTERM, lambda *_: sys.exit("ended from outside"))  # its jobs too, which would hold their GPUs
+    try:
+        for work in chosen:
+            host.collect(lambda work=work: host.fits(work) or time.monotonic() > host.deadline)  # type: ignore[misc]
+            if time.monotonic() > host.deadline:
+                host.done.append((work.name, "not started: no time left", 0.0))
+            else:
+                host.start(work)
+        host.collect(lambda: not host.running)
+    finally:
+        for process in host.running:
+            end(process)
     print("\n".join(f"{name:20} {how:26} {seconds:6.0f} s" for name, how, seconds in host.done))
     sys.exit(any(how != "exit 0" for _, how, _ in host.done))
 
