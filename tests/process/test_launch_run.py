@@ -12,11 +12,11 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from rich.console import Console
 
+from tests.process.leftovers import none_left
 from tests.unit.launch_experiment import experiment
 from tests.unit.loadgen_server import ScriptedServer, tokens
 from toolkit.config.experiment import ExpConfig
@@ -74,8 +74,8 @@ def execute(tmp_path: Path, **deploy_keys: float) -> tuple[int, Path, str]:
     """Runs; gives the exit code, the run folder and what the user saw."""
     cfg = experiment(cluster={"results_dir": str(tmp_path)}, deploy=deploy_keys)
     out = io.StringIO()
-    code = run.run(cfg, ["load.osl=1"], Console(file=out, width=200))
-    assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    with none_left():
+        code = run.run(cfg, ["load.osl=1"], Console(file=out, width=200))
     return code, tmp_path / "test/latest", out.getvalue()
 
 

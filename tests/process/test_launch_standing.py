@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from rich.console import Console
 
+from tests.process.leftovers import none_left
 from tests.process.test_launch_run import SLEEP, deploy
 from tests.unit.launch_experiment import experiment
 from toolkit import records
@@ -36,10 +36,9 @@ def load(results: Path, osl: int, **groups: Any) -> ExpConfig:
 
 def run(cfgs: Sequence[ExpConfig]) -> tuple[int, str, list[Path]]:
     """(exit code, what the user saw, run folders)"""
-    out, before = io.StringIO(), set(psutil.Process().children(recursive=True))  # other tests' resource tracker
-    code = run_here([Experiment(cfg, []) for cfg in cfgs], Console(file=out, width=200))
-    after = set(psutil.Process().children(recursive=True)) - before
-    assert not [process for process in after if process.status() != psutil.STATUS_ZOMBIE]
+    out = io.StringIO()
+    with none_left():
+        code = run_here([Experiment(cfg, []) for cfg in cfgs], Console(file=out, width=200))
     results = Path(cfgs[0].cluster.results_dir)
     return code, out.getvalue(), sorted(p for p in (results / "test").iterdir() if not p.is_symlink())
 
