@@ -17,7 +17,7 @@ PIP    = $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c
 
 # Those that take longest first, so that all cores are busy to the end.
 PYTEST      = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
-WITHOUT_E2E := tests/dist tests/contract tests/process tests/eplb tests/unit
+QUICK := tests/process tests/eplb tests/unit
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit check fmt hooks test-gpu measure-gpu
@@ -31,16 +31,16 @@ demo: $(STAMP)  ## serve a small real MoE on 4 CPU ranks, load it, draw the char
 	$(BIN)/python -m toolkit.launch +exp=smoke $(ARGS)
 
 test: $(STAMP)  ## all tests, those that serve the demo model included (but slow ones: ARGS='-m slow')
-	$(PYTEST) tests/e2e $(WITHOUT_E2E) -m 'not slow' $(ARGS)
+	$(PYTEST) tests/e2e tests/dist tests/contract $(QUICK) -m 'not slow' $(ARGS)
 
 unit: $(STAMP)  ## the fast tests: under a minute
 	$(PYTEST) tests/unit $(ARGS)
 
-check: $(STAMP)  ## before a commit: lint, format, types, and all tests but the slow ones
+check: $(STAMP)  ## before a commit, minutes: lint, format, types, all tests but those of groups of ranks (dist, contract, e2e)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) $(WITHOUT_E2E) -m 'not slow' $(ARGS)
+	$(PYTEST) $(QUICK) -m 'not slow' $(ARGS)
 
 bench-kv: $(STAMP)  ## KV transfer beside the bare NIXL library, 4 KiB to 256 MiB and whole requests (GPUs: ARGS='--device cuda')
 	$(BIN)/python -m tests.bench.kv $(ARGS)
