@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 10.0
 DRAIN_S = 10.0  # for what the last load has given up to leave the ranks
+REPORT_S = 5.0  # for a process that was started to say where it runs
 
 
 class Deployment:
@@ -130,10 +131,19 @@ class Deployment:
             "folder": str(self.home),
             "ready": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self._ready_at)),
             "loads_before": self.loads,
-            "processes": {state.name: [state.host, state.pid] for state in self._job.poll()},
+            "processes": self._places(),
         }
         attempts.note(run_dir, hosts=[node.host for node in self.nodes], deployment=facts)
         self.loads += 1
+
+    def _places(self) -> dict[str, list[str | int]]:
+        """Host and pid of each process. One that has yet to report, as a sampler may when all ranks are ready, gets a
+        few seconds."""
+        assert self._job is not None, "start() comes first"
+        deadline = time.monotonic() + REPORT_S
+        while any(state.state == "starting" for state in self._job.poll()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return {state.name: [state.host, state.pid] for state in self._job.poll()}
 
     def _lend(self, run_dir: Path) -> None:
         if self._share is not None and self._job is not None:
