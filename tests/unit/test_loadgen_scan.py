@@ -184,6 +184,7 @@ def test_regular_streams_are_read_by_c(stream: bytes, spool: Spool, scanner: Sca
         b"data: {\"a\": .5}\n\n", b"data: {\"a\": +1}\n\n", b"data: {\"a\": NaN}\n\n", b"data: {\"a\": 1,}\n\n",
         b"data: {\"a\" 1}\n\n", b"data: {\"a\": \"\\x\"}\n\n", b"data: {\"a\": \"\\u12g4\"}\n\n",
         b"data: {\"choices\": [{\"text\": \"\xc3\"}]}\n\n", b"data: {\"choices\": [{\"text\": \"\\ud800\"}]}\n\n",
+        b"data: {\"id\": \"\\ud800\", \"choices\": []}\n\n", b"data: {\"id\": \"\\ud800\\u0041\"}\n\n",
         b"data: {\"choices\": [{\"text\": 5}]}\n\n", b"data: {\"usage\": {\"completion_tokens\": -1}}\n\n",
         b"data: {\"usage\": {\"completion_tokens\": 1.5}}\n\n", b"data: {\"usage\": 1}\n\n", b"data: {}\n",
         b"data: {\"choices\": {}}\n\n", b"data: {\"error\": \"x\"}\n\n", b"event: error\ndata: {}\n\n",

@@ -70,8 +70,15 @@ static int string(struct json *j, struct span *to) {
         escaped = 1;
         if (++p == end || !*p || !strchr("\"\\/bfnrtu", *p)) return 0;
         if (*p == 'u') {
-            if (hex4(p + 1, end) < 0) return 0;
+            int c = hex4(p + 1, end);
+            if (c < 0 || (c >= 0xdc00 && c < 0xe000)) return 0;
             p += 4;
+            if (c >= 0xd800 && c < 0xdc00) { /* half a character: the other half follows */
+                if (end - p < 7 || p[1] != '\\' || p[2] != 'u') return 0;
+                int low = hex4(p + 3, end);
+                if (low < 0xdc00 || low > 0xdfff) return 0;
+                p += 6;
+            }
         }
     }
     if (p == end) return 0;

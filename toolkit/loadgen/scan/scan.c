@@ -81,13 +81,13 @@ int64_t scan_load(struct scan *s, int file, const int64_t *segments, int count) 
     return end ? end - s->data : -1;
 }
 
-/* Appends a string to the text; 0: an escape that is half a character. */
-static int say(struct scan *s, const struct span *said) {
+/* Appends a string to the text. */
+static void say(struct scan *s, const struct span *said) {
     char *to = s->text + s->text_size;
     if (!said->escaped) {
         memcpy(to, said->at, said->size);
         s->text_size += said->size;
-        return 1;
+        return;
     }
     for (const unsigned char *p = said->at, *end = p + said->size; p < end; p++) {
         if (*p != '\\') {
@@ -101,20 +101,16 @@ static int say(struct scan *s, const struct span *said) {
         }
         int c = hex4(p + 1, end);
         p += 4;
-        if (c >= 0xd800 && c < 0xdc00 && end - p > 6 && p[1] == '\\' && p[2] == 'u') {
-            int low = hex4(p + 3, end);
-            if (low < 0xdc00 || low > 0xdfff) return 0;
-            c = 0x10000 + ((c - 0xd800) << 10) + low - 0xdc00;
+        if (c >= 0xd800 && c < 0xdc00) {
+            c = 0x10000 + ((c - 0xd800) << 10) + hex4(p + 3, end) - 0xdc00;
             p += 6;
         }
-        if (c >= 0xd800 && c < 0xe000) return 0;
         if (c < 0x80) *to++ = c;
         else if (c < 0x800) *to++ = 0xc0 | c >> 6, *to++ = 0x80 | (c & 63);
         else if (c < 0x10000) *to++ = 0xe0 | c >> 12, *to++ = 0x80 | (c >> 6 & 63), *to++ = 0x80 | (c & 63);
         else *to++ = 0xf0 | c >> 18, *to++ = 0x80 | (c >> 12 & 63), *to++ = 0x80 | (c >> 6 & 63), *to++ = 0x80 | (c & 63);
     }
     s->text_size = to - s->text;
-    return 1;
 }
 
 /* openai_api.Answer._append: tokens that came with a read. */
@@ -142,7 +138,9 @@ static int take(struct scan *s, const struct event *e, int64_t read, int64_t sen
     const struct span *thought = e->reasoning_content.size ? &e->reasoning_content : &e->reasoning;
     const struct span *said = e->content.size ? &e->content : &e->text;
     int visible = said->size > 0, output = visible || thought->size > 0;
-    if (e->finish.escaped || (thought->size && !say(s, thought)) || (visible && !say(s, said))) return 0;
+    if (e->finish.escaped) return 0;
+    if (thought->size) say(s, thought);
+    if (visible) say(s, said);
     if (visible && !s->first_visible_ns) s->first_visible_ns = s->kernel_ns[read];
     int64_t tokens = output;
     if (output && !s->seen) {
