@@ -141,9 +141,11 @@ class Deployment:
         few seconds."""
         assert self._job is not None, "start() comes first"
         deadline = time.monotonic() + REPORT_S
-        while any(state.state == "starting" for state in self._job.poll()) and time.monotonic() < deadline:
+        states = self._job.poll()
+        while any(state.state == "starting" for state in states) and time.monotonic() < deadline:
             time.sleep(0.05)
-        return {state.name: [state.host, state.pid] for state in self._job.poll()}
+            states = self._job.poll()
+        return {state.name: [state.host, state.pid] for state in states}
 
     def _lend(self, run_dir: Path) -> None:
         if self._share is not None and self._job is not None:

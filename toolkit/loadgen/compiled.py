@@ -5,16 +5,34 @@ What needs one has a slower twin in Python: machines without a compiler can do e
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from toolkit.cache import cache_dir
 
 log = logging.getLogger(__name__)
+
+
+Signatures = Mapping[str, tuple[Any, ...]]  # function -> type of its result, of its arguments
+
+
+def load(source: Path, signatures: Signatures) -> ctypes.CDLL | None:
+    """``source`` as a library of typed functions; None where it cannot be compiled."""
+    made = build(source, shared=True)
+    if made is None:
+        return None
+    lib = ctypes.CDLL(str(made))
+    for name, (result, *arguments) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
 
 
 def build(source: Path, shared: bool = False) -> Path | None:

@@ -12,7 +12,7 @@ import select
 import socket
 from pathlib import Path
 
-from toolkit.loadgen.compiled import build
+from toolkit.loadgen.compiled import Signatures, load
 from toolkit.loadgen.exchange import SPILL_BYTES, Exchange, Spool
 from toolkit.loadgen.http1 import MAX_SIZE_LINE, FramingError
 from toolkit.loadgen.receive import END_OF_STREAM, READ_BYTES, Watcher
@@ -59,12 +59,8 @@ class WalkState(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """``receive.c``, compiled; None where it cannot be."""
-    made = build(SOURCE, shared=True)
-    if made is None:
-        return None
-    lib = ctypes.CDLL(str(made))
     reader, number, pointer = ctypes.c_void_p, ctypes.c_int, ctypes.POINTER
-    signatures = {
+    signatures: Signatures = {
         "reader_new": (reader, number, ctypes.c_size_t, ctypes.c_size_t),
         "reader_delete": (None, reader),
         "reader_reads": (ctypes.c_uint64, reader),
@@ -77,10 +73,7 @@ def library() -> ctypes.CDLL | None:
         "reader_spool": (number, reader, number, number, pointer(Spooled)),
         "walk_feed": (number, pointer(WalkState), ctypes.c_char_p, ctypes.c_int64),
     }
-    for name, (result, *arguments) in signatures.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    return lib
+    return load(SOURCE, signatures)
 
 
 class NativeReceiver:

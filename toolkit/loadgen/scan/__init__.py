@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.loadgen.compiled import build
+from toolkit.loadgen.compiled import Signatures, load
 from toolkit.loadgen.exchange import Exchange, Spool
 from toolkit.loadgen.http1 import EVENT_STREAM, FramingError, Head, parse_head
 from toolkit.loadgen.openai_api import Answer
@@ -61,16 +61,14 @@ class Seen(NamedTuple):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """``scan.c``, compiled; None where it cannot be."""
-    made = build(SOURCE, shared=True)
-    if made is None:
-        return None
-    lib = ctypes.CDLL(str(made))
     long, number, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
-    lib.scan_new.restype = ctypes.POINTER(Scan)
-    lib.scan_delete.restype, lib.scan_delete.argtypes = None, [pointer]
-    lib.scan_load.restype, lib.scan_load.argtypes = long, [pointer, number, pointer, number]
-    lib.scan_events.restype, lib.scan_events.argtypes = number, [pointer, long, number, long, long]
-    return lib
+    signatures: Signatures = {
+        "scan_new": (ctypes.POINTER(Scan),),
+        "scan_delete": (None, pointer),
+        "scan_load": (long, pointer, number, pointer, number),
+        "scan_events": (number, pointer, long, number, long, long),
+    }
+    return load(SOURCE, signatures)
 
 
 class Scanner:
