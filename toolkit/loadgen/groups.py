@@ -70,7 +70,8 @@ class Group:
                 await self.link.send(Ping())
                 theirs, after = await self._pongs.get(), time.time_ns()
                 if after - before < best:
-                    best, self.clock_offset_s = after - before, (theirs - (before + after) / 2) * 1e-9
+                    # In whole ns: a float near 2e18 is rounded to 256.
+                    best, self.clock_offset_s = after - before, (2 * theirs - before - after) * 0.5e-9
             log.info("%s: clock offset %+.3f ms, known to %.3f ms", self.host, self.clock_offset_s * 1e3, best * 0.5e-6)
 
     async def _listen(self) -> None:
