@@ -10,7 +10,12 @@ from tests.interpreted import interpret, needs_triton
 from toolkit.engine.eplb.planner import plan
 from toolkit.engine.eplb.replicas import WeightedOnDevice, WeightedOnHost
 
-SHAPES = [(16, 24, 4, 300), (16, 16, 4, 40), (64, 96, 8, 1400)]
+SHAPES = [
+    (16, 24, 4, 300),
+    (16, 16, 4, 40),
+    (64, 96, 8, 1400),
+    (32, 60, 12, 4200),
+]  # the last one counted beforehand, with an expert of many replicas
 
 
 def counted(experts: int, slots: int, gpus: int, assignments: int) -> None:
@@ -30,14 +35,14 @@ def counted(experts: int, slots: int, gpus: int, assignments: int) -> None:
     assert torch.equal(counts, wanted) and torch.equal(received, wanted_rows + rows)
 
 
-def both_ways(experts: int, slots: int, gpus: int, assignments: int) -> None:
+def both_ways(experts: int, slots: int, gpus: int, assignments: int, where: str = "cpu") -> None:
     """The same batches on the host and by the kernels: every id to a slot of its expert, GPUs equally level."""
     rng = np.random.default_rng(experts + slots)
     load = np.stack([rng.permutation(np.arange(1, experts + 1) ** -0.8) for _ in range(2)])
     placed = plan(load, slots, num_gpus=gpus).phy2log_LR
     for rank in (0, gpus - 1):
-        shape = (2, experts, slots, rank, gpus, 1, "cpu")
-        device, host = WeightedOnDevice(*shape), WeightedOnHost(*shape)
+        shape = (2, experts, slots, rank, gpus, 1)
+        device, host = WeightedOnDevice(*shape, where), WeightedOnHost(*shape, "cpu")
         addresses = device.table_L.data_ptr()
         for layer in (0, 1):
             for choice in (device, host):
@@ -46,14 +51,14 @@ def both_ways(experts: int, slots: int, gpus: int, assignments: int) -> None:
             chance = load[layer] / load[layer].sum()
             ids = torch.from_numpy(rng.choice(experts, size=(assignments // 4, 4), p=chance))
             ids[-3:] = -1
-            found, wanted = device(layer, ids), host(layer, ids)
+            found, wanted = device(layer, ids.to(where)).cpu(), host(layer, ids)
             assert (found[-3:] == -1).all() and found.shape == ids.shape
             assert torch.equal(torch.from_numpy(placed[layer])[found[:-3]], ids[:-3])
             loads = [np.bincount(slots_[:-3].numpy().ravel() // (slots // gpus), minlength=gpus)
                      for slots_ in (found, wanted)]  # fmt: skip
             assert np.abs(loads[0] - loads[1]).max() <= 2, "float32 and float64 may round a token differently"
             assert (found == wanted).float().mean() > 0.98
-        assert device(0, ids[:0]).shape == (0, 4) and device.table_L.data_ptr() == addresses
+        assert device(0, ids[:0].to(where)).shape == (0, 4) and device.table_L.data_ptr() == addresses
 
 
 @needs_triton

@@ -5,7 +5,8 @@
 Each is timed as CUDA graphs of many calls that follow one another, over several copies of the large weights, so that
 those are not read from L2. Microseconds a call: median of repeats, the fastest and slowest but one in brackets, and the
 ratio to torch's in the same process. ``WIDEEP_PDL=0`` before the command: kernels do not overlap their starts.
-Shapes are Qwen3-30B-A3B's, the gate by groups DeepSeek-V3's. What several ranks do together is in
+Shapes are Qwen3-30B-A3B's, the gate by groups DeepSeek-V3's; EPLB's weighted choice of replicas, beside the
+dynamic one's calls, is of both, of a larger group, and of a prefill chunk. What several ranks do together is in
 ``toolkit.engine.moe.bench``, attention in ``toolkit.engine.bench.attention``.
 """
 
@@ -19,11 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.engine import device as devices
+from toolkit.engine.eplb.replicas import DynamicChoice, WeightedOnDevice
 from toolkit.engine.late import late_linear
 from toolkit.engine.layers import RMSNorm
 from toolkit.engine.moe.gate import GroupedSigmoidGate, SoftmaxGate
@@ -94,6 +97,24 @@ def pairs(rows: int) -> Iterator[tuple[str, Call, Call]]:
         lambda i: kernels.gather_rows(placed, at, weights, torch.bfloat16),
         lambda i: (placed[at] * weights[..., None]).sum(1).to(torch.bfloat16),
     )
+    for shape in ((128, 144, 4), (256, 288, 32), (384, 512, 64)):
+        yield f"weighted choice, {shape[0]} in {shape[1]} on {shape[2]}", *_choices(rows, *shape)
+    if rows == 256:
+        yield "weighted choice, 64 x these rows", *_choices(64 * rows, 256, 288, 32)
+
+
+def _choices(rows: int, experts: int, slots: int, ranks: int) -> tuple[Call, Call]:
+    """The weighted and the dynamic choice of a replica for skewed ids, redundant slots to the first experts."""
+    shape = (COPIES, experts, slots, 0, ranks, 1, "cuda")
+    weighted, dynamic = WeightedOnDevice(*shape), DynamicChoice(*shape)
+    rng = np.random.default_rng(0)
+    for layer in range(COPIES):
+        phy2log = rng.permutation(np.arange(slots) % experts)
+        weighted.update(layer, weighted.prepare(phy2log))
+        dynamic.update(layer, dynamic.prepare(phy2log))
+    chance = torch.arange(1, experts + 1, device="cuda") ** -0.6
+    ids = torch.multinomial(chance.expand(rows, -1), TOP_K)
+    return lambda i: weighted(i, ids), lambda i: dynamic(i, ids)
 
 
 class _Ones:

@@ -158,7 +158,7 @@ class WeightedOnHost:
 
 
 class WeightedOnDevice:
-    """The same split by kernels that read a table of fixed size a layer."""
+    """The same split by a kernel that reads a row of fixed size a layer."""
 
     capturable = True
 
@@ -166,32 +166,24 @@ class WeightedOnDevice:
         self, layers: int, experts: int, slots: int, ep_rank: int, ep_size: int, nodes: int, device: str
     ) -> None:
         from toolkit.engine.eplb import weighted
+        from toolkit.engine.eplb.packed import Layout, pack
         from toolkit.engine.kernels.replicas import weighted_slots
 
-        self._weighted, self._slots_of = weighted, weighted_slots
-        self._experts, self._rank, self._ranks, self._local = experts, ep_rank, ep_size, slots // ep_size
-        most = min(slots, 2 * (slots - experts))  # rows that experts with several replicas can have
-        self._rows, self._device = max(16, 1 << (most - 1).bit_length() if most else 0), device
-        self.table_L = torch.zeros((layers, 3 * experts + 3 * self._rows), dtype=torch.int32, device=device)
+        self._weighted, self._pack, self._slots_of = weighted, pack, weighted_slots
+        self._rank, self._ranks, self._device = ep_rank, ep_size, device
+        self._layout = Layout.of(experts, slots, ep_size)
+        self.table_L = torch.zeros((layers, self._layout.words), dtype=torch.int32, device=device)
 
     def prepare(self, phy2log_R: Ints) -> Tensor:
-        t = self._weighted.make_table(phy2log_R, self._experts, self._ranks, self._rank)
-        several = t.count_E > 1
-        only = np.where(several, -1, t.slot_R[t.first_E])
-        first = np.where(several, np.cumsum(t.count_E * several) - t.count_E, 0)
-        rows_E3 = np.full((3, self._rows), -1)
-        replicated_R = several.repeat(t.count_E)
-        rows_E3[:, : int(replicated_R.sum())] = (
-            np.arange(self._experts).repeat(t.count_E)[replicated_R], t.gpu_R[replicated_R], t.slot_R[replicated_R]
-        )  # fmt: skip
-        return staged(np.concatenate([only, first, t.count_E, rows_E3.ravel()]).astype(np.int32), self._device)
+        made = self._weighted.make_table(phy2log_R, self._layout.experts, self._ranks, self._rank)
+        return staged(self._pack(made, self._layout), self._device)
 
     def update(self, layer: int, prepared: Tensor) -> None:
         self.table_L[layer].copy_(prepared, non_blocking=True)
 
     def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
-        table = self.table_L[layer]
-        slots: Tensor = self._slots_of(ids_SK, table, self._experts, self._local, self._weighted.ROUNDS)
+        w = self._weighted
+        slots: Tensor = self._slots_of(ids_SK, self.table_L[layer], self._layout, w.STIFF, w.STRIDE)
         return slots
 
     def table(self, layer: int) -> Tensor | None:

@@ -2,11 +2,13 @@
 
 Splitting evenly is what placements are planned for, but a single batch differs from the window they were planned from.
 The split here levels the GPUs with the batch's own counts: it minimises the sum of squared GPU loads, whose minimum
-also has the least possible largest load (the optimum of the linear programme). All experts move at once, each down its
-gradient and back onto the splits that there are, with momentum (FISTA, Beck and Teboulle 2009), so that a GPU can do
-the same with one thread a replica: ``toolkit/engine/kernels/replicas.py``.
+also has the least possible largest load (the optimum of the linear programme). If no share could be negative, that
+would be one product with a matrix that the placement alone decides; so that is worked out with the placement, and
+rounds alternate between it and the cut at zero (Douglas-Rachford splitting: Eckstein and Bertsekas 1992). In each a
+change reaches all GPUs, not only those beside it, so that 12 do what took 24 of projected gradients with momentum.
+GPUs run the same rounds: ``toolkit/engine/kernels/replicas.py``.
 One layer; pure numpy, compiled where numba is there. Knows nothing of the dispatchers that use the split.
-E: experts, R: slots, V: experts with several replicas, W: their slots, G: GPUs, A: assignments.
+E: experts, R: slots, P: places, F: windows, G: GPUs, A: assignments.
 """
 
 from __future__ import annotations
@@ -21,168 +23,198 @@ from toolkit.engine.eplb.jit import jit
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-ROUNDS = 24
-"""After which the split is within 0.01 of the optimum on all loads of the benchmark."""
+WIDTH, APART = 8, 6
+"""Places of a window, and how far the windows of one expert are apart at most."""
 
+STIFF = 0.5
+"""What keeps a round's shares near the last ones, beside 1 for GPU loads. Less: far moves, much of them cut at zero."""
 
-CLOSE = 1e-3
+STRIDE = 1.6
+"""Of a round's move, how much is made: above 1 is over-relaxed, 2 would not converge."""
+
+CLOSE = 1e-4
 """The host ends when a round moves no share by more than this part of the mean GPU load."""
+
+FEW_GPUS, ROUNDS = 8, {"few GPUs": 6, "many": 12, "several windows": 24}
+"""After which the split is within 0.01 of the optimum on all loads of the benchmark. Few GPUs are levelled soon; it
+takes longer where tokens have to move from window to window."""
 
 
 @dataclass(frozen=True)
 class Table:
     """A layer's placement as the split reads it; made when the placement changes.
 
+    A window is up to ``WIDTH`` replicas of an expert that share tokens. Most experts have one. Those with more replicas
+    have several windows of a fixed part of the tokens each, which overlap, so that tokens can still move from any
+    replica to any other. A replica has a place in each of its windows.
+
     Attributes:
-        slot_R, gpu_R: slots and their GPUs, expert by expert.
-        first_E: row of each expert's first slot; count_E: its replicas.
-        several_V: experts with more than one replica.
-        end_V: where the rows of each of these end, when theirs alone are laid one after the other: w of W.
-        gpu_W: GPUs of these rows.
-        step_V: step of their gradient: one by the most such rows on any of their GPUs.
-        gpus: G.
+        slot_P, gpu_P: slots and their GPUs, expert by expert, window by window.
+        first_E: each expert's first place; count_E: its places.
+        expert_F: of experts with several replicas, window by window; first_F: its first place; size_F: its places.
+        part_F: of the expert's tokens, shared in the window; even_P: at the place when all replicas get equally many.
+        smooth_GG: GPU loads of given shares -> those of the nearest shares that have given sums and are as level as
+            ``STIFF`` lets them; symmetric.
+        rounds: of the levelling, at most.
     """
 
-    slot_R: Ints
-    gpu_R: Ints
+    slot_P: Ints
+    gpu_P: Ints
     first_E: Ints
     count_E: Ints
-    several_V: Ints
-    end_V: Ints
-    gpu_W: Ints
-    step_V: Floats
-    gpus: int
+    expert_F: Ints
+    first_F: Ints
+    size_F: Ints
+    part_F: Floats
+    even_P: Floats
+    smooth_GG: Floats
+    rounds: int
 
 
 def make_table(phy2log_R: Ints, experts: int, gpus: int, turn: int = 0) -> Table:
     """The table of a layer's placement.
 
     Args:
-        turn: each expert's replicas begin with this one, in a circle, so that ranks do not all round to the same.
+        turn: which of its replicas, in a circle, an expert begins with; each expert with another, so that neither the
+            experts of a batch nor the ranks, each with its own turn, all round to the same GPU.
     """
-    count_E = np.bincount(phy2log_R, minlength=experts)
-    first_E = count_E.cumsum() - count_E
-    slot_R = np.argsort(phy2log_R, kind="stable")
-    several_V = np.flatnonzero(count_E > 1)
-    for expert in several_V.tolist():
-        rows = slice(first_E[expert], first_E[expert] + count_E[expert])
-        slot_R[rows] = np.roll(slot_R[rows], -turn)
-    gpu_R = slot_R // (len(phy2log_R) // gpus)
-    gpu_W = gpu_R[np.repeat(count_E > 1, count_E)]
-    crowd_E = np.maximum.reduceat(np.bincount(gpu_W, minlength=gpus)[gpu_R], first_E)
-    end_V = count_E[several_V].cumsum()
-    return Table(slot_R, gpu_R, first_E, count_E, several_V, end_V, gpu_W, 1.0 / crowd_E[several_V], gpus)
+    replicas_E = np.bincount(phy2log_R, minlength=experts)
+    windows_E = np.where(replicas_E > WIDTH, -(-replicas_E // APART), 1)
+    count_E = np.where(replicas_E > WIDTH, WIDTH * windows_E, replicas_E)
+    first_E, expert_P = count_E.cumsum() - count_E, np.arange(experts).repeat(count_E)
+    window, within = np.divmod(np.arange(len(expert_P)) - first_E[expert_P], WIDTH)
+    which = (window * replicas_E[expert_P] // windows_E[expert_P] + within) % replicas_E[expert_P]
+    begin_P = (replicas_E.cumsum() - replicas_E)[expert_P]  # of the expert's slots among all, sorted by expert
+    slot_P = np.argsort(phy2log_R, kind="stable")[begin_P + (which + turn + expert_P) % replicas_E[expert_P]]
+    times_R = np.bincount(begin_P + which, minlength=len(phy2log_R))
+    even_P = 1.0 / (replicas_E[expert_P] * times_R[begin_P + which])
+    gpu_P, several_P = slot_P // (len(phy2log_R) // gpus), replicas_E[expert_P] > 1
+    first_F = np.flatnonzero(several_P & (within == 0))
+    window_P = np.cumsum(within[several_P] == 0) - 1
+    size_F = np.bincount(window_P, minlength=len(first_F))
+    part_F = np.bincount(window_P, weights=even_P[several_P], minlength=len(first_F)).astype(np.float64)
+    several = "several windows" if len(first_F) > (replicas_E > 1).sum() else "many"
+    return Table(
+        slot_P, gpu_P, first_E, count_E, expert_P[first_F], first_F, size_F, part_F, even_P,
+        _smooth(window_P, gpu_P[several_P], size_F, gpus),
+        ROUNDS["few GPUs" if gpus <= FEW_GPUS and several == "many" else several],
+    )  # fmt: skip
+
+
+def _smooth(window_W: Ints, gpu_W: Ints, size_F: Ints, gpus: int) -> Floats:
+    """``Table.smooth_GG``; W: the places of windows.
+
+    Minimising |load|^2 + STIFF |shares - given|^2 over shares whose windows' sums are given makes each share its given
+    one plus (mean load of its window's GPUs - load of its own) / STIFF. Summed by GPU, these are equations for loads.
+    """
+    on_FG = np.zeros((len(size_F), gpus))
+    np.add.at(on_FG, (window_W, gpu_W), 1.0)
+    flow_GG = np.diag(on_FG.sum(0)) - on_FG.T @ (on_FG / size_F[:, None])
+    return np.asarray(STIFF * np.linalg.inv(STIFF * np.eye(gpus) + flow_GG), np.float64)
 
 
 def split(counts_E: Ints, table: Table) -> Ints:
-    """Tokens that each slot gets, [R], expert by expert as in ``table.slot_R``; each expert's sum to its count.
+    """Tokens that each place gets, [P]; each expert's sum to its count.
 
     Args:
         counts_E: assignments of the batch, of all ranks or of one.
     """
     t = table
-    return _split(counts_E, t.gpu_R, t.first_E, t.count_E, t.several_V, t.end_V, t.gpu_W, t.step_V, t.gpus)
+    return _split(
+        counts_E, t.gpu_P, t.first_E, t.count_E, t.expert_F, t.first_F, t.size_F, t.part_F, t.even_P, t.smooth_GG,
+        t.rounds,
+    )  # fmt: skip
 
 
 @jit
 def _split(
-    counts_E: Ints, gpu_R: Ints, first_E: Ints, count_E: Ints, several_V: Ints, end_V: Ints, gpu_W: Ints,
-    step_V: Floats, gpus: int,
+    counts_E: Ints, gpu_P: Ints, first_E: Ints, count_E: Ints, expert_F: Ints, first_F: Ints, size_F: Ints,
+    part_F: Floats, even_P: Floats, smooth_GG: Floats, turns: int,
 ) -> Ints:  # fmt: skip
-    tokens_R, base_G = np.empty(len(gpu_R), np.int64), np.zeros(gpus)
+    tokens_P, base_G = np.zeros(len(gpu_P), np.int64), np.zeros(len(smooth_GG))
     for expert in range(len(counts_E)):
         if count_E[expert] == 1:
-            tokens_R[first_E[expert]] = counts_E[expert]
-            base_G[gpu_R[first_E[expert]]] += counts_E[expert]
-    tokens_W, begin = _level(counts_E[several_V], base_G, end_V, gpu_W, step_V), 0
-    for v in range(len(several_V)):
-        first = first_E[several_V[v]]
-        tokens_R[first : first + end_V[v] - begin] = tokens_W[begin : end_V[v]]
-        begin = end_V[v]
-    return tokens_R
+            tokens_P[first_E[expert]] = counts_E[expert]
+            base_G[gpu_P[first_E[expert]]] += counts_E[expert]
+    share_P = even_P * 0.0
+    for f in range(len(first_F)):
+        for p in range(first_F[f], first_F[f] + size_F[f]):
+            share_P[p] = even_P[p] * counts_E[expert_F[f]]
+    total_F = part_F * counts_E[expert_F]
+    _level(share_P, total_F, base_G, gpu_P, first_F, size_F, smooth_GG, turns, CLOSE * counts_E.sum() / len(base_G))
+    given, upto = 0, 0.0
+    for f in range(len(first_F)):
+        first, end = first_F[f], first_F[f] + size_F[f]
+        if first == first_E[expert_F[f]]:
+            given, upto = 0, 0.0
+        for p in range(first, end):
+            upto += share_P[p]
+            tokens_P[p] = max(0, int(np.floor(upto + 0.5)) - given)
+            given += tokens_P[p]
+        if end == first_E[expert_F[f]] + count_E[expert_F[f]]:
+            tokens_P[end - 1] += counts_E[expert_F[f]] - given
+    return tokens_P
 
 
 @jit
-def _level(total_V: Ints, base_G: Floats, end_V: Ints, gpu_W: Ints, step_V: Floats) -> Ints:
-    """Tokens of each row of the replicated experts, [W], beside what GPUs have of all others."""
-    rows = len(gpu_W)
-    enough = CLOSE * (base_G.sum() + total_V.sum()) / len(base_G)
-    share_W, before_W, ahead_W, moved_W = np.zeros(rows), np.zeros(rows), np.zeros(rows), np.zeros(rows)
-    order_W, tokens_W, load_G = np.arange(rows), np.zeros(rows, np.int64), np.empty(len(base_G))
-    begin = 0
-    for v in range(len(end_V)):
-        share_W[begin : end_V[v]] = total_V[v] / (end_V[v] - begin)
-        begin = end_V[v]
-    before_W[:] = share_W
-    for turn in range(ROUNDS):
-        momentum, shifted = turn / (turn + 3.0), 0.0
-        load_G[:] = base_G
-        for w in range(rows):
-            ahead_W[w] = share_W[w] + momentum * (share_W[w] - before_W[w])
-            load_G[gpu_W[w]] += ahead_W[w]
-            before_W[w] = share_W[w]
-        begin = 0
-        for v in range(len(end_V)):
-            end, total = end_V[v], float(total_V[v])
-            for w in range(begin, end):
-                moved_W[w] = ahead_W[w] - step_V[v] * load_G[gpu_W[w]]
-            if end - begin == 2:  # most have two, and a call costs more than this
-                share_W[begin] = min(total, max(0.0, 0.5 * (total + moved_W[begin] - moved_W[begin + 1])))
-                share_W[begin + 1] = total - share_W[begin]
-            else:
-                _onto_simplex(moved_W, order_W, begin, end, total, share_W)
-            begin = end
-        for w in range(rows):
-            shifted = max(shifted, abs(share_W[w] - before_W[w]))
-        if shifted <= enough:
-            break
-    begin = 0
-    for v in range(len(end_V)):
-        given, upto = 0, 0.0
-        for w in range(begin, end_V[v]):
-            upto += share_W[w]
-            whole = int(np.floor(upto + 0.5)) if w + 1 < end_V[v] else total_V[v]
-            tokens_W[w], given = whole - given, whole
-        begin = end_V[v]
-    return tokens_W
+def _level(
+    share_P: Floats, total_F: Floats, base_G: Floats, gpu_P: Ints, first_F: Ints, size_F: Ints, smooth_GG: Floats,
+    turns: int, enough: float,
+) -> None:  # fmt: skip
+    """Levels the shares of all windows, beside what GPUs have of other experts; in place.
 
-
-@jit
-def _onto_simplex(moved_W: Floats, order_W: Ints, first: int, end: int, total: float, share_W: Floats) -> None:
-    """Writes the shares nearest to ``moved_W`` that are not negative and sum to ``total``.
-
-    ``order_W`` keeps the rows from the largest to the smallest from turn to turn, when it hardly changes.
+    Between rounds ``share_P`` may be negative: its positive part is the split, its negative part how much each place
+    has been cut, so that its magnitude is what the next round starts from.
     """
-    for index in range(first + 1, end):
-        row, at = order_W[index], index
-        while at > first and moved_W[order_W[at - 1]] < moved_W[row]:
-            order_W[at] = order_W[at - 1]
-            at -= 1
-        order_W[at] = row
-    above, cut = -total, 0.0
-    for index in range(first, end):
-        above += moved_W[order_W[index]]
-        cut = above / (index - first + 1)
-        if index + 1 == end or moved_W[order_W[index + 1]] <= cut:
+    given_P, sum_G, load_G = np.zeros(len(share_P)), np.empty(len(base_G)), np.empty(len(base_G))
+    for _ in range(turns):
+        sum_G[:] = base_G
+        for f in range(len(first_F)):
+            first, end, missing = first_F[f], first_F[f] + size_F[f], total_F[f]
+            for p in range(first, end):
+                missing -= abs(share_P[p])
+            for p in range(first, end):
+                given_P[p] = abs(share_P[p]) + missing / size_F[f]
+                sum_G[gpu_P[p]] += given_P[p]
+        load_G[:] = 0.0
+        for gpu in range(len(base_G)):  # a row times a number, which becomes vector instructions
+            for other in range(len(base_G)):
+                load_G[other] += smooth_GG[gpu, other] * sum_G[gpu]
+        moved = 0.0
+        for f in range(len(first_F)):
+            first, end, mean = first_F[f], first_F[f] + size_F[f], 0.0
+            for p in range(first, end):
+                mean += load_G[gpu_P[p]] / size_F[f]
+            for p in range(first, end):
+                level = given_P[p] + (mean - load_G[gpu_P[p]]) / STIFF
+                move = level - max(share_P[p], 0.0)
+                share_P[p] += STRIDE * move
+                moved = max(moved, abs(move))
+        if moved <= enough:
             break
-    for row in range(first, end):
-        share_W[row] = max(0.0, moved_W[row] - cut)
+    for f in range(len(first_F)):
+        first, end, kept = first_F[f], first_F[f] + size_F[f], 0.0
+        for p in range(first, end):
+            share_P[p] = max(share_P[p], 0.0)
+            kept += share_P[p]
+        for p in range(first, end):
+            share_P[p] *= total_F[f] / max(kept, 1e-6)
 
 
-def split_loads(tokens_R: Ints, table: Table) -> Ints:
+def split_loads(tokens_P: Ints, table: Table) -> Ints:
     """Load of each GPU under a split, [G]."""
-    return np.bincount(table.gpu_R, weights=tokens_R, minlength=table.gpus).astype(np.int64)
+    return np.bincount(table.gpu_P, weights=tokens_P, minlength=len(table.smooth_GG)).astype(np.int64)
 
 
-def choose(ids_A: Ints, tokens_R: Ints, table: Table) -> Ints:
+def choose(ids_A: Ints, tokens_P: Ints, table: Table) -> Ints:
     """Slot of each assignment of the batch, in order, [A]; -1 stays -1.
 
-    The first assignments to an expert go to its first slot, as many as it gets, the next to its second, and so on.
+    The first assignments to an expert go to its first place, as many as it gets, the next to its second, and so on.
     """
     out_A = np.full(len(ids_A), -1, np.int64)
     real = ids_A >= 0
     order = np.argsort(ids_A, kind="stable")[int((~real).sum()) :]
-    slots_A = np.repeat(table.slot_R, tokens_R)
+    slots_A = np.repeat(table.slot_P, tokens_P)
     assert len(slots_A) == len(order), "the split is of another batch"
     out_A[order] = slots_A
     return out_A
