@@ -14,7 +14,7 @@ import os
 import time
 from pathlib import Path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 CONFIG = "config.yaml"
 OVERRIDES = "overrides.yaml"
