@@ -37,6 +37,7 @@ NODES = "nodes.parquet"
 NODE_SAMPLES = "nodes"
 ATTEMPTS = "attempts"
 REBALANCES = "rebalances.jsonl"
+EXPERT_DUMPS = "expert_dumps"
 
 
 def log_name(role: str, index: int) -> str:
