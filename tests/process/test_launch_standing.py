@@ -181,7 +181,7 @@ def test_each_run_gets_the_rows_of_its_own_load(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_worker_that_was_started_anew_between_two_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It counts its steps and its pairs from zero, into new files; each run has what is its own of both lives."""
+    """It counts its steps from zero, into a new file, its experts on; each run has what is its own of both lives."""
     home, runs = tmp_path / "a" / FOLDER, [tmp_path / "a", tmp_path / "b"]
     for folder in (home, *runs):
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ def test_a_worker_that_was_started_anew_between_two_loads(tmp_path: Path, monkey
     share.settle(runs[0], [], [])
     share.lend(runs[1], [], [])
     add_steps(decode, [150.0, 160.0])
-    write_experts(decode / records.EXPERTS, counts([150.0], 3))
+    write_experts(decode / records.EXPERTS, counts([50.0, 150.0], 10))
     share.settle(runs[1], [], [])
     mine = [folder / records.WORKERS / "decode0" for folder in runs]
     assert [read_steps(folder)["t_begin"].tolist() for folder in mine] == [[50.0], [150.0, 160.0]]

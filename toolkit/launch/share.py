@@ -120,9 +120,7 @@ class Share:
         if found.slot_counts is not None:
             parts["slot_counts"] = found.slot_counts[mine]
         if found.pairs is not None:
-            before = self._pairs.get(name)
-            if before is not None and (found.pairs >= before).all():  # else its worker was started anew, and from zero
-                parts["pairs"] = found.pairs - before
+            parts["pairs"] = found.pairs - self._pairs.get(name, 0)
             self._pairs[name] = found.pairs
         write_experts(run_dir / name, dataclasses.replace(found, **parts))
 

@@ -2,13 +2,14 @@
 
 One thread a rank, with a process group of its own, sums the windows in the order in which they come, which is the same
 on every rank; so a step never waits for a sum. Memory stays bounded on a run of any length: when ``MAX_WINDOWS``
-are full, neighbours are merged.
+are full, neighbours are merged. A worker that is started anew goes on with the file that the process before left.
 Knows nothing of how counts come about. Read next: ``windows.py``; ``manager.py``, which listens.
 L: MoE layers, E: logical experts, P: slots, e: slots of this rank.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -17,15 +18,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from toolkit.engine.eplb.windows import Ints, Summed, Window, balancedness, halved
 from toolkit.engine.parallel import Comm
 from toolkit.records import EXPERT_DUMPS
-from toolkit.records.experts import ExpertCounts, write_experts
+from toolkit.records.experts import ExpertCounts, read_experts, write_experts
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +69,13 @@ class History:
         self._layer_ids, self._experts, self._comm, self._path = layer_ids, experts, comm, path
         self._ep_rank, self._ep_size, self._slots = ep_rank, ep_size, placement_LP.shape[1]
         self._windows: list[Summed] = []
-        self._placements = [(time.time(), placement_LP.astype(np.int32))]
+        self._placements: list[tuple[float, NDArray[np.int32]]] = []
         self._pairs: np.ndarray | None = None
+        self._pairs_before: np.ndarray | int = 0
         self._asked: deque[float] = deque(maxlen=MAX_ASKED)
+        if path is not None and path.exists():
+            self._go_on(path, placement_LP.shape)
+        self._placements.append((time.time(), placement_LP.astype(np.int32)))
         self._written = time.monotonic()
         self._write_took = 0.0
         self._failure = ""
@@ -76,6 +83,26 @@ class History:
         self.last_balancedness = float("nan")
         self._jobs: queue.SimpleQueue[tuple[Window, object] | _Flush] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="expert-history", daemon=True).start()
+
+    def _go_on(self, path: Path, shape_LP: tuple[int, ...]) -> None:
+        """Takes over what the process before left. What does not fit is put aside, not lost."""
+        try:
+            found = read_experts(path)
+            shapes = (found.counts.shape[1:], found.placement.shape[1:], found.ep_size)
+            if shapes != ((len(self._layer_ids), self._experts), shape_LP, self._ep_size) or found.slot_counts is None:
+                raise ValueError(f"it counts other layers, experts, slots or ranks: {shapes}")
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            path.rename(aside)
+            log.warning("%s is not gone on with (%s): it is %s now", path, error, aside.name)
+            return
+        whole = zip(found.counts, found.slot_counts, found.times.tolist(), strict=True)
+        self._windows = [Summed(counts, slots, begin, end, 0) for counts, slots, (begin, end) in whole]
+        self._placements = list(zip(found.placement_times.tolist(), found.placement, strict=True))
+        if found.pairs is not None:
+            self._pairs = self._pairs_before = found.pairs
+        log.info("%s: going on with %d windows of the process before", path, len(self._windows))
 
     # --- called between steps -----------------------------------------------------------------------
 
@@ -146,7 +173,7 @@ class History:
         if isinstance(job, _Flush):
             if job.pairs is not None:
                 self._comm.all_reduce(job.pairs)
-                self._pairs = job.pairs.numpy()
+                self._pairs = job.pairs.numpy() + self._pairs_before
             if self._windows:
                 self._asked.append(self._windows[-1].end)
             self._write()
