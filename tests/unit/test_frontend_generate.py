@@ -9,9 +9,12 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.unit.frontend_peer import Bench, serving, utf8
+from tests.unit.frontend_peer import Bench, each_way, serving, utf8
 from toolkit.engine.core import FinishReason
 from toolkit.engine.messages import Abort, Failed, Generate, Output, Outputs, Wake
+
+__all__ = ["each_way"]
+pytestmark = pytest.mark.usefixtures("each_way")
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import msgspec
 
 from toolkit.engine.core import SamplingParams
+from toolkit.engine.frontend.flight import Sink
 from toolkit.engine.messages import Generate, Output, Receive, Send
 
 if TYPE_CHECKING:
@@ -100,34 +101,26 @@ class Leg:
 
 
 class DisaggFlight:
-    """Requests of one prompt. Like ``ranks.Flight``: ``send``, ``next``, ``abort``, ``close``."""
+    """Requests of one prompt. A ``flight.Flight``; ``close`` it."""
 
-    def __init__(self, handoffs: Handoffs, prompt: list[int]) -> None:
-        self._handoffs = handoffs
+    def __init__(self, handoffs: Handoffs, prompt: list[int], sink: Sink) -> None:
+        self._handoffs, self._prompt, self._sink = handoffs, prompt, sink
         # Chosen now because the answer's headers name it; an attempt may have to take another.
         self._unit = handoffs.decode(prompt)
         self.label = self._unit.index if self._unit is not None else -1
-        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def send(self, rid: str, prompt: list[int], sampling: SamplingParams) -> None:
+    def send(self, rid: str, sampling: SamplingParams) -> None:
         """Starts a request."""
         self._handoffs.num_open += 1
-        self._tasks[rid] = asyncio.create_task(self._serve(Job(rid, list(prompt), sampling)))
-
-    async def next(self) -> Output:
-        return await self._outputs.get()
-
-    @property
-    def waiting(self) -> bool:
-        """Whether ``next`` has an output already."""
-        return not self._outputs.empty()
+        self._tasks[rid] = asyncio.create_task(self._serve(Job(rid, list(self._prompt), sampling)))
 
     def abort(self, rid: str) -> None:
         """Ends a request on both sides, unless it has ended."""
         self._tasks[rid].cancel()
 
     def close(self) -> None:
+        """Ends those that have not ended."""
         for task in self._tasks.values():
             task.cancel()
 
@@ -153,7 +146,7 @@ class DisaggFlight:
             self._handoffs.num_open -= 1
 
     def _fail(self, job: Job, reason: str) -> None:
-        self._outputs.put_nowait(Output(job.rid, [], "error", error=reason))
+        self._sink.put(Output(job.rid, [], "error", error=reason))
 
     async def _attempt(self, job: Job, avoid: list[Unit]) -> None:
         """Serves the request, or what is left of it, once. ``avoid`` grows by the workers that it was lost on."""
@@ -240,4 +233,4 @@ class DisaggFlight:
         job.cached = max(job.cached, 0 if job.generated else output.cached_tokens)
         job.tokens = job.tokens + output.token_ids
         job.generated += len(output.token_ids)
-        self._outputs.put_nowait(msgspec.structs.replace(output, rid=job.rid, cached_tokens=job.cached))
+        self._sink.put(msgspec.structs.replace(output, rid=job.rid, cached_tokens=job.cached))

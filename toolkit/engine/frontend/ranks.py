@@ -8,13 +8,12 @@ in the step that follows. It does not know HTTP or text. Read next: ``messages.p
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -22,6 +21,7 @@ import zmq.asyncio
 from toolkit.engine.args import WorkerAddress
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.frontend.flight import Sink
 from toolkit.engine.messages import (
     Abort,
     Control,
@@ -57,45 +57,29 @@ class RankStatus:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-class Sink(Protocol):
-    """Where the outputs of requests go."""
-
-    def put(self, output: Output) -> None: ...
-
-
-class Flight:
-    """Requests to one DP rank that belong together: what it sends, in order. A request's last output has ``finish``.
+class RankFlight:
+    """Requests of one prompt to one DP rank. What comes of them goes to ``sink``.
 
     ``label``: the DP rank's number in its pool.
     """
 
-    def __init__(self, client: RankClient, dp_rank: int, label: int) -> None:
-        self.dp_rank, self.label = dp_rank, label
-        self._client = client
+    def __init__(self, client: RankClient, dp_rank: int, label: int, prompt: list[int], sink: Sink) -> None:
+        assert 0 <= dp_rank < client.dp_size, dp_rank
+        self.label = label
+        self._client, self._dp_rank, self._prompt, self._sink = client, dp_rank, prompt, sink
         self._rids: list[str] = []
-        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
 
-    def send(self, rid: str, prompt: list[int], sampling: SamplingParams) -> None:
+    def send(self, rid: str, sampling: SamplingParams) -> None:
         """Starts a request."""
         self._rids.append(rid)
-        self._client.start(self, self.dp_rank, Generate(rid, prompt, sampling))
-
-    def put(self, output: Output) -> None:
-        self._outputs.put_nowait(output)
-
-    async def next(self) -> Output:
-        return await self._outputs.get()
-
-    @property
-    def waiting(self) -> bool:
-        """Whether ``next`` has an output already."""
-        return not self._outputs.empty()
+        self._client.start(self._sink, self._dp_rank, Generate(rid, self._prompt, sampling))
 
     def abort(self, rid: str) -> None:
         """Ends a request on its rank, unless it has ended."""
         self._client.abort(rid)
 
     def close(self) -> None:
+        """Ends those that have not ended."""
         for rid in self._rids:
             self.abort(rid)
 
@@ -179,16 +163,6 @@ class RankClient:
     def info_min(self, key: str) -> int:
         """The smallest value of a figure that every rank gave with ``Ready``."""
         return min(int(status.info[key]) for status in self.ranks)
-
-    @contextlib.contextmanager
-    def flight(self, dp_rank: int, label: int) -> Iterator[Flight]:
-        """For requests to a DP rank. Leaving the block aborts those that have not ended."""
-        assert 0 <= dp_rank < self._dims.dp_size, dp_rank
-        flight = Flight(self, dp_rank, label)
-        try:
-            yield flight
-        finally:
-            flight.close()
 
     def start(self, sink: Sink, dp_rank: int, request: Generate) -> None:
         """Sends a request whose outputs go to ``sink``."""
