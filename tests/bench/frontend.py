@@ -1,6 +1,6 @@
 """What the frontend's processes cost a token, alone and with API servers, in front of ranks that only send tokens.
 
-    python -m tests.bench.frontend [--streams 256] [--step-ms 20] [--seconds 8] [--api-servers 1 2 4] [--tokenizer DIR]
+    python -m tests.bench.frontend [--streams 256] [--step-ms 20] [--seconds 8] [--api-servers 1 2 4] [--disagg]
 
 Ranks and clients are processes of their own; a stream asks for ``--osl`` tokens and begins anew. In a step each DP rank
 sends one token of each of its requests in one message, as the engine does. Prints the tokens that reached clients, and
@@ -26,6 +26,7 @@ import urllib.request
 from collections.abc import Iterator
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import psutil
@@ -35,7 +36,18 @@ from toolkit.config.engine import EngineConfig
 from toolkit.config.model import ModelConfig
 from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.args import TOKEN_ENV, FrontendArgs, WorkerAddress
-from toolkit.engine.messages import Abort, Generate, Output, Outputs, Ready, decode_to_rank, encode
+from toolkit.engine.messages import (
+    Abort,
+    Generate,
+    Handover,
+    Output,
+    Outputs,
+    Ready,
+    Send,
+    Ticket,
+    decode_to_rank,
+    encode,
+)
 from toolkit.launch import ports
 
 TOKEN, DP = "bench", 4
@@ -46,36 +58,49 @@ MODEL = {
 }  # fmt: skip
 
 
-def ranks(first_port: int, inbox: int, step_s: float) -> None:
-    """All ranks: a token of every running request each step, on time or as soon as possible."""
+def ranks(first_port: int, inboxes: list[int], step_s: float) -> None:
+    """All ranks: a token of every running request each step, on time or as soon as possible.
+
+    With two inboxes the first is of a prefill worker of one rank, which answers at once; the KV is there as soon.
+    """
     context = zmq.Context()
-    ins = [context.socket(zmq.PULL) for _ in range(DP)]
+    ins = [context.socket(zmq.PULL) for _ in range(len(inboxes) - 1 + DP)]
     for rank, socket in enumerate(ins):
         socket.bind(f"tcp://127.0.0.1:{first_port + rank}")
-    out = context.socket(zmq.PUSH)
-    out.set_hwm(0)
-    out.connect(f"tcp://127.0.0.1:{inbox}")
-    for rank in range(DP):
-        out.send_multipart(encode(Ready(rank, {"max_model_len": 1 << 20, "max_total_tokens": 1 << 30}), TOKEN))
+    outs = [context.socket(zmq.PUSH) for _ in inboxes]
+    for out, inbox, size in zip(outs, inboxes, (1, DP)[-len(inboxes) :]):
+        out.set_hwm(0)
+        out.connect(f"tcp://127.0.0.1:{inbox}")
+        for rank in range(size):
+            out.send_multipart(encode(Ready(rank, {"max_model_len": 1 << 20, "max_total_tokens": 1 << 30}), TOKEN))
+    waiting: dict[str, int] = {}
     running: list[dict[str, int]] = [{} for _ in range(DP)]
     due = time.perf_counter()
     while True:
-        for rank, socket in enumerate(ins):
+        for rank, socket in enumerate(ins, 1 - len(inboxes)):
+            outputs = []
             while socket.poll(0):
                 match decode_to_rank(socket.recv_multipart(), TOKEN):
+                    case Generate(rid, prompt, _, send=Send(room)):
+                        ticket = Ticket(room, len(prompt), [[0]], first_token=97)
+                        outs[0].send_multipart(encode(Outputs(0, [Output(rid, [97], ticket=ticket)]), TOKEN))
                     case Generate(rid, _, sampling):
-                        running[rank][rid] = sampling.max_tokens
+                        (waiting if len(inboxes) > 1 else running[rank])[rid] = sampling.max_tokens
+                    case Handover(rid):
+                        if rid in waiting:
+                            outputs.append(Output(rid, [], joined=True))
+                            running[rank][rid] = waiting.pop(rid) - 1
                     case Abort(rid):
-                        running[rank].pop(rid, None)
-            outputs = []
-            for rid, left in list(running[rank].items()):
+                        for held in (waiting, *running):
+                            held.pop(rid, None)
+            for rid, left in list(running[rank].items()) if rank >= 0 else ():
                 outputs.append(Output(rid, [97 + left % 26], None if left > 1 else "length"))
                 if left > 1:
                     running[rank][rid] = left - 1
                 else:
                     del running[rank][rid]
             if outputs:
-                out.send_multipart(encode(Outputs(rank, outputs), TOKEN))
+                outs[-1].send_multipart(encode(Outputs(rank, outputs), TOKEN))
         due = max(due + step_s, time.perf_counter() - step_s)
         time.sleep(max(0.0, due - time.perf_counter()))
 
@@ -107,18 +132,28 @@ def clients(port: int, streams: int, osl: int, tokens: Synchronized[int]) -> Non
 @contextlib.contextmanager
 def serving(api_servers: int, args: argparse.Namespace, tokens: Synchronized[int]) -> Iterator[psutil.Process]:
     """A frontend under load."""
-    first = ports.free_range(DP + 2)
-    inbox, http = first + DP, first + DP + 1
-    parallel = ParallelConfig(tp_size=DP, dp_size=DP, ep_size=DP, enable_dp_attention=True)
-    worker = WorkerAddress(
-        "rank", "agg", parallel, ("127.0.0.1", inbox), [("127.0.0.1", first + rank) for rank in range(DP)]
-    )
+    first = ports.free_range(DP + 4)
+    pools: list[tuple[Literal["agg", "prefill", "decode"], int]]
+    pools = [("prefill", 1), ("decode", DP)] if args.disagg else [("agg", DP)]
+    workers: list[WorkerAddress] = []
+    port = first
+    for pool, size in pools:
+        parallel = ParallelConfig(tp_size=size, dp_size=size, ep_size=size, enable_dp_attention=size > 1)
+        inbox = ("127.0.0.1", first + DP + 1 + len(workers))
+        rank_inboxes = [("127.0.0.1", port + rank) for rank in range(size)]
+        workers.append(WorkerAddress(pool, pool, parallel, inbox, rank_inboxes))
+        port += size
+    http = first + DP + 3
     model = ModelConfig(name="tiny", hf_config=MODEL, tokenizer=args.tokenizer, load_format="dummy")
     frontend = FrontendArgs(
-        model, EngineConfig(max_queued_requests=1 << 16), ("127.0.0.1", http), [worker], api_servers=api_servers
+        model, EngineConfig(max_queued_requests=1 << 16), ("127.0.0.1", http), workers, api_servers=api_servers
     )
     context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=ranks, args=(first, inbox, args.step_ms / 1e3), daemon=True)]
+    others = [
+        context.Process(
+            target=ranks, args=(first, [worker.inbox[1] for worker in workers], args.step_ms / 1e3), daemon=True
+        )
+    ]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "args.json")
         file.write_bytes(msgspec.json.encode(frontend))
@@ -171,6 +206,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8, help="each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--api-servers", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--disagg", action="store_true", help="with a prefill worker, which takes no time")
     parser.add_argument("--tokenizer", default="bytes", help="folder of a tokenizer; `bytes`: one token a byte")
     args = parser.parse_args()
     found: dict[int, list[tuple[float, list[float]]]] = {num: [] for num in args.api_servers}
