@@ -88,7 +88,7 @@ def test_interruption_keeps_what_the_other_node_measured(server: ScriptedServer,
     leader.send_signal(signal.SIGINT)
     assert leader.wait(60) == 130
     assert other.wait(30) == 0
-    assert read_requests(tmp_path)["status"].tolist() == ["cancelled"] * 4
+    assert read_requests(tmp_path)["status"].tolist() == ["interrupted"] * 4
 
 
 def test_a_node_that_dies_fails_the_run_by_name(

@@ -237,11 +237,12 @@ def test_a_tokenizer_that_cannot_be_loaded_fails_the_server(tmp_path: Path) -> N
 def test_control_operations_reach_every_rank_and_wait_for_all() -> None:
     async def run() -> None:
         async with serving() as bench:
-            call = asyncio.create_task(bench.post("/dump_expert_distribution_record", None))
+            call = asyncio.create_task(bench.post("/dump_expert_distribution_record", {"since": 12.5}))
             await until(lambda: all(bench.ranks.of(rank, Control) for rank in range(2)))
             sent = [bench.ranks.seen[rank] for rank in range(2)]
             assert sent[0] == sent[1] and len(sent[0]) == 1 and sent[0][0].op == "dump_experts"  # and no Wake
             cid = sent[0][0].cid
+            assert sent[0][0].since == 12.5
             await bench.ranks.send(ControlReply(cid, 1, True))
             assert not call.done()
             await bench.ranks.send(ControlReply(cid, 0, True, "experts.npz"))
