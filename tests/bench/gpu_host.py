@@ -69,6 +69,8 @@ def jobs(n: int) -> Iterator[Work]:
     half = n // 2
     yield Work("loadgen", 0, 240, ("-m", "tests.bench.loadgen", "socket", "rounds=2", "out=OUT/loadgen.json"))
     yield Work("loadgen-aiohttp", 0, 240, ("-m", "tests.bench.loadgen", "aiohttp", "out=OUT/loadgen.json"))
+    yield Work("frontend", 0, 120, ("-m", "tests.bench.frontend", "--streams", "1024", "--rounds", "1", "--api-servers",
+               "1", "2", "4", "8"))  # fmt: skip
     for backend in ("nvlink", "deepep") if n > 1 else ("allgather",):
         yield Work(f"qwen3-{backend}", n, 240, bench(QWEN, n, f"engine.moe_a2a_backend={backend}"))
     for backend in ("deepep", "nvlink") if n > 1 else ("allgather",):

@@ -110,7 +110,7 @@ def test_help_names_every_option_and_imports_nothing_heavy() -> None:
 def state(**change: Any) -> dict[str, Any]:
     return {
         "points": 2, "point": 0, "concurrency": 4, "request_rate": 0.0, "phase": "measure", "done": 3, "total": 12,
-        "failed": 1,
+        "failed": 1, "cancelled": 0,
         "output_tok_s": 12.34, "latencies": {}, "elapsed_s": 5.0, **change,
     }  # fmt: skip
 
@@ -134,6 +134,20 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "TTFT 310 ms, TPOT 21 ms" in last
     assert "concurrency 8" in last
     assert "2/20" in last
+
+
+def test_what_was_cancelled_is_shown_beside_what_failed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    caplog.set_level(logging.INFO)
+    screen = Terminal()
+    for stream in (screen, io.StringIO()):
+        with ProgressBars(stream) as bars:
+            bars.update(state(cancelled=2))
+    assert "2 cancelled" in screen.getvalue() and "1 failed" in screen.getvalue()
+    assert "1 failed, 2 cancelled, 12.3 tok/s" in caplog.text
 
 
 def test_lines_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
