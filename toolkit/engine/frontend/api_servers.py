@@ -213,15 +213,19 @@ class ApiServers:
     async def _look(self) -> None:
         """Tells all how the workers are, when that has changed."""
         last = Standing("loading")
-        while True:
-            state = self._fleet.state
-            info = {key: self._fleet.info_min(key) for key in INFO} if state == "ready" else {}
-            now = Standing(state, self._fleet.failure, info)
-            if now != last:
-                last = now
-                for server in self._all:
-                    server.tell(now)
-            await asyncio.sleep(LOOK_S)
+        try:
+            while True:
+                state = self._fleet.state
+                info = {key: self._fleet.info_min(key) for key in INFO} if state == "ready" else {}
+                now = Standing(state, self._fleet.failure, info)
+                if now != last:
+                    last = now
+                    for server in self._all:
+                        server.tell(now)
+                await asyncio.sleep(LOOK_S)
+        except Exception as error:
+            log.exception("API servers cannot be told how the workers are")
+            self._on_end(f"frontend: {error}")
 
 
 def _check_free(host: str, port: int) -> None:
