@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
+from toolkit.engine.bench.rank import kernels_of
 from toolkit.engine.bench.report import kernel_table
 from toolkit.engine.bench.streams import NOTHING, Attribution, attributed
 
@@ -59,6 +62,29 @@ def test_figures_are_of_a_step() -> None:
 
 def test_nothing_was_recorded() -> None:
     assert attributed([], [], np.empty(0), np.empty(0), 3) == Attribution([], 0.0)
+
+
+def test_of_a_profile_only_what_the_gpu_did_is_counted() -> None:
+    """torch's own events: the launch on the host and the range that somebody named lie over the kernels."""
+
+    class Profiled:
+        def events(self) -> list[FunctionEvent]:
+            cuda = {"thread": 1, "device_type": DeviceType.CUDA}
+            return [
+                FunctionEvent(1, "launch", 1, 0.0, 90.0),
+                FunctionEvent(
+                    2, "step", start_us=5.0, end_us=80.0, device_resource_id=7, is_user_annotation=True, **cuda
+                ),
+                FunctionEvent(3, "a", start_us=10.0, end_us=30.0, device_resource_id=7, **cuda),
+                FunctionEvent(4, "b", start_us=12.0, end_us=40.0, device_resource_id=7, **cuda),
+                FunctionEvent(5, "copy", start_us=35.0, end_us=50.0, device_resource_id=20, **cuda),
+            ]
+
+    found = kernels_of(Profiled(), 2)
+    assert [(k.name, k.us, k.duration_us) for k in found.kernels] == [
+        ("a", 10, 10), ("copy", 7.5, 7.5), ("b", 5, 14),
+    ]  # fmt: skip
+    assert found.span_us == found.busy_us == 20
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -110,7 +110,7 @@ def test_help_names_every_option_and_imports_nothing_heavy() -> None:
 def state(**change: Any) -> dict[str, Any]:
     return {
         "points": 2, "point": 0, "concurrency": 4, "request_rate": 0.0, "phase": "measure", "done": 3, "total": 12,
-        "failed": 1, "cancelled": 0,
+        "failed": 1,
         "output_tok_s": 12.34, "latencies": {}, "elapsed_s": 5.0, **change,
     }  # fmt: skip
 

@@ -84,6 +84,7 @@ class ProgressBars:
             self._bars.stop()
 
     def update(self, state: dict[str, Any]) -> None:
+        state = {"cancelled": 0} | state  # a run that goes on may be of an older version
         if self._bars is not None:
             self._update_bars(self._bars, state)
         else:

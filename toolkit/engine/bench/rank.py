@@ -232,11 +232,11 @@ def _profile(loop: Loop, batch: int, job: Job, folder: Path) -> tuple[Attributio
     loop.run(batch, job.osl, seed=3, on_decode=on_decode)
     if loop.groups.rank == 0:
         profiler.export_chrome_trace(str(folder / f"trace-batch-{batch}.json.gz"))
-    profiled = _kernels(profiler, count) if gpu else _operators(profiler, count)
+    profiled = kernels_of(profiler, count) if gpu else _operators(profiler, count)
     return profiled, (times[1] - times[0]) / count * 1e6
 
 
-def _kernels(profiler: Any, steps: int) -> Attribution:
+def kernels_of(profiler: Any, steps: int) -> Attribution:
     """What ran on the GPU, copies included; not the ranges that somebody named, which lie over it."""
     calls = [e for e in profiler.events() if str(e.device_type).endswith("CUDA") and not e.is_user_annotation]
     begins, ends = (np.array([getattr(e.time_range, side) for e in calls], np.float64) for side in ("start", "end"))

@@ -101,9 +101,8 @@ def own_begins(streams: NDArray[np.int64], begins_us: Floats, ends_us: Floats) -
 def _running(froms: Floats, ends: Floats) -> tuple[Floats, NDArray[np.int64]]:
     """Moments at which something changes, and how many streams run something from each to the next."""
     edges, place = np.unique(np.concatenate([froms, ends]), return_inverse=True)
-    change = np.bincount(place[: len(froms)], minlength=len(edges)) - np.bincount(
-        place[len(froms) :], minlength=len(edges)
-    )
+    count = len(edges)
+    change = np.bincount(place[: len(froms)], minlength=count) - np.bincount(place[len(froms) :], minlength=count)
     return edges, np.cumsum(change)[:-1]
 
 
