@@ -120,10 +120,10 @@ def test_pages_of_requests_one_after_another() -> None:
 
 
 @pytest.mark.parametrize(("name", "module"), [("flash-attn-4", "flash_attn"), ("flashinfer-fa3", "flashinfer")])
-def test_what_is_not_installed_is_a_row_that_says_how(name: str, module: str) -> None:
+def test_what_is_not_installed_is_one_row_that_says_how(name: str, module: str) -> None:
     if importlib.util.find_spec(module) is not None:
         pytest.skip(f"{module} is installed here")
-    row = bench.measured(name, 64, bench.QWEN, "decode", 2, 70, "cpu")
+    (row,) = bench.measured([(bench.QWEN, name, 64), (bench.QWEN, name, 16)], "cpu")
     assert "pip install 'wideep-toolkit[peers]'" in row.error and row.us == 0
 
 

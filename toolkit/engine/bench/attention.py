@@ -17,7 +17,7 @@ import math
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,42 +112,50 @@ def main() -> int:
     only = f"only these of {', '.join(names)}; default: all"
     parser.add_argument("--backends", nargs="*", default=names, choices=names, metavar="NAME", help=only)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU on this machine: these kernels run nowhere else")
     device = devices.use("cuda", 0)
-    todo = [(shape, *what) for shape, backends in BACKENDS.items() for what in backends]
+    todo = [(shape, *what) for shape, backends in BACKENDS.items() for what in backends if what[0] in args.backends]
     todo.sort(key=lambda what: what[1] in PEERS)  # last: who breaks the GPU's context breaks nothing of ours
     rows: list[Row] = []
-    for shape, backend, page in todo:
-        if backend not in args.backends:
-            continue
-        steps = [("decode", *step) for step in DECODES] + [("prefill", *step) for step in PREFILLS]
-        for phase, requests, length in steps[: len(DECODES)] if shape.latent else steps:
-            rows.append(measured(backend, page, shape, phase, requests, length, device))
-            sys.stdout.write(f"{rows[-1]}\n")
-            sys.stdout.flush()
-            if args.out:
-                Path(args.out).write_text(json.dumps([asdict(row) for row in rows], indent=1))
-        torch.cuda.empty_cache()
+    for row in measured(todo, device):
+        rows.append(row)
+        sys.stdout.write(f"{row}\n")
+        sys.stdout.flush()
+        if args.out:
+            Path(args.out).write_text(json.dumps([asdict(r) for r in rows], indent=1))
     return 0
 
 
-def measured(backend: str, page: int, shape: Shape, phase: str, requests: int, length: int, device: str) -> Row:
-    row = Row(backend, page, shape.name, phase, requests, length)
-    try:
-        times, row.off = _times(backend, page, shape, phase, requests, length, device)
-    except PeerMissing as missing:
-        row.error = str(missing)
-        return row
-    except Exception as error:
-        traceback.print_exc()
-        row.error = f"{type(error).__name__}: {str(error)[:200]}"
-        return row
+def measured(todo: Sequence[tuple[Shape, str, int]], device: str) -> Iterator[Row]:
+    """Row by row, each shape, backend and size of pages; one row for a package that is not installed."""
+    missing: set[str] = set()
+    for shape, backend, page in todo:
+        torch.cuda.empty_cache()
+        steps = [("decode", *step) for step in DECODES] + [("prefill", *step) for step in PREFILLS]
+        for phase, requests, length in steps[: len(DECODES)] if shape.latent else steps:
+            if backend in missing:
+                break
+            row = Row(backend, page, shape.name, phase, requests, length)
+            try:
+                _fill(row, shape, device)
+            except PeerMissing as error:
+                row.error = str(error)
+                missing.add(backend)
+            except Exception as error:
+                traceback.print_exc()
+                row.error = f"{type(error).__name__}: {str(error)[:200]}"
+            yield row
+
+
+def _fill(row: Row, shape: Shape, device: str) -> None:
+    times, row.off = _times(row, shape, device)
     ordered = sorted(times)
     row.us, row.us_low, row.us_high = statistics.median(times), ordered[1], ordered[-2]
     values = 576 if shape.latent else 2 * 128 * shape.kv_heads
-    row.tb_s = requests * shape.seen(length) * values * 2 / row.us / 1e6
+    row.tb_s = row.requests * shape.seen(row.length) * values * 2 / row.us / 1e6
     per_pair = 2 * shape.heads * (576 + 512 if shape.latent else 2 * 128)
-    row.tflops = requests * shape.pairs(phase, length) * per_pair / row.us / 1e6
-    return row
+    row.tflops = row.requests * shape.pairs(row.phase, row.length) * per_pair / row.us / 1e6
 
 
 def make(backend: str, cache: KVCache, device: str) -> AttentionBackend:
@@ -159,26 +167,25 @@ def make(backend: str, cache: KVCache, device: str) -> AttentionBackend:
     return attention
 
 
-def _times(
-    backend: str, page: int, shape: Shape, phase: str, requests: int, length: int, device: str
-) -> tuple[list[float], float]:
+def _times(row: Row, shape: Shape, device: str) -> tuple[list[float], float]:
     """Microseconds a layer; how far the output is from float32."""
-    blocks = -(-length // page)
+    requests, length = row.requests, row.length
+    blocks = -(-length // row.page)
     spec = KVSpec(1, 576, 0) if shape.latent else KVSpec(shape.kv_heads, 128, 128)
     kinds = [LayerKind(shape.window, tuple(range(LAYERS)), requests * blocks)]
-    cache = KVCache(spec, kinds, page, torch.bfloat16, device)
+    cache = KVCache(spec, kinds, row.page, torch.bfloat16, device)
+    attention = make(row.backend, cache, device)
     for tensor in (*cache.k, *cache.v):
         tensor.normal_()
-    attention = make(backend, cache, device)
     order = torch.randperm(requests * blocks).view(requests, blocks).tolist()
-    new = 1 if phase == "decode" else length
+    new = 1 if row.phase == "decode" else length
     scheduled = []
     for i in range(requests):
         request = Request(str(i), [1] * length, length, SamplingParams(), i, num_computed=length - new)
         request.blocks = [order[i]]
         scheduled.append(ScheduledRequest(request, new))
     q = torch.randn(requests * new, shape.heads, spec.k_dim, device=device, dtype=torch.bfloat16)
-    if phase == "prefill":
+    if row.phase == "prefill":
         plan = attention.plan(Batch(prefill=tuple(scheduled)))
 
         def run() -> Tensor:
