@@ -22,7 +22,7 @@ QUICK := tests/process tests/eplb tests/unit
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit check fmt hooks test-gpu measure-gpu
 .PHONY: slurm-install slurm-up slurm-down test-slurm test-slurm-all test-slurm-segment
-.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-migration bench-engine bench-recorder bench-kv
+.PHONY: bench-moe bench-scheduler bench-analysis bench-loadgen bench-eplb bench-migration bench-engine bench-recorder bench-kv bench-frontend
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,9 @@ bench-analysis: $(STAMP)  ## time and memory of reading runs of up to a million 
 
 bench-loadgen: $(STAMP)  ## the load generator against a server with known send times (a minute)
 	$(BIN)/python -m tests.bench.loadgen $(ARGS)
+
+bench-frontend: $(STAMP)  ## CPU time of the frontend's processes for a token, alone and with API servers
+	$(BIN)/python -m tests.bench.frontend $(ARGS)
 
 bench-recorder: $(STAMP)  ## what each mode of the expert recorder costs of a decode step
 	$(BIN)/python -m tests.bench.recorder $(ARGS)

@@ -26,6 +26,7 @@ import psutil
 import torch
 
 from tests.gpu.needs import GPUS
+from toolkit.engine.bench.peers import PEERS
 
 QWEN = ("--model", "qwen3_30b_a3b", "--isl", "1024", "--osl", "128", "--batch", "32", "128", "256")
 DEEPSEEK = ("--model", "deepseek_v3_fp8", *QWEN[2:])
@@ -68,6 +69,8 @@ def jobs(n: int) -> Iterator[Work]:
     half = n // 2
     yield Work("loadgen", 0, 240, ("-m", "tests.bench.loadgen", "socket", "rounds=2", "out=OUT/loadgen.json"))
     yield Work("loadgen-aiohttp", 0, 240, ("-m", "tests.bench.loadgen", "aiohttp", "out=OUT/loadgen.json"))
+    yield Work("frontend", 0, 120, ("-m", "tests.bench.frontend", "--streams", "1024", "--rounds", "1", "--api-servers",
+               "1", "2", "4", "8"))  # fmt: skip
     for backend in ("nvlink", "deepep") if n > 1 else ("allgather",):
         yield Work(f"qwen3-{backend}", n, 240, bench(QWEN, n, f"engine.moe_a2a_backend={backend}"))
     for backend in ("deepep", "nvlink") if n > 1 else ("allgather",):
@@ -82,8 +85,8 @@ def jobs(n: int) -> Iterator[Work]:
     yield Work("test-dispatchers", n, 300, pytest("tests/gpu/test_dispatchers.py"))
     yield Work("test-kernels", 1, 300, pytest("tests/gpu/test_fused.py", "tests/gpu/test_gemms.py"))
     yield Work("kernels", 1, 90, ("-m", "toolkit.engine.bench.kernels", "--out", "OUT/kernels.json"))
-    yield Work("attention", 1, 150, ("-m", "toolkit.engine.bench.attention", "--out", "OUT/attention.json",
-               "--backends", "fa3", "fa3-merged", "fa3-whole"))  # fmt: skip
+    yield Work("attention", 1, 300, ("-m", "toolkit.engine.bench.attention", "--out", "OUT/attention.json",
+               "--backends", "fa3", "fa3-merged", "fa3-whole", "varlen", *PEERS))  # fmt: skip
     yield Work("recorder", 1, 90, ("-m", "tests.bench.recorder", "--device", "cuda"))
     yield Work("test-attention", 1, 300, pytest("tests/gpu/test_attention.py"))
     yield Work("test-layers", pair, 300, pytest("tests/gpu/test_moe_layers.py"))

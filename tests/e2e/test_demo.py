@@ -25,7 +25,7 @@ OSL, ASKED, WARM = 8, 2, 1
 MAPPINGS = {
     "dep": ["parallel=dep4"],
     # 9 heads and 3 KV heads split three ways; 8 experts and one replica make 9 slots
-    "tep": ["parallel=tep3", "engine.ep_num_redundant_experts=1"],
+    "tep": ["parallel=tep3", "engine.ep_num_redundant_experts=1", "deploy.api_servers=2"],
     "tp": ["parallel=tp3", "engine.moe_a2a_backend=allgather"],
 }
 

@@ -20,7 +20,7 @@ TOKENS = 12
 CLIENTS, LEAVERS = 5, 2
 DEPLOY: dict[str, Any] = {
     "mode": "disagg", "prefill": {"workers": 2}, "decode": {"workers": 2}, "migration_limit": 12,
-    "worker_timeout_s": 3.0, "transfer_timeout_s": 2.0,
+    "worker_timeout_s": 3.0, "transfer_timeout_s": 2.0, "api_servers": 2,
 }  # fmt: skip
 
 

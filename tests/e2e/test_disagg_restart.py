@@ -15,6 +15,8 @@ from typing import Any
 import requests
 
 from toolkit import records
+from toolkit.analysis.imbalance import window_loads
+from toolkit.records.experts import read_experts
 from toolkit.records.requests import read_requests
 from toolkit.records.status import read_status
 
@@ -41,6 +43,8 @@ def test_a_killed_worker_is_started_anew_and_used_again(tmp_path: Path) -> None:
             return next(worker for worker in workers if worker["name"] == "decode0")
 
         pid = int(json.loads((folder / "launch" / "decode0-0.json").read_text())["pid"])
+        requests.post(f"{url}/dump_expert_distribution_record?pool=decode", json={}, timeout=30).raise_for_status()
+        killed = time.time()
         os.kill(pid, signal.SIGKILL)
         until(process, lambda: bool(decode0()["down"]), "its end is noticed")
         until(process, lambda: not decode0()["down"], "it is back")
@@ -55,6 +59,9 @@ def test_a_killed_worker_is_started_anew_and_used_again(tmp_path: Path) -> None:
     rows = read_requests(folder)
     assert len(rows) == 60 and (rows["status"] == "ok").all() and (rows["output_tokens"] == 12).all()
     assert read_status(folder).state == "done"
+    experts = read_experts(folder / records.EXPERTS)
+    assert experts.times[0, 1] < killed < experts.times[-1, 0], "windows of both of its lives"
+    assert len(experts.placement) == 2 and window_loads(experts).loads_WLG.sum(), "which fit together"
 
 
 def until(process: subprocess.Popen[str], condition: Callable[[], bool], what: str, limit_s: float = 180.0) -> None:

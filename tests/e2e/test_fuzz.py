@@ -28,7 +28,9 @@ EXCLUDED: list[CheckFunction] = [positive_data_acceptance]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(tmp_path_factory.mktemp("fuzz") / "run", parallel=PARALLEL, engine=ENGINE) as server:
+    with serve(
+        tmp_path_factory.mktemp("fuzz") / "run", parallel=PARALLEL, engine=ENGINE, deploy={"api_servers": 2}
+    ) as server:
         yield server
 
 

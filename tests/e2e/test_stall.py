@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.test_lifecycle import Run
 from toolkit.records.status import read_status
 
-STALL = ["health.stall_s=15", "health.preflight=false"]
+STALL = ["health.stall_s=20", "health.preflight=false"]
 
 # A worker whose scheduler blocks, in Python, as soon as a file says so: what a dead lock looks like from outside.
 BLOCKS = """

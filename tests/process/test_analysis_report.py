@@ -228,6 +228,17 @@ def test_a_point_where_every_request_failed_leaves_nan_not_a_crash(run_folder: P
     assert [len(line.get_xdata()) for line in latency.axes[0].lines] == [2, 2, 2]
 
 
+def test_cancelled_requests_have_a_column_where_there_are_any(run_folder: Path) -> None:
+    assert ">cancelled<" not in report_without_charts(run_folder)[1]
+    rows = [failure(point=2, concurrency=8, t_send=EPOCH + 50 + i, status="cancelled") for i in range(7)]
+    write_requests(run_folder, [*_read_records(run_folder), *rows, record(point=2, concurrency=8, t_send=EPOCH + 49)])
+    table, page = report_without_charts(run_folder)
+    assert re.search(r"8 +8 +0 +7 +100", table)
+    assert "…" not in table
+    assert ">cancelled<" in page
+    assert not re.search(r"concurrency 8: \d+ of \d+ requests failed", page)
+
+
 def test_counts_outside_the_load_leave_the_figures_empty(run_folder: Path) -> None:
     experts = read_experts(run_folder / records.EXPERTS)
     write_experts(run_folder / records.EXPERTS, dataclasses.replace(experts, times=experts.times - 1e6))

@@ -117,7 +117,9 @@ def test_a_resumed_run_reads_as_one(tmp_path: Path) -> None:
         begin = EPOCH + 100 * number
         with open_steps(steps_path(folder, 0)) as write:
             write([StepRecord(step, begin + step, 0.01, 0, 1, 1, 0, 1, 0, 0, 100, 0) for step in range(5)])
-        write_experts(folder / records.EXPERTS, skewed_experts(rng, begin, begin + 5, layers=2))
+        experts = skewed_experts(rng, begin, begin + 5, layers=2)
+        experts.slot_counts = experts.counts.copy()
+        write_experts(folder / records.EXPERTS, experts)
         write_server_metrics(folder, [MetricSample(begin, "u", "n", "{}", 1.0)])
     write_status(tmp_path, RunStatus("done"))
     read = Run(tmp_path)
@@ -125,3 +127,5 @@ def test_a_resumed_run_reads_as_one(tmp_path: Path) -> None:
     assert len(read.server_metrics) == 2
     assert read.experts is not None and read.experts.times[0, 0] < EPOCH + 1 < read.experts.times[-1, 0]
     assert len(read.experts.placement) == 2 and not read.warnings
+    assert read.experts.slot_counts is not None
+    assert (read.experts.slot_counts == read.experts.counts).all(), "rows of each slot, in windows of both"

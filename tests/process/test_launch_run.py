@@ -42,6 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
     def do_POST(self):
+        print("POST", self.path, self.rfile.read(int(self.headers["Content-Length"])).decode(), flush=True)
         self.send_response({flush})
         self.end_headers()
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

@@ -34,7 +34,8 @@ def test_it_samples_until_it_is_ended(tmp_path: Path) -> None:
     (tmp_path / records.STATUS).write_text('{"state": "done"}')
     nodes = Run(tmp_path).nodes
     host = nodes[nodes["gpu"] == HOST]
-    assert len(host) > 3 and (host["time"].diff().dropna() > 0.04).all()
+    assert len(host) > 3 and (host["time"].diff().dropna() > 0).all()
+    assert len(host) <= (host["time"].iloc[-1] - host["time"].iloc[0]) / 0.05 + 2, "no more than asked for"
     assert (host["memory_total_bytes"] == psutil.virtual_memory().total).all()
     assert (host["utilization"].iloc[1:] >= 0).all() and (host["net_rx_bytes"].diff().dropna() >= 0).all()
 

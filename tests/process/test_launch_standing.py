@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,17 @@ def test_loads_share_processes_and_other_deployments_do_not(tmp_path: Path, monk
     assert not (third / FOLDER).exists(), "a run of its own has everything in its folder"
 
 
+def test_each_load_asks_for_a_dump_of_its_own_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deploy(monkeypatch, 200, ANSWER, SLEEP)
+    counting = {"expert_distribution_recorder_mode": "stat"}
+    begin = time.time()
+    _, _, (first, _) = run([load(tmp_path, osl, engine=counting) for osl in (1, 2)])
+    log = (first / FOLDER / "logs/frontend-0.log").read_text()
+    dumps = re.findall(r"^POST /dump_expert_distribution_record (.*)$", log, re.MULTILINE)
+    one, two = (json.loads(body)["since"] for body in dumps)
+    assert one == 0.0 and begin < two < time.time()
+
+
 def test_a_deployment_that_is_not_well_is_started_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deploy(monkeypatch, 200, ANSWER, SLEEP, flush=500)
     code, seen, folders = run([load(tmp_path, 1), load(tmp_path, 2)])
@@ -135,7 +148,12 @@ def test_each_run_gets_the_rows_of_its_own_load(tmp_path: Path, monkeypatch: pyt
     add_samples(home, [50.0])
     write_experts(home / records.EXPERTS, counts([50.0], 7))
     assert len(read_steps(runs[0])) == 2, "also while it runs"
+    for at, folder in enumerate((home, prefill)):
+        for name in (records.EXPERT_DUMPS, records.PROFILES):
+            (folder / name).mkdir()
+            (folder / name / f"{at}.pt").write_text("first")
     share.settle(runs[0], specs, ["launch/worker-args.json"])
+    (home / records.EXPERT_DUMPS / "later.pt").write_text("second")
     share.lend(runs[1], specs, ["launch/worker-args.json"])
     with (home / "logs/rank-0.log").open("a") as log:
         log.write("second\n")
@@ -157,10 +175,13 @@ def test_each_run_gets_the_rows_of_its_own_load(tmp_path: Path, monkeypatch: pyt
     assert (first.pairs.max(), second.pairs.max()) == (7, 3)
     assert (runs[1] / "logs/rank-0.log").read_text().endswith("]\nsecond\n")
     assert not (home / records.STEPS).exists(), "rows are kept once"
+    asked = [[str(path.relative_to(run)) for path in sorted(run.rglob("*.pt"))] for run in runs]
+    first_asked = ["expert_dumps/0.pt", "profiles/0.pt", "workers/prefill0/expert_dumps/1.pt"]
+    assert asked == [[*first_asked, "workers/prefill0/profiles/1.pt"], ["expert_dumps/later.pt"]]
 
 
 def test_a_worker_that_was_started_anew_between_two_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It counts its steps and its pairs from zero, into new files; each run has what is its own of both lives."""
+    """It counts its steps from zero, into a new file, its experts on; each run has what is its own of both lives."""
     home, runs = tmp_path / "a" / FOLDER, [tmp_path / "a", tmp_path / "b"]
     for folder in (home, *runs):
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +194,7 @@ def test_a_worker_that_was_started_anew_between_two_loads(tmp_path: Path, monkey
     share.settle(runs[0], [], [])
     share.lend(runs[1], [], [])
     add_steps(decode, [150.0, 160.0])
-    write_experts(decode / records.EXPERTS, counts([150.0], 3))
+    write_experts(decode / records.EXPERTS, counts([50.0, 150.0], 10))
     share.settle(runs[1], [], [])
     mine = [folder / records.WORKERS / "decode0" for folder in runs]
     assert [read_steps(folder)["t_begin"].tolist() for folder in mine] == [[50.0], [150.0, 160.0]]

@@ -165,7 +165,7 @@ def test_more_than_a_hundred_at_a_time(server: ScriptedServer, transport: str) -
     assert max(server.open_at_arrival) == 130
 
 
-def test_a_cancelled_request_has_a_row(server: ScriptedServer, transport: str) -> None:
+def test_an_interrupted_request_has_a_row(server: ScriptedServer, transport: str) -> None:
     server.behaviours = [stream(delta("a", usage=1), *[b": ping\n\n"] * 4000)]
 
     async def run() -> list[RequestRecord]:
@@ -176,7 +176,7 @@ def test_a_cancelled_request_has_a_row(server: ScriptedServer, transport: str) -
         task.cancel()
         return (await task).records
 
-    assert [(record.status, record.output_text) for record in asyncio.run(run())] == [("cancelled", "a")]
+    assert [(record.status, record.output_text) for record in asyncio.run(run())] == [("interrupted", "a")]
 
 
 def test_the_key_is_sent_and_nowhere_else(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from tests.unit.loadgen_server import ScriptedServer, delta, hang, reply, stream, tokens
@@ -72,6 +74,22 @@ def test_a_killed_sweep_goes_on_where_it_was(
     assert sorted(map(str, server.bodies)) == sorted(map(str, expected[10:])), "the same prompts and seeds"
     assert main(words(server, cut, points, "resume=true")) == 0
     assert len(server.bodies) == 5, "nothing is left to do"
+
+
+def test_a_sweep_of_the_first_version_goes_on(server: ScriptedServer, tmp_path: Path) -> None:
+    """Rows were kept without ``cancelled``, those requests being among the failed ones."""
+    server.behaviours = [*[tokens(gap_s=0.001)] * 4, tokens(50, gap_s=0.02), tokens(gap_s=0.001)]
+    load = ["cancel_fraction=1", "cancel_after_s=0.5"]
+    assert main(words(server, tmp_path, *load, "concurrency=1")) == 0
+    (file,) = (tmp_path / point_files.FOLDER).glob("*.parquet")
+    table = pq.read_table(file)
+    meta = json.loads(table.schema.metadata[point_files.META])
+    assert (meta["row"]["failed"], meta["row"].pop("cancelled")) == (0, 1)
+    meta["row"]["failed"] = 1
+    pq.write_table(table.replace_schema_metadata({point_files.META: json.dumps(meta)}), file)
+    assert main(words(server, tmp_path, *load, "concurrency=[1,2]", "resume=true")) == 0
+    sweep = read_sweep(tmp_path)
+    assert sweep[["requests", "failed", "cancelled"]].to_numpy().tolist() == [[4, 0, 1], [4, 0, 0]]
 
 
 def test_what_did_not_end_well_is_run_again_and_told_apart(

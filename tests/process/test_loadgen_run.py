@@ -136,7 +136,7 @@ def test_progress_goes_to_the_file(server: ScriptedServer, tmp_path: Path) -> No
     assert set(state.pop("latencies")) == {"ttft", "tpot"}
     assert state == {
         "points": 2, "point": 1, "concurrency": 2, "request_rate": 0.0, "phase": "done", "done": 6, "total": 6,
-        "failed": 0,
+        "failed": 0, "cancelled": 0,
     }  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_an_interrupted_run_keeps_what_was_measured(
     status, requests = read_status(tmp_path), read_requests(tmp_path)
     assert (status.state, [p.state for p in status.points]) == ("cancelled", ["done", "cancelled", "pending"])
     assert requests.query("point == 0")["status"].tolist() == ["ok"] * 5
-    assert sorted(requests.query("point == 1")["status"]) == ["cancelled", "cancelled", "ok"]
+    assert sorted(requests.query("point == 1")["status"]) == ["interrupted", "interrupted", "ok"]
     assert read_sweep(tmp_path)["concurrency"].tolist() == [1], "an interrupted point has no figures"
 
 
@@ -259,14 +259,39 @@ def test_conversations_carry_the_answers(server: ScriptedServer, tmp_path: Path)
     assert len(sticky) == 2, "a conversation keeps its connection"
 
 
-def test_some_requests_are_given_up(server: ScriptedServer, tmp_path: Path) -> None:
+def test_requests_given_up_as_asked_are_no_failures(
+    server: ScriptedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.behaviours = [tokens(50, gap_s=0.02)]
-    more = ["cancel_fraction=1", "cancel_after_s=0.15", "concurrency=2", "num_requests=4"]
-    assert main(words(server, tmp_path, *more)) == 0
-    requests = read_requests(tmp_path)
+    file = tmp_path / "progress.json"
+    more = ["cancel_fraction=1", "cancel_after_s=0.15", "concurrency=2", "num_requests=4", "slo_ttft_ms=5000"]
+    assert main(words(server, tmp_path / "out", *more, f"progress={file}")) == 0
+    requests, sweep = read_requests(tmp_path / "out"), read_sweep(tmp_path / "out")
     assert set(requests["status"]) == {"cancelled"}
     assert set(requests["error"]) == {"given up after 0.15 s, as cancel_fraction asks"}
-    assert read_status(tmp_path).points[0].state == "done"
+    (point,) = read_status(tmp_path / "out").points
+    assert (point.state, point.reason, point.good_share) == ("done", "", None)
+    assert [sweep[name].tolist() for name in ("requests", "failed", "cancelled")] == [[4], [0], [4]]
+    assert "failed   cancelled" in capsys.readouterr().out
+    state = json.loads(file.read_text())
+    assert (state["failed"], state["cancelled"]) == (0, 6), "the warm-up's two with them"
+
+
+def test_a_load_that_cancels_is_judged_by_the_other_requests(server: ScriptedServer, tmp_path: Path) -> None:
+    hanging = 0
+
+    async def behave(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        nonlocal hanging
+        hanging += 1
+        return await (hang if hanging % 2 else tokens())(request, body)
+
+    server.behaviours = [behave]
+    more = ["cancel_fraction=1", "cancel_after_s=0.3", "concurrency=1", "num_requests=4", "warmup_requests=0"]
+    assert main(words(server, tmp_path, *more, "slo_e2e_ms=100000", "max_failed_share=0")) == 0
+    (point,) = read_status(tmp_path).points
+    assert (point.state, point.good_share) == ("done", 1.0)
+    row = read_sweep(tmp_path).iloc[0]
+    assert (row["requests"], row["failed"], row["cancelled"]) == (4, 0, 2)
 
 
 def test_the_search_finds_the_objective(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import msgspec
+import pytest
 import zmq
 import zmq.asyncio
 
@@ -17,6 +20,7 @@ from toolkit.config.engine import EngineConfig
 from toolkit.config.model import ModelConfig
 from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.args import FrontendArgs, WorkerAddress
+from toolkit.engine.frontend import api_server
 from toolkit.engine.frontend.server import Server
 from toolkit.engine.messages import (
     Abort,
@@ -125,6 +129,35 @@ class Ranks:
         self._context.destroy(linger=0)
 
 
+API_SERVERS = 1  # of servers that tests make
+
+
+@pytest.fixture(params=[1, 2], ids=["alone", "api-servers"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tests that use it run with a frontend that does all, and with one that has API servers."""
+    monkeypatch.setattr("tests.unit.frontend_peer.API_SERVERS", request.param)
+    num: int = request.param
+    return num
+
+
+class InThisLoop:
+    """An API server beside the rest, as a task in place of a process."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._task = asyncio.create_task(api_server.serve(end))
+
+    @classmethod
+    async def start(cls, end: socket.socket) -> InThisLoop:
+        return cls(end.dup())
+
+    async def wait(self) -> int:
+        await asyncio.wait([self._task])
+        return 0
+
+    def kill(self) -> None:
+        self._task.cancel()
+
+
 @dataclass
 class Bench:
     """A server, its ranks and an HTTP client."""
@@ -172,8 +205,8 @@ async def serving(
     **engine: Any,
 ) -> AsyncIterator[Bench]:
     ranks = Ranks(tp_size, dp_size)
-    args = args_for(ranks, tp_size, dp_size, model, **engine)
-    server = Server(args, TOKEN, api_key, control_timeout_s)
+    args = msgspec.structs.replace(args_for(ranks, tp_size, dp_size, model, **engine), api_servers=API_SERVERS)
+    server = Server(args, TOKEN, api_key, control_timeout_s, InThisLoop.start)
     await server.start()
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{args.http[1]}") as http:

@@ -140,6 +140,7 @@ def test_the_timeline_adds_up(folder: Path) -> None:
     alive = run.requests["end_s"].sum()
     assert (data.in_flight * data.bin_s).sum() == pytest.approx(alive)
     assert data.failures.sum() == (run.requests["status"] != "ok").sum() == 1
+    assert data.given_up.sum() == 0
     inside = run.steps["t_begin"].between(data.edges[0], data.edges[-1])
     assert data.preemptions.sum() == run.steps[inside]["preemptions"].sum() > 0
     assert data.running.shape == (4, 50)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.unit.analysis_run import EPOCH, failure, record
 from toolkit.analysis import metrics
+from toolkit.analysis.goodput import Slo, goodput
 from toolkit.analysis.sweep_row import sweep_row
 from toolkit.records.requests import RequestRecord, read_requests, requests_schema, write_requests
 from toolkit.records.sweep import SWEEP_COLUMNS
@@ -66,17 +68,33 @@ def test_sweep_row_by_hand() -> None:
         record(t_send=EPOCH, first_token_s=0.1, last_token_s=0.5, prompt_tokens=10),  # TPOT 0.1
         record(t_send=EPOCH + 1, first_token_s=0.3, last_token_s=1.1, prompt_tokens=20),  # TPOT 0.2
         failure(t_send=EPOCH + 0.5),
+        failure(t_send=EPOCH + 0.5, status="timeout"),
+        failure(t_send=EPOCH + 0.6, status="cancelled"),
+        failure(t_send=EPOCH + 0.7, status="interrupted"),
     )
     row = sweep_row(requests, concurrency=2, num_gpus=4, balancedness_mean=0.5, imbalance_max=3.0)
     assert tuple(row) == SWEEP_COLUMNS
     expected = {
-        "concurrency": 2, "requests": 3, "failed": 1, "duration_s": 2.1, "isl_mean": 15, "osl_mean": 5,
+        "concurrency": 2, "requests": 5, "failed": 2, "cancelled": 1, "duration_s": 2.1, "isl_mean": 15, "osl_mean": 5,
         "ttft_mean_ms": 200, "ttft_p50_ms": 200, "ttft_p90_ms": 280, "ttft_p99_ms": 298, "e2e_mean_ms": 800,
         "tpot_mean_ms": 150, "output_tok_s": 10 / 2.1, "output_tok_s_per_gpu": 10 / 2.1 / 4,
         "output_tok_s_per_user": (1 / 0.1 + 1 / 0.2) / 2, "total_tok_s": 40 / 2.1,
         "balancedness_mean": 0.5, "imbalance_max": 3.0,
     }  # fmt: skip
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def test_goodput_judges_what_was_neither_given_up_nor_cut_off() -> None:
+    ends = [failure(), failure(status="cancelled"), failure(status="cancelled"), failure(status="interrupted")]
+    found = goodput(frame(record(), record(), record(first_token_s=9.0), *ends), Slo(ttft_ms=200))
+    assert (found.share, found.by_bound) == (2 / 4, {"ttft": 2 / 4}), "two good, one late, one failed"
+
+
+def test_rows_of_the_first_version_tell_what_was_cut_off_by_its_error(tmp_path: Path) -> None:
+    errors = ("given up after 1 s, as cancel_fraction asks", "the run was interrupted")
+    write_requests(tmp_path, [failure(status="cancelled", error=error) for error in errors])
+    assert read_requests(tmp_path)["status"].tolist() == ["cancelled", "interrupted"]
+    assert read_requests(tmp_path, ["point", "status"]).columns.tolist() == ["point", "status"]
 
 
 def test_a_failure_that_had_begun_to_answer_is_in_the_duration_but_in_no_latency() -> None:

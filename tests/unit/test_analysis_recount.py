@@ -75,6 +75,7 @@ def plain_row(rows: list[Row], concurrency: int) -> dict[str, float]:
     )
     found = {
         "request_rate": 0.0, "concurrency": concurrency, "requests": len(counted), "failed": len(counted) - len(ok),
+        "cancelled": 0,
         "duration_s": duration, "isl_mean": prompt / len(ok), "osl_mean": output / len(ok),
         "output_tok_s": output / duration, "output_tok_s_per_gpu": output / duration / 4,
         "output_tok_s_per_user": statistics.fmean(1 / t for t in tpot), "total_tok_s": (output + prompt) / duration,

@@ -16,6 +16,7 @@ from toolkit import records
 from toolkit.analysis import Run, Runs
 from toolkit.analysis.__main__ import main
 from toolkit.analysis.compare import compare
+from toolkit.analysis.finish import complete_sweep
 from toolkit.analysis.levels import combine
 from toolkit.analysis.runs import front
 from toolkit.records.requests import RequestRecord, read_requests, write_requests
@@ -47,6 +48,26 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / records.CONFIG).write_text(yaml.safe_dump(config))
     (folder / records.SWEEP).unlink()  # to be computed from the changed requests
     return results
+
+
+def test_a_sweep_of_the_first_version_is_counted_anew(tmp_path: Path) -> None:
+    """Its ``failed`` held the cancelled requests, and it had no column for them."""
+    folder = make_run(tmp_path, points=(2, 8), requests_per_slot=8)
+    rows = [RequestRecord(**{str(k): v for k, v in row.items()}) for row in read_requests(folder).to_dict("records")]
+    mine = [row for row in rows if row.point == 1 and not row.warmup]
+    for row, status in zip(mine, ("error", "cancelled", "cancelled")):
+        row.status, row.error = status, status
+    write_requests(folder, rows)
+    table = pd.read_csv(folder / records.SWEEP).drop(columns="cancelled")
+    table.loc[1, "failed"] += 3
+    table.to_csv(folder / records.SWEEP, index=False)
+    run = Run(folder)
+    assert run.sweep[["failed", "cancelled"]].to_numpy().tolist() == [[0, 0], [2, 2]], "one had failed before"
+    assert run.sweep["requests"].tolist() == table["requests"].tolist()
+    assert any("of another version: it has no cancelled" in line for line in run.warnings)
+    complete_sweep(run)
+    assert Run(folder).sweep["cancelled"].tolist() == [0, 2]
+    assert not Run(folder).warnings, "it is of this version now"
 
 
 def test_runs_are_found_once_with_their_settings_as_columns(results: Path) -> None:

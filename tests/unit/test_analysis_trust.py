@@ -33,9 +33,14 @@ def test_a_sound_point_has_no_warning(tmp_path: Path) -> None:
 
 
 def test_failed_and_cancelled_are_told_apart(tmp_path: Path) -> None:
-    bad = [failure(concurrency=4, t_send=EPOCH + 1), failure(concurrency=4, t_send=EPOCH + 2, status="cancelled")]
+    kinds = ("error", "timeout", "cancelled", "interrupted")
+    bad = [failure(concurrency=4, t_send=EPOCH + 1 + i, status=kind) for i, kind in enumerate(kinds)]
     text = found(tmp_path, [*good_point(), *bad])
-    assert "2 of 162 requests failed (1 error, 1 cancelled)" in text
+    assert "2 of 163 requests failed (1 error, 1 timeout)" in text, "what was interrupted is in no count"
+
+
+def test_what_was_cancelled_as_asked_is_no_warning(tmp_path: Path) -> None:
+    assert found(tmp_path, [*good_point(), failure(concurrency=4, t_send=EPOCH - 1, status="cancelled")]) == ""
 
 
 def test_few_requests(tmp_path: Path) -> None:

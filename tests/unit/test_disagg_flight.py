@@ -12,6 +12,7 @@ import pytest
 
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.frontend.disagg import DisaggFlight, Handoffs
+from toolkit.engine.frontend.flight import Mailbox
 from toolkit.engine.messages import Generate, Output, Ticket
 
 PROMPT = [1, 2, 3]
@@ -82,11 +83,12 @@ def serve(handoffs: Handoffs, max_tokens: int = 4) -> list[Output]:
     """The outputs of one request, to its last."""
 
     async def run() -> list[Output]:
-        flight = DisaggFlight(handoffs, PROMPT)
-        flight.send("r", PROMPT, SamplingParams(max_tokens=max_tokens))
-        outputs = [await asyncio.wait_for(flight.next(), 5)]
+        mailbox = Mailbox()
+        flight = DisaggFlight(handoffs, PROMPT, mailbox)
+        flight.send("r", SamplingParams(max_tokens=max_tokens))
+        outputs = [await asyncio.wait_for(mailbox.next(), 5)]
         while outputs[-1].finish is None:
-            outputs.append(await asyncio.wait_for(flight.next(), 5))
+            outputs.append(await asyncio.wait_for(mailbox.next(), 5))
         await asyncio.sleep(0)
         flight.close()
         return outputs
@@ -172,8 +174,8 @@ def test_both_sides_hear_of_a_request_in_the_order_of_the_handoff(early: bool) -
     decode = Side("decode0", lambda request: [])
 
     async def run() -> None:
-        flight = DisaggFlight(handoffs(At(prefill), At(decode), early=early), PROMPT)
-        flight.send("r", PROMPT, SamplingParams(max_tokens=4))
+        flight = DisaggFlight(handoffs(At(prefill), At(decode), early=early), PROMPT, Mailbox())
+        flight.send("r", SamplingParams(max_tokens=4))
         await asyncio.sleep(0.01)
         assert len(decode.got) == early and len(prefill.got) == 1
         if early:

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.unit.frontend_peer import serving, until, utf8
+from tests.unit.frontend_peer import each_way, serving, until, utf8
 from tests.unit.test_frontend_generate import CHAT, TEXT, chat, text
 from toolkit.engine.core import SamplingParams, TokenLogprobs
 from toolkit.engine.frontend.tokenizer import HfTokenizer
 from toolkit.engine.messages import Abort, Failed, Generate
+
+__all__ = ["each_way"]
+pytestmark = pytest.mark.usefixtures("each_way")
 
 
 def figures(logprob: float, *top: tuple[str, float]) -> TokenLogprobs:

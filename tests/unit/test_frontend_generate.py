@@ -9,9 +9,12 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.unit.frontend_peer import Bench, serving, utf8
+from tests.unit.frontend_peer import Bench, each_way, serving, utf8
 from toolkit.engine.core import FinishReason
 from toolkit.engine.messages import Abort, Failed, Generate, Output, Outputs, Wake
+
+__all__ = ["each_way"]
+pytestmark = pytest.mark.usefixtures("each_way")
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -296,7 +299,7 @@ def _part(request: Generate, step: int, finish: Any) -> Any:
     return Output(request.rid, request.prompt[3 * step : 3 * step + 3], finish)
 
 
-def test_seeds_differ_between_requests_and_repeat_between_starts() -> None:
+def test_seeds_differ_between_requests_and_repeat_between_starts(each_way: int) -> None:
     async def seeds(random_seed: int) -> list[int]:
         async with serving(tp_size=1, dp_size=1, random_seed=random_seed) as bench:
             bench.ranks.reply = [utf8("a")]
@@ -306,7 +309,7 @@ def test_seeds_differ_between_requests_and_repeat_between_starts() -> None:
 
     first, again, other = (asyncio.run(seeds(seed)) for seed in (0, 0, 1))
     assert len(set(first)) == 3
-    assert first == again
+    assert each_way > 1 or first == again, "which of several servers gets a connection is the kernel's choice"
     assert not set(first) & set(other)
 
 

@@ -17,15 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
-from tests.unit.frontend_peer import TINY_MIXTRAL, TOKEN, Ranks, args_for, free_port, serving, until, utf8
+from tests.unit.frontend_peer import TINY_MIXTRAL, TOKEN, Ranks, args_for, each_way, free_port, serving, until, utf8
 from tests.unit.test_frontend_generate import CHAT, TEXT, chat, text
 from toolkit.config.model import ModelConfig
 from toolkit.engine.args import TOKEN_ENV
+from toolkit.engine.frontend.operations import PATHS
 from toolkit.engine.frontend.protocol import ChatRequest
 from toolkit.engine.frontend.server import Server, api_key
 from toolkit.engine.messages import Control, ControlReply, Failed, Generate, Progress, Ready, Stats
+
+__all__ = ["each_way"]
+pytestmark = pytest.mark.usefixtures("each_way")
 
 BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     # path, body, status, param, what the message must hold
@@ -232,11 +237,12 @@ def test_a_tokenizer_that_cannot_be_loaded_fails_the_server(tmp_path: Path) -> N
 def test_control_operations_reach_every_rank_and_wait_for_all() -> None:
     async def run() -> None:
         async with serving() as bench:
-            call = asyncio.create_task(bench.post("/dump_expert_distribution_record", None))
+            call = asyncio.create_task(bench.post("/dump_expert_distribution_record", {"since": 12.5}))
             await until(lambda: all(bench.ranks.of(rank, Control) for rank in range(2)))
             sent = [bench.ranks.seen[rank] for rank in range(2)]
             assert sent[0] == sent[1] and len(sent[0]) == 1 and sent[0][0].op == "dump_experts"  # and no Wake
             cid = sent[0][0].cid
+            assert sent[0][0].since == 12.5
             await bench.ranks.send(ControlReply(cid, 1, True))
             assert not call.done()
             await bench.ranks.send(ControlReply(cid, 0, True, "experts.npz"))
@@ -289,15 +295,18 @@ def test_options_of_control_operations_are_checked_and_sent() -> None:
     asyncio.run(run())
 
 
-def test_the_openapi_document_has_every_route_and_the_types_that_parse() -> None:
+def test_the_openapi_document_has_every_route_and_the_types_that_parse(each_way: int) -> None:
     async def run() -> None:
         async with serving(tp_size=1, dp_size=1) as bench:
             _, document = await bench.get("/openapi.json")
             served = {
                 (route.resource.canonical, route.method.lower())
-                for route in bench.server._runner.app.router.routes()
+                for route in bench.server._http._runner.app.router.routes()
                 if route.resource is not None and route.method != "HEAD"
             }
+            if each_way > 1:
+                assert served == {(path, method.lower()) for method, path in PATHS}, "what API servers pass on"
+                served |= {(TEXT, "post"), (CHAT, "post")}
             assert served == {(path, method) for path, methods in document["paths"].items() for method in methods}
             schemas = document["components"]["schemas"]
             assert schemas["ChatRequest"]["properties"]["model"] == {"enum": ["tiny", None]}
@@ -363,7 +372,7 @@ def test_server_info_tells_the_configuration() -> None:
     asyncio.run(run())
 
 
-def test_a_port_in_use_is_named() -> None:
+def test_a_port_in_use_is_named(each_way: int) -> None:
     async def run() -> None:
         ranks = Ranks(1, 1)
         try:
@@ -373,7 +382,8 @@ def test_a_port_in_use_is_named() -> None:
                 port = taken.getsockname()[1]
                 args = args_for(ranks, 1, 1)
                 with pytest.raises(ValueError, match=f"http=127.0.0.1:{port} cannot be bound.*cluster.port"):
-                    await Server(msgspec.structs.replace(args, http=("127.0.0.1", port)), TOKEN).start()
+                    args = msgspec.structs.replace(args, http=("127.0.0.1", port), api_servers=each_way)
+                    await Server(args, TOKEN).start()
                 with pytest.raises(ValueError, match=f"inbox=127.0.0.1:{port} cannot be bound.*cluster.port"):
                     worker = msgspec.structs.replace(args.workers[0], inbox=("127.0.0.1", port))
                     Server(msgspec.structs.replace(args, workers=[worker]), TOKEN)
@@ -388,8 +398,8 @@ def test_unknown_router_lists_the_known_ones() -> None:
         Server(msgspec.structs.replace(_plain_args(), router="kv"), TOKEN)
 
 
-def test_the_process_serves_and_ends_on_sigterm_and_never_imports_torch(tmp_path: Path) -> None:
-    args = msgspec.structs.replace(_plain_args(), http=("127.0.0.1", free_port()))
+def test_the_process_serves_and_ends_on_sigterm_and_never_imports_torch(tmp_path: Path, each_way: int) -> None:
+    args = msgspec.structs.replace(_plain_args(), http=("127.0.0.1", free_port()), api_servers=each_way)
     file = tmp_path / "frontend.json"
     file.write_bytes(msgspec.json.encode(args))
     code = (
@@ -402,8 +412,12 @@ def test_the_process_serves_and_ends_on_sigterm_and_never_imports_torch(tmp_path
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             _wait_live(f"http://127.0.0.1:{args.http[1]}/live", process)
+            others = psutil.Process(process.pid).children()
+            assert len(others) == (each_way if each_way > 1 else 0)
+            assert not any("libtorch" in found.path for other in others for found in other.memory_maps())
             process.send_signal(signal.SIGTERM)
             output, _ = process.communicate(timeout=30)
+            assert not any(other.is_running() for other in others)
         finally:
             process.kill()
     assert process.returncode == 0, output

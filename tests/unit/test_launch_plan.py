@@ -52,6 +52,19 @@ def test_a_plan_is_json() -> None:
     assert json.loads(json.dumps(deployment.to_json()))["workers"][0]["ranks"][3]["inbox_port"] == 25_007
 
 
+def test_api_servers_follow_the_gpus_that_generate() -> None:
+    def num(gpus: int, **deploy: Any) -> int:
+        parallel = {"tp_size": gpus, "dp_size": gpus, "ep_size": gpus}
+        cluster = {"launcher": "slurm", "device": "cuda", "gpus_per_node": 8}
+        return plan(experiment(parallel=parallel, deploy=deploy, cluster=cluster), 25_000).frontend.api_servers
+
+    assert [num(gpus) for gpus in (1, 2, 4, 8, 32, 64)] == [1, 1, 2, 4, 16, 16]
+    assert num(8, api_servers=3) == 3
+    assert plan(experiment(), 25_000).frontend.api_servers == 1, "ranks on CPU generate little"
+    (error,) = check.check(experiment(deploy={"api_servers": 100}))
+    assert "deploy.api_servers=100 must be 0 to 64" in error
+
+
 # --- check ------------------------------------------------------------------------------------------
 
 

@@ -79,7 +79,7 @@ def test_a_script_word_by_word() -> None:
 def test_shared_nodes_say_how_many_cpus_and_gpus_by_gres() -> None:
     text = lines(on_slurm(exclusive=False, gpus_by="gres", mem="64G"))
     assert "#SBATCH --gres=gpu:8" in text and "#SBATCH --mem=64G" in text
-    assert "#SBATCH --cpus-per-task=10" in text
+    assert "#SBATCH --cpus-per-task=26" in text, "8 ranks, frontend, load generator, 16 API servers"
     assert not any("exclusive" in line or "gpus-per-node" in line for line in text)
     assert "#SBATCH --cpus-per-task=24" in lines(on_slurm(exclusive=False, cpus_per_node=24))
     assert not any("gpu" in line for line in lines(on_slurm(gpus_by="none")) if line.startswith("#SBATCH"))

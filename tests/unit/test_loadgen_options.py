@@ -136,6 +136,20 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2/20" in last
 
 
+def test_what_was_cancelled_is_shown_beside_what_failed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    caplog.set_level(logging.INFO)
+    screen = Terminal()
+    for stream in (screen, io.StringIO()):
+        with ProgressBars(stream) as bars:
+            bars.update(state(cancelled=2))
+    assert "2 cancelled" in screen.getvalue() and "1 failed" in screen.getvalue()
+    assert "1 failed, 2 cancelled, 12.3 tok/s" in caplog.text
+
+
 def test_lines_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with ProgressBars(io.StringIO()) as bars:

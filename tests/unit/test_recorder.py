@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch
 from toolkit import records
 from toolkit.config.engine import EngineConfig
 from toolkit.engine.core import Batch, Request, SamplingParams, ScheduledRequest
-from toolkit.engine.eplb import formats
-from toolkit.engine.eplb.history import History, Summed
+from toolkit.engine.eplb import formats, history
+from toolkit.engine.eplb.history import History
 from toolkit.engine.eplb.passes import PassLog
 from toolkit.engine.eplb.placement import Placement
 from toolkit.engine.eplb.recorder import Recorder
+from toolkit.engine.eplb.windows import Summed, halved
 from toolkit.engine.parallel import Groups
 from toolkit.records.experts import ExpertCounts, read_experts, write_experts
 
@@ -104,6 +107,79 @@ def test_a_stat_dump_is_sglangs(tmp_path: Path) -> None:
 def test_a_dump_of_a_server_that_saw_nothing(tmp_path: Path) -> None:
     counts = formats.read_counts(tmp_path / recorder(tmp_path).dump())
     assert counts.counts_WLE.shape == (1, 6, EXPERTS) and not counts.counts_WLE.any()
+
+
+def test_a_dump_of_what_ended_since(tmp_path: Path) -> None:
+    made = recorder(tmp_path, window=1)
+    one_pass(made, FIRST)
+    made.flush()
+    since = time.time()
+    one_pass(made, OTHER)
+    counts = formats.read_counts(tmp_path / made.dump(since))
+    assert counts.load_LE[5].tolist() == [1, 0, 0, 1]
+    assert formats.read_counts(tmp_path / made.dump()).load_LE[5].tolist() == [3, 2, 1, 3], "nothing is forgotten"
+    assert not formats.read_counts(tmp_path / made.dump(time.time())).counts_WLE.any()
+    assert len(read_experts(tmp_path / records.EXPERTS).counts) == 2
+
+
+def test_windows_of_two_runs_are_not_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run's end is a flush, after an odd number of windows."""
+    monkeypatch.setattr(history, "MAX_WINDOWS", 8)
+    made, moments = recorder(tmp_path, window=1), [0.0]
+    for ids in (FIRST, OTHER):
+        for _ in range(11):
+            one_pass(made, ids)
+        made.flush()
+        moments.append(time.time())
+    assert formats.read_counts(tmp_path / made.dump(moments[1])).load_LE[5].tolist() == [11, 0, 0, 11]
+    found = read_experts(tmp_path / records.EXPERTS)
+    assert found.counts.sum((0, 1)).tolist() == [33, 22, 11, 33] and len(found.counts) < 9
+
+
+def test_neighbours_are_merged_two_by_two_but_not_over_a_moment_that_was_asked_for() -> None:
+    windows = [Summed(np.full((1, 1), 1 << i), np.zeros((1, 1), np.int64), i, i + 1.0, 1) for i in range(6)]
+    assert [int(w.counts_LE.sum()) for w in halved(windows, set())] == [3, 12, 48]
+    assert [int(w.counts_LE.sum()) for w in halved(windows, {3.0, 4.0})] == [3, 4, 8, 48]
+
+
+def test_a_process_that_is_started_anew_goes_on_with_what_the_one_before_left(tmp_path: Path) -> None:
+    before = recorder(tmp_path, window=1, pairs_every=1)
+    one_pass(before, FIRST)
+    before.flush()
+    left = read_experts(tmp_path / records.EXPERTS)
+    after = recorder(tmp_path, window=1, pairs_every=1)
+    assert read_experts(tmp_path / records.EXPERTS).counts.tolist() == left.counts.tolist(), "not emptied at its start"
+    one_pass(after, OTHER)
+    whole = formats.read_counts(tmp_path / after.dump())
+    found = read_experts(tmp_path / records.EXPERTS)
+    assert found.counts[:, 0].tolist() == [[2, 2, 1, 2], [1, 0, 0, 1]]
+    assert found.times[0].tolist() == left.times[0].tolist() and found.times[0, 1] <= found.times[1, 0]
+    assert found.placement_times[0] == left.placement_times[0] < found.placement_times[1]
+    assert found.slot_counts is not None and found.slot_counts.sum((1, 2)).tolist() == [7, 2]
+    assert found.pairs is not None and found.pairs[0, 0].tolist() == [0, 2, 0, 1]
+    assert whole.load_LE[5].tolist() == [3, 2, 1, 3]
+    after.flush()
+    pairs = read_experts(tmp_path / records.EXPERTS).pairs
+    assert pairs is not None and pairs[0, 0].tolist() == [0, 2, 0, 1], "not added twice"
+
+
+@pytest.mark.parametrize("kind", ["other slots", "no file of ours"])
+def test_what_a_process_cannot_go_on_with_is_put_aside(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / records.EXPERTS
+    made = recorder(tmp_path)
+    one_pass(made, FIRST)
+    made.flush()
+    found = read_experts(path)
+    if kind == "other slots":
+        write_experts(path, dataclasses.replace(found, placement=found.placement[:, :, :4]))
+    else:
+        path.write_bytes(b"half a file")
+    content = path.read_bytes()
+    again = recorder(tmp_path)
+    assert path.with_name("experts.1.npz").read_bytes() == content
+    one_pass(again, OTHER)
+    again.flush()
+    assert read_experts(path).counts[:, 0].tolist() == [[1, 0, 0, 1]]
 
 
 def batch_of(tokens: list[int], computed: int) -> Batch:

@@ -53,6 +53,7 @@ def experts(folder: Path) -> ExpertCounts:
         if not alike or whole.placement.shape[1:] != other.placement.shape[1:]:
             raise ValueError("the attempts at this run counted other experts, slots or ranks")
         counted = [one.pairs for one in (whole, other) if one.pairs is not None]
+        rows = [one.slot_counts for one in (whole, other) if one.slot_counts is not None]
         whole = dataclasses.replace(
             whole,
             counts=np.concatenate([whole.counts, other.counts]),
@@ -60,6 +61,7 @@ def experts(folder: Path) -> ExpertCounts:
             placement=np.concatenate([whole.placement, other.placement]),
             placement_times=np.concatenate([whole.placement_times, other.placement_times]),
             pairs=np.sum(counted, axis=0) if counted else None,
+            slot_counts=np.concatenate(rows) if len(rows) == 2 else None,
         )
     return whole
 

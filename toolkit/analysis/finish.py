@@ -22,6 +22,7 @@ TABLE_COLUMNS: dict[str, str] = {
     "concurrency": "conc.",
     "requests": "requests",
     "failed": "failed",
+    "cancelled": "cancelled",
     "ttft_p50_ms": "TTFT\np50 ms",
     "ttft_p99_ms": "TTFT\np99 ms",
     "itl_p50_ms": "ITL\np50 ms",
@@ -75,18 +76,20 @@ def terminal_table(run: Run, width: int = 116) -> str:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for title in TABLE_COLUMNS.values():
+    columns = {key: title for key, title in TABLE_COLUMNS.items() if key != "cancelled" or run.sweep[key].any()}
+    for title in columns.values():
         table.add_column(title, justify="right", no_wrap=True)
     best = best_row(run)
     for position, (_, row) in enumerate(run.sweep.iterrows()):
-        cells = [f"{row[key]:.0f}" if key in COUNT_COLUMNS else number(float(row[key])) for key in TABLE_COLUMNS]
+        cells = [f"{row[key]:.0f}" if key in COUNT_COLUMNS else number(float(row[key])) for key in columns]
         mark = "*" if position == best else "!" if row["state"] == "invalid" else " "
         table.add_row(cells[0] + mark, *cells[1:])
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=False, color_system=None)
+    wide = Console(file=out, width=max(width, 132), force_terminal=False, color_system=None)  # no column is cut off
     console.print(Text(run.name))
     if len(run.sweep):
-        console.print(table)
+        wide.print(table)
     for finding in verdict(run):
         console.print(Text(f"{finding.label}: {finding.text}"))
     for warning in warnings(run):

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from toolkit.analysis.metrics import (
     e2e_s,
+    failed,
     interval,
     largest_itl_s,
-    measured,
     succeeded,
     tpot_s,
     ttft_s,
@@ -62,11 +62,11 @@ def keeps(requests: pd.DataFrame, slo: Slo) -> dict[str, NDArray[np.bool_]]:
 
 @dataclass(frozen=True)
 class Goodput:
-    """Load point against an SLO. A failed or cancelled request is not good.
+    """Load point against an SLO. A failed request is not good; one that the client gave up as asked is not judged.
 
     Attributes:
         req_s, tok_s: good requests, and their output tokens, per second of ``interval``.
-        share: good requests / measured requests. vLLM gives ``req_s`` alone, aiperf ``req_s`` and the fraction.
+        share: good requests / (ok + failed requests). vLLM gives ``req_s`` alone, aiperf ``req_s`` and the fraction.
         by_bound: the same share for each bound alone.
     """
 
@@ -77,12 +77,12 @@ class Goodput:
 
 
 def goodput(requests: pd.DataFrame, slo: Slo) -> Goodput:
-    every, ok = measured(requests), succeeded(requests)
+    ok = succeeded(requests)
     begin, end = interval(requests)
     duration = end - begin if end > begin else np.nan
     kept = keeps(ok, slo)
     good = np.logical_and.reduce(list(kept.values())) if kept else np.ones(len(ok), bool)
-    total = len(every) or np.nan
+    total = len(ok) + len(failed(requests)) or np.nan
     return Goodput(
         req_s=float(good.sum() / duration),
         tok_s=float(ok["output_tokens"].to_numpy(np.float64)[good].sum() / duration),

@@ -46,7 +46,7 @@ def _level(points: list[LoadPoint]) -> dict[str, float]:
     level["repeats"] = len(points)
     spread = {f"{name}_{side}": np.nan for name in SPREAD for side in ("low", "high")}
     if len(points) > 1:
-        for name in ("requests", "failed", "duration_s", "steady_s"):
+        for name in ("requests", "failed", "cancelled", "duration_s", "steady_s"):
             level[name] = float(rows[name].sum())
         for name in AVERAGED:
             level[name] = float(rows[name].mean())

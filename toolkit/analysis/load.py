@@ -24,7 +24,7 @@ from toolkit.analysis.chunks import check_chunks
 from toolkit.analysis.goodput import Slo
 from toolkit.analysis.imbalance import PointLoad, WindowLoads, summed, window_loads
 from toolkit.analysis.metrics import interval
-from toolkit.analysis.sweep_table import LoadPoint, load_points, missing_rows, read_whole
+from toolkit.analysis.sweep_table import LoadPoint, load_points, missing_rows, read_whole, recounted
 from toolkit.records.experts import ExpertCounts, RebalanceRecord, read_rebalances
 from toolkit.records.requests import read_requests, requests_schema
 from toolkit.records.samples import MetricSample, NodeSample
@@ -183,7 +183,7 @@ class Run:
             table, lacking = read_whole(self.path)
             if lacking:
                 self.warnings.append(f"{records.SWEEP} is of another version: it has no {', '.join(lacking)}")
-            return table
+            return recounted(table, self.requests) if "cancelled" in lacking else table
 
         table = self._read(records.SWEEP, read, _no_rows(list(SWEEP_COLUMNS)))
         added = missing_rows(table, self.requests, self.num_gpus, self.status.points if self.status else [])

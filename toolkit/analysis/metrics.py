@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.analysis.chunks import chunks_of, each_token, gaps_of, starts
+from toolkit.records.requests import NOT_FAILED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +31,12 @@ def measured(requests: pd.DataFrame) -> pd.DataFrame:
     """The requests that count: all but warm-up, failed ones included."""
     warmup = requests["warmup"].astype(bool)
     return requests[~warmup] if warmup.any() else requests
+
+
+def failed(requests: pd.DataFrame) -> pd.DataFrame:
+    """The measured requests that failed; neither those given up as asked nor those that ended with their point."""
+    every = measured(requests)
+    return every[~every["status"].isin(NOT_FAILED)]
 
 
 def succeeded(requests: pd.DataFrame) -> pd.DataFrame:

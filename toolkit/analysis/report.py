@@ -47,7 +47,15 @@ def _percentiles(metric: str) -> Group:
 
 
 GROUPS: tuple[Group, ...] = (
-    Group("load", (Column("conc.", "concurrency"), Column("requests", "requests"), Column("failed", "failed"))),
+    Group(
+        "load",
+        (
+            Column("conc.", "concurrency"),
+            Column("requests", "requests"),
+            Column("failed", "failed"),
+            Column("cancelled", "cancelled"),
+        ),
+    ),
     Group("seconds", (Column("duration", "duration_s"),)),
     Group("mean tokens", (Column("ISL", "isl_mean"), Column("OSL", "osl_mean"))),
     *(_percentiles(metric) for metric in ("ttft", "itl", "tpot", "e2e")),
@@ -65,8 +73,11 @@ GROUPS: tuple[Group, ...] = (
 
 
 def _groups(run: Run) -> list[Group]:
-    """Columns that say something: power is known on few machines."""
-    return [group for group in GROUPS if group.title != "power" or run.sweep["power_w"].notna().any()]
+    """Columns that say something: power is known on few machines, and few loads give requests up."""
+    silent = set() if run.sweep["power_w"].notna().any() else {"power_w", "output_tok_s_per_w"}
+    silent |= set() if run.sweep["cancelled"].any() else {"cancelled"}
+    groups = [Group(group.title, tuple(c for c in group.columns if c.key not in silent)) for group in GROUPS]
+    return [group for group in groups if group.columns]
 
 
 def write_report(run: Run, charts: Iterable[Drawn]) -> Path:

@@ -8,6 +8,7 @@ import numpy as np
 
 from toolkit.analysis.metrics import (
     e2e_s,
+    failed,
     icl_s,
     interval,
     itl_s,
@@ -27,6 +28,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+def counts(requests: pd.DataFrame) -> dict[str, int]:
+    """How the measured requests of a load point ended: ``requests``, and of them ``failed`` and ``cancelled``.
+
+    The others are ok. ``cancelled``: the client gave them up as it was asked to, which says nothing of the server
+    (aiperf counts them among its errors). Requests that ended with a point that was cut off are in none of the three.
+    """
+    ok, bad = len(succeeded(requests)), len(failed(requests))
+    cancelled = int((measured(requests)["status"] == "cancelled").sum())
+    return {"requests": ok + bad + cancelled, "failed": bad, "cancelled": cancelled}
+
+
 def sweep_row(
     requests: pd.DataFrame,
     concurrency: int,
@@ -37,7 +49,7 @@ def sweep_row(
 ) -> dict[str, Any]:
     """One load point -> its row of ``sweep.csv``: every one of ``records.sweep.SWEEP_COLUMNS``.
 
-    - ``requests``: measured requests; ``failed``: those of them that are not ok. Warm-up is in no figure.
+    - ``requests``, ``failed``, ``cancelled``: see ``counts``. Warm-up is in no figure.
     - ``duration_s``: first send to last token of the measured requests (``interval``). aiperf takes the same window;
       vLLM's and SGLang's also hold the client's work around it.
     - ``isl_mean``, ``osl_mean``: mean prompt and output tokens of the ok requests.
@@ -63,32 +75,34 @@ def sweep_row(
         request_rate: requests a second that were asked for; 0: a closed loop.
     """
     assert num_gpus > 0, num_gpus
-    every, ok = measured(requests), succeeded(requests)
+    ok = succeeded(requests)
     begin, end = interval(requests)
     duration = end - begin
     prompt, output = float(ok["prompt_tokens"].sum()), float(ok["output_tokens"].sum())
     output_tok_s = output / duration if duration > 0 else np.nan
     tpot = tpot_s(ok)
-    row: dict[str, Any] = {
-        "concurrency": concurrency,
-        "request_rate": request_rate,
-        "requests": len(every),
-        "failed": len(every) - len(ok),
-        "duration_s": duration,
-        "isl_mean": prompt / len(ok) if len(ok) else np.nan,
-        "osl_mean": output / len(ok) if len(ok) else np.nan,
-        "output_tok_s": output_tok_s,
-        "output_tok_s_per_gpu": output_tok_s / num_gpus,
-        "output_tok_s_per_user": float(np.mean(1 / tpot[tpot > 0])) if (tpot > 0).any() else np.nan,
-        "total_tok_s": (prompt + output) / duration if duration > 0 else np.nan,
-        "balancedness_mean": balancedness_mean,
-        "imbalance_max": imbalance_max,
-        "power_w": np.nan,
-        "output_tok_s_per_w": np.nan,
-        "repeat": 0,
-        "state": "",
-        "reason": "",
-    } | steady_figures(requests, concurrency)
+    row: dict[str, Any] = (
+        counts(requests)
+        | {
+            "concurrency": concurrency,
+            "request_rate": request_rate,
+            "duration_s": duration,
+            "isl_mean": prompt / len(ok) if len(ok) else np.nan,
+            "osl_mean": output / len(ok) if len(ok) else np.nan,
+            "output_tok_s": output_tok_s,
+            "output_tok_s_per_gpu": output_tok_s / num_gpus,
+            "output_tok_s_per_user": float(np.mean(1 / tpot[tpot > 0])) if (tpot > 0).any() else np.nan,
+            "total_tok_s": (prompt + output) / duration if duration > 0 else np.nan,
+            "balancedness_mean": balancedness_mean,
+            "imbalance_max": imbalance_max,
+            "power_w": np.nan,
+            "output_tok_s_per_w": np.nan,
+            "repeat": 0,
+            "state": "",
+            "reason": "",
+        }
+        | steady_figures(requests, concurrency)
+    )
     ttft, e2e, waited = ttft_s(ok), e2e_s(ok), wait_s(ok)
     latencies = {"ttft": ttft, "itl": itl_s(ok), "tpot": tpot, "e2e": e2e}
     latencies |= {"ttft_sched": ttft + waited, "e2e_sched": e2e + waited}

@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 
 from toolkit import records
-from toolkit.analysis.sweep_row import sweep_row
+from toolkit.analysis.sweep_row import counts, sweep_row
 from toolkit.records.status import PointStatus
 from toolkit.records.sweep import SWEEP_COLUMNS, SWEEP_TEXTS, read_sweep
 
-COUNT_COLUMNS = ("concurrency", "requests", "failed")
+NEEDED = ("concurrency", "requests", "failed")
+COUNT_COLUMNS = (*NEEDED, "cancelled")
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,24 @@ def read_whole(folder: Path) -> tuple[pd.DataFrame, list[str]]:
         raise ValueError("its last line is cut off")
     table = read_sweep(folder)
     lacking = [name for name in SWEEP_COLUMNS if name not in table.columns]
-    if set(lacking) & set(COUNT_COLUMNS):
+    if set(lacking) & set(NEEDED):
         raise ValueError(f"no column {', '.join(lacking)}")
     texts = {name: table.get(name, "") for name in SWEEP_TEXTS}
     table = table.reindex(columns=list(SWEEP_COLUMNS)).drop(columns=[*texts]).astype(np.float64)
-    if table[list(COUNT_COLUMNS)].isna().any(axis=None):
-        raise ValueError(f"an empty cell in {', '.join(COUNT_COLUMNS)}")
-    table["repeat"] = table["repeat"].fillna(0)
+    if table[list(NEEDED)].isna().any(axis=None):
+        raise ValueError(f"an empty cell in {', '.join(NEEDED)}")
+    table = table.fillna({"repeat": 0, "cancelled": 0})
     table = table.astype(dict.fromkeys((*COUNT_COLUMNS, "repeat"), np.int64)).assign(**texts)
     return pd.DataFrame(table[list(SWEEP_COLUMNS)]), lacking
+
+
+def recounted(table: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFrame:
+    """The rows with their counts of requests taken anew: ``failed`` of version 1 held the cancelled ones too."""
+    table = table.copy()
+    for point, row in rows_by_point(requests, table).items():
+        for name, count in counts(requests[requests["point"] == point]).items():
+            table.loc[table.index[row], name] = count
+    return table
 
 
 def rows_by_point(requests: pd.DataFrame, sweep: pd.DataFrame) -> dict[Any, int]:

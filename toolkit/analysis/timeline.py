@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from toolkit.analysis.load import Run
 from toolkit.analysis.metrics import tokens_at
 from toolkit.analysis.steady import ended, in_flight, steady_interval
+from toolkit.records.requests import NOT_FAILED
 
 Floats = NDArray[np.float64]
 
@@ -39,7 +40,8 @@ class Timeline:
         edges: Unix seconds, [bins + 1].
         in_flight: time-weighted mean of the requests in flight, [bins].
         output_tok_s: output tokens of all requests that came in the bin, per second.
-        failures: requests that ended without success in the bin.
+        failures: requests that failed in the bin.
+        given_up: requests that the client ended in the bin: as asked, or with a point that was cut off.
         running: mean running batch of each DP rank, [ranks, bins]; NaN where it made no pass.
         kv_share: largest KV use of any DP rank, 0 to 1; NaN where none made a pass.
         preemptions: requests pushed out in the bin, all ranks.
@@ -49,6 +51,7 @@ class Timeline:
     in_flight: Floats
     output_tok_s: Floats
     failures: NDArray[np.int64]
+    given_up: NDArray[np.int64]
     running: Floats
     kv_share: Floats
     preemptions: NDArray[np.int64]
@@ -87,7 +90,7 @@ def timeline(run: Run, bins: int = 240) -> Timeline:
         raise ValueError("all requests were sent and ended in the same instant")
     edges = np.linspace(begin, end, bins + 1).astype(np.float64)
     times, tokens = tokens_at(requests)
-    failed = ended(requests)[(requests["status"] != "ok").to_numpy()]
+    over, status = ended(requests), requests["status"]
     steps = run.steps
     # np.minimum: the last edge belongs to the last bin
     place = np.minimum(np.searchsorted(edges, steps["t_begin"].to_numpy(np.float64), "right") - 1, bins - 1)
@@ -97,7 +100,8 @@ def timeline(run: Run, bins: int = 240) -> Timeline:
         edges=edges,
         in_flight=_mean_level(*in_flight(requests), edges),
         output_tok_s=np.asarray(np.histogram(times, edges, weights=tokens)[0] / (edges[1] - edges[0]), np.float64),
-        failures=np.histogram(failed, edges)[0],
+        failures=np.histogram(over[~status.isin(NOT_FAILED)], edges)[0],
+        given_up=np.histogram(over[status.isin(("cancelled", "interrupted"))], edges)[0],
         running=_running(steps, bins, hold),
         kv_share=_per_bin((steps["kv_used_tokens"] / steps["kv_total_tokens"]).groupby(steps["bin"]).max(), bins, hold),
         preemptions=np.bincount(steps["bin"], weights=steps["preemptions"], minlength=bins).astype(np.int64)

@@ -13,7 +13,7 @@ import numpy as np
 from toolkit import records
 from toolkit.analysis.chunks import chunks_of
 from toolkit.analysis.load import Run
-from toolkit.analysis.metrics import measured, succeeded, ttft_s
+from toolkit.analysis.metrics import failed, succeeded, ttft_s
 from toolkit.analysis.nodes import throttled
 from toolkit.analysis.steady import ended, held_concurrency, in_flight, steady_interval, tok_s_between
 from toolkit.analysis.sweep_table import LoadPoint
@@ -42,7 +42,7 @@ def warnings(run: Run) -> list[str]:
     few = [
         f"{point.concurrency} ({ok})"
         for point in run.points
-        if 0 < (ok := int(point.row["requests"] - point.row["failed"])) < ENOUGH_FOR_P99
+        if 0 < (ok := int(point.row["requests"] - point.row["failed"] - point.row["cancelled"])) < ENOUGH_FOR_P99
     ]
     if few:
         found.append(
@@ -73,12 +73,11 @@ def _attempts(run: Run) -> Iterator[str]:
 
 
 def _point(point: LoadPoint) -> Iterator[str]:
-    rows, ok = measured(point.requests), succeeded(point.requests)
-    bad = rows[rows["status"] != "ok"]
-    if failed := int(point.row["failed"]):
-        kinds = ", ".join(f"{count} {kind}" for kind, count in bad["status"].value_counts().items())
+    ok, bad = succeeded(point.requests), failed(point.requests)
+    if count := int(point.row["failed"]):
+        kinds = ", ".join(f"{number} {kind}" for kind, number in bad["status"].value_counts().items())
         common = f" ({kinds}); most often: {bad['error'].mode().iloc[0]}" if len(bad) else ""
-        yield f"{failed} of {int(point.row['requests'])} requests failed{common}"
+        yield f"{count} of {int(point.row['requests'])} requests failed{common}"
     if not len(ok):
         return
     asked = ok[ok["expected_output_tokens"] > 0]

@@ -33,7 +33,7 @@ class LoadConfig:
         "of a point generate, so that its batch is full"
     )  # fmt: skip
     repeat: int = opt(1, "passes over all load points, one after the other; their spread is drawn")
-    cancel_fraction: float = opt(0.0, "share of the requests that the client gives up; 0 to 1")
+    cancel_fraction: float = opt(0.0, "share of the requests that the client gives up: cancelled, not failed; 0 to 1")
     cancel_after_s: float = opt(1.0, "when it gives them up, seconds after sending")
     dataset: str = opt(
         "prompts", "where requests come from: prompts, random, sharegpt, mooncake, azure, burstgpt, trace"

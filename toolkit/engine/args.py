@@ -92,6 +92,7 @@ class FrontendArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         engine: options that all workers share.
         http: (host, port) it serves on.
         api_key_env: environment variable with the API key; empty: none is asked for.
+        api_servers: processes that answer completions; 1: the frontend itself.
         handoff, enforce_disagg, migration_limit: ``deploy.*`` of the same names.
         worker_timeout_s: a worker that says nothing for so long is given up until it speaks; 0: never.
     """
@@ -102,6 +103,7 @@ class FrontendArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workers: list[WorkerAddress]
     router: str = "round_robin"
     api_key_env: str = ""
+    api_servers: int = 1
     handoff: Literal["bootstrap", "synchronous"] = "bootstrap"
     enforce_disagg: bool = False
     migration_limit: int = 0

@@ -84,7 +84,7 @@ class Controller:
             case "stop_experts":
                 self._counting().stop()
             case "dump_experts":
-                return self._counting().dump()
+                return self._counting().dump(control.since)
             case "rebalance_experts":
                 self._rebalance(control.placement)
             case "slow_down":

@@ -102,6 +102,7 @@ class Control(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
         sleep_s: of slow_down: seconds before each forward pass; 0: none.
         folder: of start_profile: name of the folder for its files.
         num_steps: of start_profile: ends by itself after so many forward passes; 0: with stop_profile.
+        since: of dump_experts: Unix seconds from which windows are in the dump.
         placement: of rebalance_experts: where experts are to go, as JSON; empty: what suits the counts.
     """
 
@@ -110,6 +111,7 @@ class Control(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
     sleep_s: float = 0.0
     folder: str = ""
     num_steps: int = 0
+    since: float = 0.0
     placement: str = ""
 
 

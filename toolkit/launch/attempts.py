@@ -34,7 +34,7 @@ COMMAND = "command.json"  # inside STATE_DIR
 GROUPS = ("parallel", "engine")
 MODEL = ("hf_config", "load_format", "dtype", "seed")
 DEPLOY = (
-    "mode", "router", "prefill", "decode", "disaggregation_transfer_backend", "disaggregation_handoff",
+    "mode", "router", "prefill", "decode", "disaggregation_transfer_backend", "disaggregation_handoff", "api_servers",
 )  # fmt: skip
 CLUSTER = ("device", "gpus_per_node", "cpu_threads_per_rank", "container_image")
 PULSES = f"{STATE_DIR}/{pulse.FOLDER}"

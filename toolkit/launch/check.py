@@ -185,6 +185,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
 
 
 def _deploy(deploy: DeployConfig) -> Iterator[str]:
+    if not 0 <= deploy.api_servers <= 64:
+        yield f"deploy.api_servers={deploy.api_servers} must be 0 to 64; 0 suits the GPUs"
     if deploy.api_key_env and not os.environ.get(deploy.api_key_env):
         yield (
             f"deploy.api_key_env={deploy.api_key_env}: that environment variable is not set: export it, "

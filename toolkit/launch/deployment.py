@@ -170,10 +170,11 @@ class Deployment:
         return flushed and not self._stall.requests() and ask(self._url)[0]
 
     def collect_experts(self) -> None:
-        """Has rank 0 write experts.npz. Its lack is a gap in the report, not a failed run."""
+        """Has rank 0 write experts.npz, and dump this run's windows. A lack is a gap in the report, no failure."""
         if self.cfg.engine.expert_distribution_recorder_mode is None or not self.watch.all_alive():
             return
-        error = self.post("/dump_expert_distribution_record")
+        since = self._share.since if self._share is not None else 0.0
+        error = self.post("/dump_expert_distribution_record", {"since": since})
         if error or not (self.home / records.EXPERTS).exists():
             log.warning("no %s: %s", records.EXPERTS, error or "the first rank has written none")
 

@@ -17,6 +17,8 @@ from toolkit.launch.pools import AGG, Pool, worker_pools
 
 FRONTEND_PORTS = 2  # HTTP, where the load generator's nodes meet
 WORKER_PORTS = 2  # the frontend's inbox for the worker, torch.distributed
+GPUS_AN_API_SERVER = 2  # an H200 generates 15,000 tokens/s, an API server answers with 30,000 (docs/performance.md)
+MOST_API_SERVERS = 16  # one process still relays for all of them
 FRONTEND = "frontend"  # a pool of one node for frontend and load generator, where cluster.pools has it
 
 
@@ -57,9 +59,12 @@ class WorkerPlan:
 
 @dataclass(frozen=True)
 class FrontendPlan:
+    """``api_servers``: processes that answer at ``http_port``; 1: the frontend itself."""
+
     node: int
     host: str
     http_port: int
+    api_servers: int
 
     @property
     def client_host(self) -> str:
@@ -125,6 +130,14 @@ class DeploymentPlan:
         return dataclasses.asdict(self)
 
 
+def api_servers(cfg: ExpConfig) -> int:
+    """``deploy.api_servers``, or what the GPUs that generate need."""
+    if cfg.deploy.api_servers or cfg.cluster.device == "cpu":
+        return cfg.deploy.api_servers or 1
+    gpus = sum(pool.workers * pool.parallel.tp_size for pool in worker_pools(cfg) if pool.name != "prefill")
+    return min(-(-gpus // GPUS_AN_API_SERVER), MOST_API_SERVERS)
+
+
 def num_ports(cfg: ExpConfig) -> int:
     """How many consecutive ports a deployment takes, on each of its nodes."""
     return FRONTEND_PORTS + sum(pool.workers * (WORKER_PORTS + pool.parallel.tp_size) for pool in worker_pools(cfg))
@@ -173,7 +186,7 @@ def plan(cfg: ExpConfig, port_base: int | Sequence[int]) -> DeploymentPlan:
         num_nodes=num_nodes,
         num_gpus=gpu,
         workers=tuple(workers),
-        frontend=FrontendPlan(0, cfg.deploy.host, bases[0]),
+        frontend=FrontendPlan(0, cfg.deploy.host, bases[0], api_servers(cfg)),
         loadgen=LoadgenPlan(tuple(i % num_nodes for i in range(cfg.load.nodes)), bases[0] + 1),
         pools=kinds,
     )

@@ -20,7 +20,7 @@ from toolkit.config.experiment import ExpConfig
 from toolkit.config.mapping import from_mapping, to_mapping
 from toolkit.launch.interrupts import ENDS_SOON
 from toolkit.launch.launcher import STATE_DIR
-from toolkit.launch.plan import FRONTEND, PoolPlan, pools
+from toolkit.launch.plan import FRONTEND, PoolPlan, api_servers, pools
 from toolkit.launch.srun import ROOT
 
 LOG = "logs/slurm-%j.log"
@@ -68,6 +68,8 @@ def _parameters(cfg: ExpConfig, cluster: ClusterConfig, pool: PoolPlan) -> dict[
     gpus = cluster.gpus_per_node if cluster.device == "cuda" and pool.name != FRONTEND else 0
     kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
     tasks = cluster.gpus_per_node if pool.name != FRONTEND else 1
+    servers = api_servers(cfg) if pool.first_node == 0 else 1
+    beside = 2 if servers == 1 else 2 + servers  # frontend, load generator, API servers
     return {
         "job_name": cfg.exp,
         "partition": cluster.partition or None,
@@ -76,7 +78,7 @@ def _parameters(cfg: ExpConfig, cluster: ClusterConfig, pool: PoolPlan) -> dict[
         "time": cluster.time_min,
         "nodes": pool.num_nodes,
         "ntasks_per_node": 1,
-        "cpus_per_task": None if cluster.exclusive else cluster.cpus_per_node or tasks + 2,
+        "cpus_per_task": None if cluster.exclusive else cluster.cpus_per_node or tasks + beside,
         "mem": str(cluster.mem) or None,
         "gpus_per_node": f"{kind}{gpus}" if gpus and cluster.gpus_by == "gpus-per-node" else None,
         "gres": f"gpu:{kind}{gpus}" if gpus and cluster.gpus_by == "gres" else None,

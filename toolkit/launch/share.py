@@ -44,9 +44,9 @@ class Share:
 
     def __init__(self, home: Path) -> None:
         self._home = home
-        self._since = 0.0  # Unix seconds from which rows are the present run's
+        self.since = 0.0  # Unix seconds from which rows are the present run's
         self._log_sizes: dict[str, int] = {}
-        self._pairs: dict[Path, np.ndarray] = {}  # file -> what the loads before have counted
+        self._pairs: dict[str, np.ndarray] = {}  # file -> what the loads before have counted
         self._all_settled = True
 
     def lend(self, run_dir: Path, specs: Sequence[ProcessSpec], files: Sequence[str]) -> None:
@@ -69,8 +69,8 @@ class Share:
         parts += [(self._copy, name) for name in files]
         parts += [(self._cut_streams, name) for name in STREAMS] + [(self._cut_experts, records.EXPERTS)]
         workers = self._home / records.WORKERS
-        for worker in sorted(workers.iterdir()) if workers.is_dir() else []:
-            name = f"{records.WORKERS}/{worker.name}"
+        for worker in _names(workers):
+            name = f"{records.WORKERS}/{worker}"
             parts += [(self._cut_streams, f"{name}/{records.STEPS}"), (self._cut_experts, f"{name}/{records.EXPERTS}")]
         _unlink(run_dir / records.WORKERS)
         for cut, name in parts:
@@ -85,8 +85,10 @@ class Share:
                 with contextlib.suppress(OSError):
                     shutil.rmtree(run_dir / name, ignore_errors=True)
                     self._link(name, run_dir)
-        self._move_profiles(run_dir)
-        self._since = until
+        for folder in (Path(), *(Path(records.WORKERS) / worker for worker in _names(workers))):
+            for name in (records.PROFILES, records.EXPERT_DUMPS):
+                self._move(folder / name, run_dir)
+        self.since = until
 
     def _cut_log(self, name: str, run_dir: Path) -> None:
         begin = self._log_sizes.get(name, 0)
@@ -106,29 +108,28 @@ class Share:
         record, when = STREAMS[Path(name).name]
         for file in sorted((self._home / name).glob("*.arrows")):
             table = read_stream(file, record)
-            rows = table.filter(compute.greater_equal(table.column(when), self._since))
+            rows = table.filter(compute.greater_equal(table.column(when), self.since))
             (run_dir / name).mkdir(exist_ok=True)
             write_stream(run_dir / name / file.name, rows)
 
     def _cut_experts(self, name: str, run_dir: Path) -> None:
         """Windows that ended since. Pairs are counted from the start on: what was there before is taken away."""
         found = read_experts(self._home / name)
-        mine = found.times[:, 1] > self._since
+        mine = found.times[:, 1] > self.since
         parts: dict[str, Any] = {"counts": found.counts[mine], "times": found.times[mine]}
         if found.slot_counts is not None:
             parts["slot_counts"] = found.slot_counts[mine]
         if found.pairs is not None:
-            before = self._pairs.get(Path(name))
-            if before is not None and (found.pairs >= before).all():  # else its worker was started anew, and from zero
-                parts["pairs"] = found.pairs - before
-            self._pairs[Path(name)] = found.pairs
+            parts["pairs"] = found.pairs - self._pairs.get(name, 0)
+            self._pairs[name] = found.pairs
         write_experts(run_dir / name, dataclasses.replace(found, **parts))
 
-    def _move_profiles(self, run_dir: Path) -> None:
-        for profile in (self._home / records.PROFILES).glob("*"):
-            target = run_dir / records.PROFILES / profile.name
-            target.parent.mkdir(exist_ok=True)
-            profile.rename(target)
+    def _move(self, name: Path, run_dir: Path) -> None:
+        """What lies in the folder ``name`` was asked for during this run."""
+        for found in (self._home / name).glob("*"):
+            target = run_dir / name / found.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            found.rename(target)
 
     def over(self) -> None:
         """When no process writes any more and every run has its part: rows are not kept twice."""
@@ -137,6 +138,10 @@ class Share:
         for folder in (self._home, *(self._home / records.WORKERS).glob("*")):
             for name in STREAMS:
                 shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def _unlink(path: Path) -> None:

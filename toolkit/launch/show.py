@@ -68,7 +68,8 @@ def _ranks(plan: DeploymentPlan) -> Table:
         for r in worker.ranks:
             cells = (r.node, r.local_rank, r.dp_rank, r.attn_tp_rank, r.ep_rank, r.inbox_port)
             table.add_row(f"{worker.name}-{r.rank}", *map(str, cells))
-    table.add_row("frontend-0", str(plan.frontend.node), "", "", "", "", str(plan.frontend.http_port))
+    several = f" ({plan.frontend.api_servers} API servers)" if plan.frontend.api_servers > 1 else ""
+    table.add_row(f"frontend-0{several}", str(plan.frontend.node), "", "", "", "", str(plan.frontend.http_port))
     others = (f"{port} {use}" for (_, port), use in plan.ports().items() if " inbox" not in use or "frontend" in use)
     table.caption = "Ports: " + ", ".join(others)
     table.caption_justify = "left"

@@ -56,7 +56,7 @@ class Reader:
             record.http_status, record.dp_rank = seen.head.status, _dp_rank(seen.head.headers.get("x-dp-rank", ""))
         if fault := seen.fault or _incomplete(answer, exchange):
             record.status = "error" if exchange.outcome == "ended" else exchange.outcome
-            record.error = (exchange.fault if record.status in ("timeout", "cancelled") else fault)[:ERROR_CHARS]
+            record.error = (fault if record.status == "error" else exchange.fault)[:ERROR_CHARS]
         else:
             record.status = "ok"
         _fill(record, answer, seen, exchange.sent_ns)

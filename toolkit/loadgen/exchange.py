@@ -20,12 +20,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.records.requests import CUT_OFF
+
 STAMP = np.dtype([("s", "<i8"), ("ns", "<i8")])  # struct timespec, as SO_TIMESTAMPNS gives it
 TIMESPEC = struct.Struct("=qq")
 READ_BYTES = 28  # of the spool that a read takes beside its data: stamp, time, size
 SPILL_BYTES = 1 << 14  # of one answer kept in memory: bounds a process's size by its streams, not by their length
 
-Outcome = Literal["ended", "error", "timeout", "cancelled"]
+Outcome = Literal["ended", "error", "timeout", "cancelled", "interrupted"]
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -227,7 +229,7 @@ async def attempt(
         else:
             exchange.fail("timeout", f"no complete answer after timeout_s={limit:g}")
     except asyncio.CancelledError:
-        exchange.fail("cancelled", "the run was interrupted")
+        exchange.fail("interrupted", CUT_OFF)
         raise
     except failures as error:
         exchange.fail("error", str(error) or type(error).__name__)

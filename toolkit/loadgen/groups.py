@@ -101,7 +101,7 @@ class RemoteWorker:
     """A worker process on another node, as ``pool.Pool`` sees it (``pool.Member``)."""
 
     def __init__(self, group: Group, number: int) -> None:
-        self.progress = Progress(0, 0, 0)
+        self.progress = Progress(0, 0, 0, 0)
         self.said: asyncio.Queue[Report] = asyncio.Queue()
         self._group, self._number = group, number
         self._rows = self._raw = Path()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,15 +120,18 @@ class Ledger:
 
     def _keep(self, stored: StoredPoint) -> None:
         if stored.row is not None:
-            self._rows[len(self.status.points)] = stored.row
+            from toolkit.analysis.sweep_row import counts
+
             frame = point_files.read_rows(stored)
+            self._rows[len(self.status.points)] = stored.row | counts(frame)  # version 1 called the cancelled failed
             stored.status.good_share = good_share(self._options, frame[~frame["warmup"]])  # by the objectives of now
         self.status.points.append(stored.status)
 
 
 def good_share(options: Options, measured: pd.DataFrame) -> float | None:
-    """Share of the measured requests that met the objectives; None where there are none."""
+    """Share of the ok and failed requests that met the objectives; None where there are none of either."""
     from toolkit.analysis.goodput import Slo, goodput
 
     slo = Slo(options.slo_ttft_ms, options.slo_itl_ms, options.slo_tpot_ms, options.slo_e2e_ms)
-    return goodput(measured, slo).share if slo and len(measured) else None
+    share = goodput(measured, slo).share if slo else math.nan
+    return None if math.isnan(share) else share

@@ -141,7 +141,7 @@ class LocalWorker:
         self._process = process
         self._input, self._output = process.stdin, process.stdout
         self._decoder = msgspec.json.Decoder(Report)
-        self.progress = Progress(0, 0, 0)
+        self.progress = Progress(0, 0, 0, 0)
 
     @classmethod
     async def start(cls, setup: Setup) -> LocalWorker:
@@ -223,7 +223,7 @@ class Pool:
         members = self._members[: len(files)]
         for one, file in zip(members, files, strict=True):
             file.close()
-            one.progress = Progress(0, 0, 0)
+            one.progress = Progress(0, 0, 0, 0)
         shares = [_share(load, file, number, len(files)) for number, file in enumerate(files)]
         preparing = asyncio.gather(*(_prepare(*pair) for pair in zip(members, shares, strict=True)))
         interrupted = False
@@ -288,6 +288,7 @@ def _total(parts: Sequence[Progress]) -> Progress:
     return Progress(
         done=sum(part.done for part in parts),
         failed=sum(part.failed for part in parts),
+        cancelled=sum(part.cancelled for part in parts),
         reads=sum(part.reads for part in parts),
         parsing=any(part.parsing for part in parts),
     )

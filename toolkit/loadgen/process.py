@@ -22,7 +22,7 @@ import msgspec
 
 from toolkit.loadgen.exchange import Call, Raw
 from toolkit.loadgen.proof import Evidence
-from toolkit.loadgen.wire import RAW_SUFFIX, Broken, Command, Done, Go, Point, Progress, Ready, Report, Setup
+from toolkit.loadgen.wire import RAW_SUFFIX, Broken, Command, Done, Go, Point, Ready, Report, Setup
 from toolkit.loadgen.worker import BATCH, Worker, uncollected
 from toolkit.records.requests import RequestRecord, raw_schema, requests_schema, requests_table
 
@@ -77,8 +77,7 @@ class Process:
                 measuring.cancel()
                 await asyncio.wait([measuring])
                 return Evidence(), True
-            worker = self.worker
-            _report(Progress(len(worker.exchanges), worker.failed, worker.client.reads))
+            _report(self.worker.progress())
         stopping.cancel()
         return measuring.result(), False
 
@@ -106,7 +105,7 @@ class Process:
                     raws.append(worker.spool.get(exchange))
                 if len(batch) == BATCH:
                     write()
-                    _report(Progress(len(worker.exchanges), worker.failed, worker.client.reads, parsing=True))
+                    _report(worker.progress(parsing=True))
             write()
 
 

@@ -3,10 +3,11 @@
 A state is a plain dict, the content of the file that ``progress=`` names::
 
     {"points": 4, "point": 1, "concurrency": 2, "request_rate": 0.0, "phase": "measure", "done": 3, "total": 6,
-     "failed": 0, "output_tok_s": 13.2, "latencies": {}, "elapsed_s": 4.1}
+     "failed": 0, "cancelled": 0, "output_tok_s": 13.2, "latencies": {}, "elapsed_s": 4.1}
 
 ``point`` counts from 0; ``phase`` is warm-up, measure, read (all answers are there and are being parsed) or done;
-``done`` of ``total`` are requests of this point, the warm-up's included; ``output_tok_s`` is a guess, one token a read,
+``done`` of ``total`` are requests of this point, the warm-up's included, as are ``failed`` and those that were
+``cancelled`` as load.cancel_fraction asks; ``output_tok_s`` is a guess, one token a read,
 until the phase is done; ``latencies`` has the medians of TTFT and TPOT in ms then; ``elapsed_s`` is since this point's
 first request; with ``request_rate`` above 0 the point holds a rate, below 0 it replays a trace. The launcher reads that
 file and shows it with the same ``ProgressBars``.
@@ -83,6 +84,7 @@ class ProgressBars:
             self._bars.stop()
 
     def update(self, state: dict[str, Any]) -> None:
+        state = {"cancelled": 0} | state  # a run that goes on may be of an older version
         if self._bars is not None:
             self._update_bars(self._bars, state)
         else:
@@ -94,7 +96,9 @@ class ProgressBars:
             for task in bars.tasks:
                 bars.update(task.id, completed=task.total)
             name = f"[{point + 1}/{state['points']}] {_load(state)}"
-            self._tasks[point] = bars.add_task(name, total=state["total"], rate="", latencies="", failed="", phase="")
+            self._tasks[point] = bars.add_task(
+                name, total=state["total"], rate="", latencies="", failed="", cancelled="", phase=""
+            )
         bars.update(
             self._tasks[point],
             completed=state["done"],
@@ -102,6 +106,7 @@ class ProgressBars:
             rate=f"{state['output_tok_s']:.1f} tok/s",
             latencies=_latencies(state),
             failed=f"{state['failed']} failed" if state["failed"] else "",
+            cancelled=f"{state['cancelled']} cancelled" if state["cancelled"] else "",
             phase=state["phase"],
         )
 
@@ -113,9 +118,10 @@ class ProgressBars:
             return
         self._line = (time.monotonic(), state["point"], state["phase"])
         log.info(
-            "point %d/%d, %s, %s: %d/%d requests, %d failed, %.1f tok/s, %.0f s%s",
+            "point %d/%d, %s, %s: %d/%d requests, %d failed, %s%.1f tok/s, %.0f s%s",
             *(state["point"] + 1, state["points"], _load(state)),
             *(state[key] for key in ("phase", "done", "total", "failed")),
+            f"{state['cancelled']} cancelled, " if state["cancelled"] else "",
             *(state[key] for key in ("output_tok_s", "elapsed_s")),
             f", {_latencies(state)}" if state["latencies"] else "",
         )
@@ -145,6 +151,7 @@ def _bars(stream: TextIO) -> Progress:
         TextColumn("{task.fields[latencies]}"),
         TimeElapsedColumn(),
         TextColumn("{task.fields[phase]}", style="dim"),
+        TextColumn("{task.fields[cancelled]}", style="dim"),
         TextColumn("{task.fields[failed]}", style="red"),
         console=Console(file=stream),
         refresh_per_second=4,

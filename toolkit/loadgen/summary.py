@@ -15,6 +15,7 @@ COLUMNS = {
     "requests\n/s asked": "request_rate",
     "requests": "requests",
     "failed": "failed",
+    "cancelled": "cancelled",
     "TTFT p50\nms": "ttft_p50_ms",
     "TTFT p99\nms": "ttft_p99_ms",
     "ITL p50\nms": "itl_p50_ms",
@@ -31,8 +32,8 @@ def render(rows: Sequence[dict[str, Any]], status: RunStatus) -> str:
     from rich.table import Table
 
     table = Table(title=f"sweep: {status.state}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    open_loop = any(row["request_rate"] for row in rows)  # their concurrency is what was in flight
-    columns = {name: key for name, key in COLUMNS.items() if open_loop or key != "request_rate"}
+    unused = {key for key in ("request_rate", "cancelled") if not any(row[key] for row in rows)}
+    columns = {name: key for name, key in COLUMNS.items() if key not in unused}
     judged = [point for point in status.points if point.client is not None]
     slo = any(point.good_share is not None for point in judged)
     for name in (*columns, *(["good"] if slo else []), "client", "state"):

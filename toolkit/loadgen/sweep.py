@@ -4,7 +4,7 @@ Owns the order of things and the verdict on a point. It knows neither HTTP (work
 (arrival.py), and what is on the disk is ledger.py's.
 
 After every point its file in points/, sweep.csv and status.json are complete up to it. An interrupted point keeps its
-requests, those in flight as ``cancelled``, but gets no row in sweep.csv: its figures would be those of another load.
+requests, those in flight as ``interrupted``, but gets no row in sweep.csv: its figures would be those of another load.
 A sweep that is resumed runs the points it lacks, with the very requests they would have had.
 """
 
@@ -28,6 +28,7 @@ from toolkit.loadgen.proof import VERDICTS, judge
 from toolkit.loadgen.server import ServerGone, ServerWatch
 from toolkit.loadgen.validity import Limits, why_invalid
 from toolkit.loadgen.wire import Progress
+from toolkit.records.requests import NOT_FAILED
 from toolkit.records.status import ClientProof, PointStatus, RunStatus
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class _Live:
 
     total: int
     began: float = field(default_factory=time.perf_counter)
-    last: Progress = field(default_factory=lambda: Progress(0, 0, 0))
+    last: Progress = field(default_factory=lambda: Progress(0, 0, 0, 0))
 
 
 class Sweep:
@@ -181,7 +182,7 @@ class Sweep:
     async def _finish_point(self, point: LoadPoint, status: PointStatus, result: Result) -> None:
         table, frame = result.table, result.table.to_pandas()
         measured = frame[~frame["warmup"].astype(bool)]
-        errors = measured["error"][~measured["status"].isin(["ok", "cancelled"])]  # cancelled: cancel_fraction asked
+        errors = measured["error"][~measured["status"].isin(NOT_FAILED)]
         proof = status.client = judge(result.evidence, self._transport, len(result.evidence))
         problems = why_invalid(measured, proof, await self._restarted(), Limits.of(self.options))
         first = f"the first with: {errors.iloc[0]}" if len(errors) else ""
@@ -195,7 +196,7 @@ class Sweep:
             status.state = "done"
         if status.reason:
             log.warning("%s: %s: %s", point.name, status.state, status.reason)
-        _warn(point, status, proof, measured)
+        _warn(point, status, proof, len(measured))
         status.good_share = good_share(self.options, measured)
         if point.open_loop:
             table, status.concurrency = _with_concurrency(table, frame)
@@ -219,6 +220,7 @@ class Sweep:
             "done": live.total if ended else done.done,
             "total": live.total,
             "failed": done.failed,
+            "cancelled": done.cancelled,
             "output_tok_s": row.get("output_tok_s", done.reads / max(elapsed, 1e-9)),
             "latencies": _medians(row),
             "elapsed_s": elapsed,
@@ -242,19 +244,17 @@ def _bad_points(points: list[PointStatus]) -> str:
 
 
 def _any_failed(table: pa.Table) -> bool:
-    return any(status not in ("ok", "cancelled") for status in table["status"].unique().to_pylist())
+    return any(status not in NOT_FAILED for status in table["status"].unique().to_pylist())
 
 
-def _warn(point: LoadPoint, status: PointStatus, proof: ClientProof, measured: pd.DataFrame) -> None:
+def _warn(point: LoadPoint, status: PointStatus, proof: ClientProof, requests: int) -> None:
     if proof.verdict != "ok" and VERDICTS[proof.verdict] not in status.reason:  # else it has been said
         log.warning("%s: %s: %s", point.name, VERDICTS[proof.verdict], "; ".join(proof.reasons))
-    if cancelled := int((measured["status"] == "cancelled").sum()):
-        log.info("%s: %d requests were given up as asked; the table counts them as failed", point.name, cancelled)
     if proof.token_count_mismatches:
         log.warning(
             "%s: in %d of %d requests the server counted other than one token a chunk, and does not count in each "
             "chunk: inter-token latency is that of chunks",
-            *(point.name, proof.token_count_mismatches, len(measured)),
+            *(point.name, proof.token_count_mismatches, requests),
         )
     if proof.length_mismatches:
         log.warning("%s: %d answers are not as long as asked", point.name, proof.length_mismatches)

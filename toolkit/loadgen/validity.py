@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.load import LoadConfig
 from toolkit.loadgen.proof import VERDICTS
+from toolkit.records.requests import NOT_FAILED
 from toolkit.records.status import ClientProof
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def why_invalid(measured: pd.DataFrame, client: ClientProof, restarted: bool, li
     """
     reasons = []
     ok = measured[measured["status"] == "ok"]
-    failed = int((~measured["status"].isin(["ok", "cancelled"])).sum())  # cancelled: cancel_fraction asked for it
+    failed = int((~measured["status"].isin(NOT_FAILED)).sum())
     if not int(measured["output_tokens"].sum()) and not measured["first_token_s"].notna().any():
         reasons.append("no token was generated")
     if failed > limits.failed_share * len(measured):

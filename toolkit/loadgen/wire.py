@@ -50,6 +50,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 class Progress(msgspec.Struct, tag="progress", frozen=True):
     done: int
     failed: int
+    cancelled: int
     reads: int
     parsing: bool = False
 

@@ -29,7 +29,7 @@ from toolkit.loadgen.arrival import Arrival, ClosedLoop, OpenLoop, conversations
 from toolkit.loadgen.exchange import Call, Client, Exchange, Spool
 from toolkit.loadgen.openai_api import continue_body
 from toolkit.loadgen.proof import Evidence, in_flight
-from toolkit.loadgen.wire import Point, Setup
+from toolkit.loadgen.wire import Point, Progress, Setup
 from toolkit.records.requests import RequestRecord
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Worker:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.exchanges: list[Exchange] = []
-        self.failed = 0
+        self.failed = self.cancelled = 0
 
     async def __aenter__(self) -> Worker:
         self.spool = Spool(Path(tempfile.mkstemp(prefix="loadgen-")[1]))
@@ -80,10 +80,11 @@ class Worker:
         self.spool.put(exchange)
         exchange.ended_ns = exchange.last_ns
         self.failed += exchange.outcome in ("error", "timeout") or (exchange.outcome == "ended" and exchange.refused)
+        self.cancelled += exchange.outcome == "cancelled"
 
     async def measure(self, point: Point, calls: list[Call], bodies: bytes | mmap.mmap) -> Evidence:
         """Sends every call; the exchanges are in ``exchanges`` then. When cancelled, so are the calls in flight."""
-        self.exchanges, self.failed = [], 0
+        self.exchanges, self.failed, self.cancelled = [], 0, 0
         self.spool.clear()
         arrival: Arrival = (
             OpenLoop(point.slots)
@@ -121,6 +122,9 @@ class Worker:
                     due = [max(0, x.sent_ns - x.due_ns) for x in self.exchanges]
                     evidence.schedule_lag.add(np.array(due, np.int64))
         return evidence
+
+    def progress(self, parsing: bool = False) -> Progress:
+        return Progress(len(self.exchanges), self.failed, self.cancelled, self.client.reads, parsing)
 
     def rows(self, point: Point, evidence: Evidence) -> Iterator[tuple[RequestRecord, Exchange]]:
         """Every exchange and its row, in the order in which they ended; adds what they show to ``evidence``."""

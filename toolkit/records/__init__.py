@@ -14,7 +14,7 @@ import os
 import time
 from pathlib import Path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 CONFIG = "config.yaml"
 OVERRIDES = "overrides.yaml"
@@ -37,6 +37,7 @@ NODES = "nodes.parquet"
 NODE_SAMPLES = "nodes"
 ATTEMPTS = "attempts"
 REBALANCES = "rebalances.jsonl"
+EXPERT_DUMPS = "expert_dumps"
 
 
 def log_name(role: str, index: int) -> str:

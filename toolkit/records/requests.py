@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+NOT_FAILED = ("ok", "cancelled", "interrupted")  # a request with any other status has failed
+CUT_OFF = "the run was interrupted"  # the error of an interrupted request, also in files that call it cancelled
+
 
 @dataclass
 class RequestRecord:
@@ -32,7 +35,7 @@ class RequestRecord:
     request_id: str
     prompt_id: str
     warmup: bool
-    status: Literal["ok", "error", "timeout", "cancelled"]
+    status: Literal["ok", "error", "timeout", "cancelled", "interrupted"]  # given up as asked; with its load point
     error: str
     http_status: int  # 0: no answer
     t_send: float
@@ -72,7 +75,12 @@ def write_requests(folder: Path, records: Sequence[RequestRecord] | pa.Table) ->
 
 
 def read_requests(folder: Path, columns: list[str] | None = None) -> pd.DataFrame:
-    return read_table(folder / REQUESTS, columns)
+    """Rows of version 1 too, where a request that was cut off was ``cancelled``: its error tells."""
+    table = read_table(folder / REQUESTS, columns)
+    if {"status", "error"} <= set(table.columns):
+        cut_off = (table["status"] == "cancelled") & (table["error"] == CUT_OFF)
+        table["status"] = table["status"].mask(cut_off, "interrupted")
+    return table
 
 
 def raw_schema() -> pa.Schema:

@@ -51,7 +51,7 @@ class PointStatus:
     state: PointState = "pending"
     reason: str = ""
     request_rate: float = 0.0  # requests a second; 0: as fast as ``concurrency`` allows
-    good_share: float | None = None  # of the measured requests that met the objectives; null: none were given
+    good_share: float | None = None  # of the ok and failed requests that met the objectives; null: there are none
     client: ClientProof | None = None
     repeat: int = 0  # which of load.repeat passes over the sweep it belongs to
     key: str = ""  # hash of what matters to its figures (point_files.py); empty: not known

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 SWEEP_COLUMNS: tuple[str, ...] = (
-    "concurrency", "requests", "failed", "duration_s", "isl_mean", "osl_mean",
+    "concurrency", "requests", "failed", "cancelled", "duration_s", "isl_mean", "osl_mean",
     *(f"{name}_{stat}_ms" for name in ("ttft", "itl", "tpot", "e2e") for stat in ("mean", "p50", "p90", "p99")),
     "output_tok_s", "output_tok_s_per_gpu", "output_tok_s_per_user", "total_tok_s",
     "balancedness_mean", "imbalance_max", "steady_s", "steady_output_tok_s",

@@ -51,7 +51,7 @@ def throughput_vs_latency(run: Run) -> Figure:
     "Requests that keep the SLO of the config. Left: good requests per second, beside all that succeeded: where the "
     "two part, more load is served too late to count. Right: the share of the requests that keeps each bound; the "
     "bound that falls first is the one to work on. The dashed line marks the largest load that meets the SLO, with "
-    "all smaller ones meeting it too. Failed and cancelled requests are not good.",
+    "all smaller ones meeting it too. Failed requests are not good; those given up as asked are not judged.",
 )
 def goodput_vs_load(run: Run) -> Figure:
     if not run.slo:
@@ -61,7 +61,7 @@ def goodput_vs_load(run: Run) -> Figure:
         raise ValueError("no load point has requests to judge by")
     levels = run_levels(run)
     loads = [concurrency for concurrency, _ in found]
-    per_second = (levels["requests"] - levels["failed"]) / levels["duration_s"]
+    per_second = (levels["requests"] - levels["failed"] - levels["cancelled"]) / levels["duration_s"]
     served = per_second[levels["concurrency"].isin(loads)].tolist()
     fig = style.figure(f"Goodput: {run.slo}", run.name)
     left, right = fig.subplots(1, 2)

@@ -67,13 +67,14 @@ def _ranks(ax: Axes, at: np.ndarray, data: Timeline) -> None:
 
 
 def _events(ax: Axes, at: np.ndarray, data: Timeline) -> None:
-    """Preemptions and failures as marks, with their totals: a bar of one would not be seen."""
-    for counts, what, line in (
-        (data.preemptions, "preemptions", style.LINES[1]),
-        (data.failures, "failed or cancelled", style.LINES[2]),
+    """Preemptions and ends without success as marks, with their totals: a bar of one would not be seen."""
+    for height, counts, what, line in (
+        (4, data.preemptions, "preemptions", style.LINES[1]),
+        (12, data.failures, "failed", style.LINES[2]),
+        (20, data.given_up, "given up by the client", style.LINES[0] | {"color": style.MUTED}),
     ):
         some = counts > 0
         if some.any():
-            ax.scatter(at[some], np.full(some.sum(), 4 if what == "preemptions" else 12), s=18, marker=line["marker"],
+            ax.scatter(at[some], np.full(some.sum(), height), s=18, marker=line["marker"],
                        color=line["color"], label=f"{what}: {int(counts.sum())}", zorder=3)  # fmt: skip
-    ax.legend(fontsize=7, frameon=False, ncols=3, loc="upper left")
+    ax.legend(fontsize=7, frameon=False, ncols=4, loc="upper left")

@@ -1,7 +1,8 @@
 """A run's load points in the files that other tools write, so that what reads theirs reads ours.
 
 Owns the names and units of those files. A figure goes under a name only where the definitions are the same
-(metrics.py): vLLM's ``itl`` is our ICL, aiperf's ``inter_token_latency`` our TPOT.
+(metrics.py): vLLM's ``itl`` is our ICL, aiperf's ``inter_token_latency`` our TPOT. Cancelled requests are among the
+failed ones there: aiperf counts its own so, and vLLM has none.
 
 Sources: vLLM ``bench serve --save-result`` and sa-bench's file names (srt-slurm); aiperf's JSON Export Schema 1.5.
 """

@@ -57,6 +57,12 @@ class PagedAttention:
         """q [tokens of the segment, H, k_dim] over the cache -> [tokens, H, v_dim]."""
         raise NotImplementedError
 
+    def decode(self, q: Tensor, layer: int, plan: AttentionPlan, scale: float, v_dim: int) -> Tensor:
+        raise NotImplementedError
+
+    def ragged(self, q: Tensor, k: Tensor, v: Tensor, segment: Segment, scale: float) -> Tensor:
+        raise NotImplementedError
+
     # --- the seam ---------------------------------------------------------------------------------
 
     def plan(self, batch: Batch) -> AttentionPlan:

@@ -1,29 +1,34 @@
-"""Paged attention backends against each other on one GPU: the choice behind ``attention_backend=auto``.
+"""Paged attention on one GPU, the engine's backends and other packages: the choice behind ``attention_backend=auto``.
 
-    python -m toolkit.engine.bench.attention [--out FILE]
+    python -m toolkit.engine.bench.attention [--backends NAME ...] [--out FILE]
 
 Decode is timed as a captured plan in a CUDA graph over many layers' caches, so that no cache is read from L2; prefill
-as it is launched. Rates count each cached byte once, and the arithmetic of the causal half. Medians over repeats, with
-the spread. A backend that is not installed or refuses the shape is listed with what it says.
+as it is launched. Before it is timed, each is compared with float32 on some of its requests. Rates count each cached
+byte that is seen once, and the arithmetic of the pairs that are not masked. Medians over repeats, with the spread. What
+is not installed, refuses the shape or computes something else is listed with what it says.
+Read next: ``peers.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from toolkit.engine import device as devices
-from toolkit.engine.attention.backend import AttentionBackend, make_attention
+from toolkit.engine.attention.backend import AttentionBackend, AttentionPlan, make_attention
 from toolkit.engine.attention.fa3 import Fa3Attention
+from toolkit.engine.bench.peers import PEERS, PeerMissing
 from toolkit.engine.core import Batch, Request, SamplingParams, ScheduledRequest
 from toolkit.engine.kv.kinds import LayerKind
 from toolkit.engine.kv.pool import KVCache, KVSpec
@@ -35,24 +40,45 @@ REPEATS = 20
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of one rank; ``latent``: MLA of 512 + 64 values."""
+    """Heads of one rank, of 128 values; ``latent``: MLA of 512 + 64. ``window``: tokens that are seen; 0: all."""
 
     name: str
     heads: int
     kv_heads: int
     latent: bool = False
+    window: int = 0
+
+    def seen(self, length: int) -> int:
+        """Tokens that the last of ``length`` reads."""
+        return min(length, self.window or length)
+
+    def pairs(self, phase: str, length: int) -> float:
+        """Of a query and a key, over one request."""
+        if phase == "decode":
+            return self.seen(length)
+        return length * length / 2 - (length - self.seen(length)) ** 2 / 2
 
 
 QWEN = Shape("32/4 heads x 128", 32, 4)
+WINDOW = Shape("32/16 x 128, 1024 seen", 32, 16, window=1024)
 MLA = Shape("MLA, 128 heads", 128, 1, latent=True)
 EVERY_LAYER, MERGED, WHOLE = "fa3-schedule-every-layer", "fa3-merged", "fa3-whole"
 FA3: dict[str, dict[str, Any]] = {EVERY_LAYER: {"schedule_once": False}, MERGED: {"splits": 0}, WHOLE: {"splits": 1}}
+OTHERS = [(name, page) for name, peer in PEERS.items() for page in peer.pages]
 BACKENDS = {
-    QWEN: [*((name, 64) for name in ("fa3", *FA3)), *(("fa3", page) for page in (16, 128, 256)), ("varlen", 256)],
+    QWEN: [
+        *((name, 64) for name in ("fa3", *FA3)),
+        *(("fa3", page) for page in (16, 128, 256)),
+        ("varlen", 256),
+        *OTHERS,
+    ],
+    WINDOW: [("fa3", 64), ("varlen", 256), *OTHERS],
     MLA: [("flash_mla", 64), ("fa3", 64)],
 }
 DECODES = [(32, 1088), (128, 1088), (256, 1088), (64, 4096)]
 PREFILLS = [(16, 1024), (2, 8192)]
+FARTHEST = 0.02  # from float32, relative to its norm: rounding to bf16 gives 0.003
+LAST = 64  # queries of a request that are compared
 
 
 @dataclass
@@ -68,111 +94,170 @@ class Row:
     us_high: float = 0.0
     tb_s: float = 0.0
     tflops: float = 0.0
+    off: float = 0.0
+    """Distance from float32, relative."""
     error: str = ""
+
+    def __str__(self) -> str:
+        rate = f"{self.us:8.1f} us ({self.us_low:.1f}-{self.us_high:.1f})  {self.tb_s:5.2f} TB/s"
+        what = f"{self.backend:24} page {self.page:<4} {self.shape:22} {self.phase:8}"
+        where = f"{self.requests:4} x {self.length:<5}"
+        return f"{what} {where} {self.error or f'{rate}  {self.tflops:6.1f} TFLOP/s  off {self.off:.4f}'}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="", help="JSON file with every row")
-    names = ", ".join(("fa3", *FA3, "varlen", "flash_mla"))
-    parser.add_argument("--backends", nargs="*", default=[], help=f"only these: {names}; default: all")
+    names = ("fa3", *FA3, "varlen", "flash_mla", *PEERS)
+    only = f"only these of {', '.join(names)}; default: all"
+    parser.add_argument("--backends", nargs="*", default=names, choices=names, metavar="NAME", help=only)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU on this machine: these kernels run nowhere else")
     device = devices.use("cuda", 0)
+    todo = [(shape, *what) for shape, backends in BACKENDS.items() for what in backends if what[0] in args.backends]
+    todo.sort(key=lambda what: what[1] in PEERS)  # last: who breaks the GPU's context breaks nothing of ours
     rows: list[Row] = []
-    for shape, backends in BACKENDS.items():
-        for backend, page in backends:
-            if args.backends and backend not in args.backends:
-                continue
-            for requests, length in DECODES:
-                rows.append(_row(backend, page, shape, "decode", requests, length, device))
-            for requests, length in [] if shape.latent else PREFILLS:
-                rows.append(_row(backend, page, shape, "prefill", requests, length, device))
-            torch.cuda.empty_cache()
-    for r in rows:
-        rate = f"{r.us:8.1f} us ({r.us_low:.1f}-{r.us_high:.1f})  {r.tb_s:5.2f} TB/s  {r.tflops:6.1f} TFLOP/s"
-        what = f"{r.backend:10} page {r.page:<4} {r.shape:18} {r.phase:8} {r.requests:4} x {r.length:<5}"
-        sys.stdout.write(f"{what} {r.error or rate}\n")
-    if args.out:
-        Path(args.out).write_text(json.dumps([asdict(r) for r in rows], indent=1))
+    for row in measured(todo, device):
+        rows.append(row)
+        sys.stdout.write(f"{row}\n")
+        sys.stdout.flush()
+        if args.out:
+            Path(args.out).write_text(json.dumps([asdict(r) for r in rows], indent=1))
     return 0
 
 
-def _row(backend: str, page: int, shape: Shape, phase: str, requests: int, length: int, device: str) -> Row:
-    row = Row(backend, page, shape.name, phase, requests, length)
-    try:
-        times = _times(backend, page, shape, phase, requests, length, device)
-    except Exception as error:
-        traceback.print_exc()
-        row.error = f"{type(error).__name__}: {str(error)[:200]}"
-        return row
+def measured(todo: Sequence[tuple[Shape, str, int]], device: str) -> Iterator[Row]:
+    """Row by row, each shape, backend and size of pages; one row for a package that is not installed."""
+    missing: set[str] = set()
+    for shape, backend, page in todo:
+        torch.cuda.empty_cache()
+        steps = [("decode", *step) for step in DECODES] + [("prefill", *step) for step in PREFILLS]
+        for phase, requests, length in steps[: len(DECODES)] if shape.latent else steps:
+            if backend in missing:
+                break
+            row = Row(backend, page, shape.name, phase, requests, length)
+            try:
+                _fill(row, shape, device)
+            except PeerMissing as error:
+                row.error = str(error)
+                missing.add(backend)
+            except Exception as error:
+                traceback.print_exc()
+                row.error = f"{type(error).__name__}: {str(error)[:200]}"
+            yield row
+
+
+def _fill(row: Row, shape: Shape, device: str) -> None:
+    times, row.off = _times(row, shape, device)
     ordered = sorted(times)
     row.us, row.us_low, row.us_high = statistics.median(times), ordered[1], ordered[-2]
     values = 576 if shape.latent else 2 * 128 * shape.kv_heads
-    row.tb_s = requests * length * values * 2 / row.us / 1e6
+    row.tb_s = row.requests * shape.seen(row.length) * values * 2 / row.us / 1e6
     per_pair = 2 * shape.heads * (576 + 512 if shape.latent else 2 * 128)
-    pairs = requests * length if phase == "decode" else requests * length * length / 2
-    row.tflops = pairs * per_pair / row.us / 1e6
-    return row
+    row.tflops = row.requests * shape.pairs(row.phase, row.length) * per_pair / row.us / 1e6
 
 
-def _times(backend: str, page: int, shape: Shape, phase: str, requests: int, length: int, device: str) -> list[float]:
-    """Microseconds a layer."""
-    blocks = -(-length // page)
-    spec = KVSpec(1, 576, 0) if shape.latent else KVSpec(shape.kv_heads, 128, 128)
-    kinds = [LayerKind(0, tuple(range(LAYERS)), requests * blocks)]
-    cache = KVCache(spec, kinds, page, torch.bfloat16, device)
-    for tensor in (*cache.k, *cache.v):
-        tensor.normal_()
+def make(backend: str, cache: KVCache, device: str) -> AttentionBackend:
+    if backend in PEERS:
+        return PEERS[backend].make(cache, device)
     attention = make_attention("fa3" if backend in FA3 else backend, cache, device)
     if isinstance(attention, Fa3Attention):
         vars(attention).update(FA3.get(backend, {}))
+    return attention
+
+
+def _times(row: Row, shape: Shape, device: str) -> tuple[list[float], float]:
+    """Microseconds a layer; how far the output is from float32."""
+    requests, length = row.requests, row.length
+    blocks = -(-length // row.page)
+    spec = KVSpec(1, 576, 0) if shape.latent else KVSpec(shape.kv_heads, 128, 128)
+    kinds = [LayerKind(shape.window, tuple(range(LAYERS)), requests * blocks)]
+    cache = KVCache(spec, kinds, row.page, torch.bfloat16, device)
+    attention = make(row.backend, cache, device)
+    for tensor in (*cache.k, *cache.v):
+        tensor.normal_()
     order = torch.randperm(requests * blocks).view(requests, blocks).tolist()
-    new = 1 if phase == "decode" else length
+    new = 1 if row.phase == "decode" else length
     scheduled = []
     for i in range(requests):
         request = Request(str(i), [1] * length, length, SamplingParams(), i, num_computed=length - new)
         request.blocks = [order[i]]
         scheduled.append(ScheduledRequest(request, new))
     q = torch.randn(requests * new, shape.heads, spec.k_dim, device=device, dtype=torch.bfloat16)
-    if phase == "prefill":
+    if row.phase == "prefill":
         plan = attention.plan(Batch(prefill=tuple(scheduled)))
 
-        def prefill() -> None:
-            for layer in range(LAYERS):
-                attention.forward(q, layer, plan, spec.k_dim**-0.5)
+        def run() -> Tensor:
+            return _layers(attention, q, plan, shape)
+    else:
+        run = _decode_graph(attention, Batch(tuple(scheduled)), q, shape, length)
+    off = distance(run(), q, cache, LAYERS - 1, scheduled, shape)
+    if not off < FARTHEST:
+        raise ValueError(f"the output is {off:.3f} from float32 (relative), more than {FARTHEST}")
+    return _measure(run), off
 
-        return _measure(prefill)
-    return _measure(_decode_graph(attention, Batch(tuple(scheduled)), q, shape, length))
+
+def _layers(attention: AttentionBackend, q: Tensor, plan: AttentionPlan, shape: Shape) -> Tensor:
+    """The last layer's output."""
+    scale = q.shape[-1] ** -0.5
+    out = q
+    for layer in range(LAYERS):
+        if shape.latent:
+            out = attention.decode(q, layer, plan, scale, 512)
+        else:
+            out = attention.forward(q, layer, plan, scale)
+    return out
+
+
+def distance(
+    out: Tensor, q: Tensor, cache: KVCache, layer: int, scheduled: Sequence[ScheduledRequest], shape: Shape
+) -> float:
+    """Of the last queries of the first and the last request from attention in float32, relative to its norm."""
+    pages, values = cache.pages(layer)
+    wrong = whole = 0.0
+    for i, s in ((0, scheduled[0]), (len(scheduled) - 1, scheduled[-1])):
+        n = min(s.num_tokens, LAST)
+        rows = slice((i + 1) * s.num_tokens - n, (i + 1) * s.num_tokens)
+        k = pages[s.request.blocks[0]].flatten(0, 1)[: s.end].float()
+        v = k[..., :512] if shape.latent else values[s.request.blocks[0]].flatten(0, 1)[: s.end].float()
+        query = q[rows].float().unflatten(1, (shape.kv_heads, -1))  # n, kv heads, heads of one, dim
+        scores = torch.einsum("nhgd,mhd->nhgm", query, k) * q.shape[-1] ** -0.5
+        ago = torch.arange(s.end - n, s.end, device=q.device)[:, None] - torch.arange(s.end, device=q.device)
+        unseen = (ago < 0) | (ago >= (shape.window or s.end))
+        weights = scores.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1)
+        wanted = torch.einsum("nhgm,mhd->nhgd", weights, v).flatten(1, 2)
+        wrong += float((out[rows].float() - wanted).square().sum())
+        whole += float(wanted.square().sum())
+    return math.sqrt(wrong / whole)
 
 
 def _decode_graph(
-    attention: AttentionBackend, batch: Batch, q: torch.Tensor, shape: Shape, length: int
-) -> Callable[[], None]:
+    attention: AttentionBackend, batch: Batch, q: Tensor, shape: Shape, length: int
+) -> Callable[[], Tensor]:
+    """Replays it, and gives the last layer's output."""
     size = len(batch.decode)
     views = StaticInts(attention.static_shapes(size, length), q.device.type)
-    plan = attention.static_plan(size, length, views.views)
     views.fill(attention.static_arrays(batch, size, length))
-    scale = q.shape[-1] ** -0.5
-
-    def run() -> None:
-        for layer in range(LAYERS):
-            if shape.latent:
-                attention.decode(q, layer, plan, scale, 512)
-            else:
-                attention.forward(q, layer, plan, scale)
-
+    # one plan each, so that what the first layer works out for all is in the graph, too
+    warm, captured = (attention.static_plan(size, length, views.views) for _ in range(2))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run()
+        _layers(attention, q, warm, shape)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph.replay
+        out = _layers(attention, q, captured, shape)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
 
 
-def _measure(run: Callable[[], None]) -> list[float]:
+def _measure(run: Callable[[], object]) -> list[float]:
     for _ in range(3):
         run()
     torch.cuda.synchronize()

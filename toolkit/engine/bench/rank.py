@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from toolkit.config.engine import EngineConfig
@@ -25,6 +26,7 @@ from toolkit.engine import device as devices
 from toolkit.engine.agree import Agreement, Proposal, agree
 from toolkit.engine.arch import read_arch, wants_fp8
 from toolkit.engine.bench.roofline import measure
+from toolkit.engine.bench.streams import Attribution, Kernel, attributed
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.dims import ParallelDims
 from toolkit.engine.overlap import split
@@ -68,20 +70,15 @@ class StepTime(msgspec.Struct, frozen=True, array_like=True):
     any_prefill: bool
 
 
-class Kernel(msgspec.Struct, frozen=True):
-    """One kind of kernel in the profiled decode steps: microseconds and calls, a step."""
-
-    name: str
-    us: float
-    calls: float
-
-
 class Point(msgspec.Struct, frozen=True):
-    """One batch size on one rank. ``profiled_wall_us``: a profiled step, from launch to launch."""
+    """One batch size on one rank. ``profiled``: whose time the decode steps of its profile were; on a CPU, operators.
+
+    ``profiled_wall_us``: a profiled step, from launch to launch.
+    """
 
     batch: int
     steps: list[StepTime]
-    kernels: list[Kernel]
+    profiled: Attribution
     profiled_wall_us: float
 
 
@@ -202,18 +199,18 @@ def _point(runner: ModelRunner, groups: Groups, job: Job, batch: int, folder: Pa
     warm = min(job.osl, 4)
     loop.run(batch, warm, seed=1)  # shapes compiled or chosen at first use
     steps = loop.run(batch, job.osl, seed=2)
-    kernels, wall = _profile(loop, batch, job, folder)
+    profiled, wall = _profile(loop, batch, job, folder)
     log.info("batch %d: %d steps", batch, len(steps))
-    return Point(batch, steps, kernels, wall)
+    return Point(batch, steps, profiled, wall)
 
 
-def _profile(loop: Loop, batch: int, job: Job, folder: Path) -> tuple[list[Kernel], float]:
-    """Kernels of some decode steps at full batch, and the wall time of one."""
+def _profile(loop: Loop, batch: int, job: Job, folder: Path) -> tuple[Attribution, float]:
+    """Some decode steps at full batch, and the wall time of one."""
     lead = 2  # steps before the profile, so that it sees none of prefill
     times: list[float] = []
     count = min(job.profile_steps, job.osl - lead - 2)
     if count < 1:
-        return [], 0.0
+        return Attribution([], 0.0), 0.0
     from torch.profiler import ProfilerActivity, profile
 
     gpu = loop.runner.device != "cpu"
@@ -235,14 +232,25 @@ def _profile(loop: Loop, batch: int, job: Job, folder: Path) -> tuple[list[Kerne
     loop.run(batch, job.osl, seed=3, on_decode=on_decode)
     if loop.groups.rank == 0:
         profiler.export_chrome_trace(str(folder / f"trace-batch-{batch}.json.gz"))
-    kernels = []
-    for event in profiler.key_averages():
-        us = event.self_device_time_total if gpu else event.self_cpu_time_total
-        on_device = not gpu or str(event.device_type).endswith("CUDA")
-        if us > 0 and on_device:
-            kernels.append(Kernel(event.key, us / count, event.count / count))
-    kernels.sort(key=lambda k: -k.us)
-    return kernels, (times[1] - times[0]) / count * 1e6
+    profiled = kernels_of(profiler, count) if gpu else _operators(profiler, count)
+    return profiled, (times[1] - times[0]) / count * 1e6
+
+
+def kernels_of(profiler: Any, steps: int) -> Attribution:
+    """What ran on the GPU, copies included; not the ranges that somebody named, which lie over it."""
+    calls = [e for e in profiler.events() if str(e.device_type).endswith("CUDA") and not e.is_user_annotation]
+    begins, ends = (np.array([getattr(e.time_range, side) for e in calls], np.float64) for side in ("start", "end"))
+    return attributed([e.name for e in calls], [e.device_resource_id for e in calls], begins, ends, steps)
+
+
+def _operators(profiler: Any, steps: int) -> Attribution:
+    """On a CPU an operator calls others: its own time is without theirs."""
+    totals = [
+        Kernel(event.key, event.self_cpu_time_total / steps, event.count / steps, event.cpu_time_total / steps)
+        for event in profiler.key_averages()
+        if event.self_cpu_time_total > 0
+    ]
+    return Attribution(sorted(totals, key=lambda kernel: -kernel.us), sum(kernel.us for kernel in totals))
 
 
 def _wait(gpu: bool) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from toolkit.engine.bench.rank import Job, Kernel, RankResult
+from toolkit.engine.bench.rank import Job, RankResult
 from toolkit.engine.bench.roofline import Rates, Roofline
+from toolkit.engine.bench.streams import NOTHING, Attribution, Kernel
 
 GB = 10**9
 COLUMNS = ("requests a rank", "prefill tok/s/GPU", "of floor", "decode tok/s/GPU", "of floor", "step ms (p10-p90)",
@@ -79,7 +80,7 @@ def _point(job: Job, results: Sequence[RankResult], roofline: Roofline, rates: R
         step_ms_p90=ordered[len(ordered) * 9 // 10] * 1e3,
         floor_ms=floor * 1e3,
         decode_steps=len(decode_s),
-        kernels_ms=sum(k.us for k in ranks[0].kernels) / 1e3,
+        kernels_ms=ranks[0].profiled.busy_us / 1e3,
         profiled_step_ms=ranks[0].profiled_wall_us / 1e3,
     )
 
@@ -96,6 +97,7 @@ def text(job: Job, results: Sequence[RankResult], rows: Sequence[Figures], top: 
         f"- Rank 0: {memory}; {first.kv_tokens} KV tokens; ready after {first.load_s:.0f} s.",
         f"- Measured here: copy {first.bytes_s / 1e12:.2f} TB/s, matrix product {first.flops_s / 1e12:.0f} TFLOP/s.",
         "- The floor reads each used weight and each cached token once, or does the arithmetic: what takes longer.",
+        "- A kernel's time is what it adds to its stream, after the one before it; it lasts longer where it waits.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
@@ -107,26 +109,36 @@ def text(job: Job, results: Sequence[RankResult], rows: Sequence[Figures], top: 
             f"{f.floor_ms:.2f} | {f.kernels_ms:.2f} | {f.profiled_step_ms:.2f} |"
         )
     for index, batch in enumerate(job.batches):
-        kernels = first.points[index].kernels
-        if kernels:
-            lines += ["", f"## Kernels of a decode step, {batch} requests", "", *_kernel_table(kernels, top)]
+        profiled = first.points[index].profiled
+        if profiled.kernels:
+            lines += ["", f"## Kernels of a decode step, {batch} requests", "", *kernel_table(profiled, top)]
     return "\n".join(lines) + "\n"
 
 
-def _kernel_table(kernels: Sequence[Kernel], top: int) -> list[str]:
-    total = sum(k.us for k in kernels)
-    lines = ["| share | us a step | calls | kernel |", "|---|---|---|---|"]
-    lines += [f"| {k.us / total:.1%} | {k.us:.1f} | {k.calls:g} | `{k.name[:100]}` |" for k in kernels[:top]]
-    rest = sum(k.us for k in kernels[top:])
-    return [*lines, f"| {rest / total:.1%} | {rest:.1f} | | {max(len(kernels) - top, 0)} more |"]
+def kernel_table(profiled: Attribution, top: int) -> list[str]:
+    """The kernels that add most, the time in which nothing runs, and what is left, as shares of a step."""
+    shown = [k for i, k in enumerate(profiled.kernels) if i < top or k.name == NOTHING]
+    rest = [k for k in profiled.kernels if k not in shown]
+    lines = ["| share | us a step | lasts us | calls | kernel |", "|---|---|---|---|---|"]
+    named = [(k, f"{k.calls:g}", k.name if k.name == NOTHING else f"`{k.name[:100]}`") for k in shown]
+    left = Kernel("", sum(k.us for k in rest), 0.0, sum(k.duration_us for k in rest))
+    for k, calls, name in [*named, (left, "", f"{len(rest)} more")]:
+        lines.append(f"| {k.us / profiled.span_us:.1%} | {k.us:.1f} | {k.duration_us:.1f} | {calls} | {name} |")
+    if beside := sum(k.beside_us for k in profiled.kernels):
+        over = sum(k.us for k in profiled.kernels) / profiled.span_us - 1
+        lines += ["", f"{beside:.1f} us of these ran beside a kernel of another stream: in all {over:.1%} over a step."]
+    return lines
 
 
 def kernels_csv(job: Job, results: Sequence[RankResult]) -> str:
-    """Every kernel of every rank and batch size."""
+    """Every kernel of every rank and batch size, and the time in which nothing ran."""
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(["rank", "batch", "kernel", "us_per_step", "calls_per_step"])
+    names = ("us_per_step", "calls_per_step", "duration_us_per_step", "beside_us_per_step")
+    writer.writerow(["rank", "batch", "kernel", *names])
     for result in results:
         for point in result.points:
-            writer.writerows([result.rank, point.batch, k.name, f"{k.us:.3f}", f"{k.calls:g}"] for k in point.kernels)
+            for k in point.profiled.kernels:
+                figures = (f"{k.us:.3f}", f"{k.calls:g}", f"{k.duration_us:.3f}", f"{k.beside_us:.3f}")
+                writer.writerow([result.rank, point.batch, k.name, *figures])
     return out.getvalue()

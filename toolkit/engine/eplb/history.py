@@ -2,69 +2,43 @@
 
 One thread a rank, with a process group of its own, sums the windows in the order in which they come, which is the same
 on every rank; so a step never waits for a sum. Memory stays bounded on a run of any length: when ``MAX_WINDOWS``
-are full, neighbours are merged. Knows nothing of how counts come about. Read next: ``manager.py``, which listens.
-W: windows, L: MoE layers, E: logical experts, P: slots, e: slots of this rank.
+are full, neighbours are merged. A worker that is started anew goes on with the file that the process before left.
+Knows nothing of how counts come about. Read next: ``windows.py``; ``manager.py``, which listens.
+L: MoE layers, E: logical experts, P: slots, e: slots of this rank.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from toolkit.engine.eplb.windows import Ints, Summed, Window, balancedness, halved
 from toolkit.engine.parallel import Comm
-from toolkit.records.experts import ExpertCounts, write_experts
+from toolkit.records import EXPERT_DUMPS
+from toolkit.records.experts import ExpertCounts, read_experts, write_experts
 
 log = logging.getLogger(__name__)
-
-Ints = NDArray[np.int64]
 
 MAX_WINDOWS = 2048
 WRITE_S = 10.0  # how much a crash may lose
 WRITE_SHARE = 0.05  # of the thread's time, at most: a long history takes longer to write and is written less often
 MAX_PLACEMENTS = 512
+MAX_ASKED = 64  # moments at which somebody asked, a run between two of them: windows of both are not merged
 DUMP_WINDOWS = 16  # of a dump in SGLang's format, whose readers sum them up
 FLUSH_TIMEOUT_S = 60.0
-
-
-@dataclass
-class Window:
-    """One window as a rank counted it; ``counts`` and ``received`` may still be filled by the device.
-
-    Attributes:
-        counts: [L, E], logical experts; None: only rows received were counted.
-        received: [L, e], rows that this rank's slots got; None: another rank counts them.
-        begin, end: Unix seconds.
-        passes: forward passes.
-        phy2log_LP: the placement.
-    """
-
-    counts: Tensor | None
-    received: Tensor | None
-    begin: float
-    end: float
-    passes: int
-    phy2log_LP: Ints
-
-
-@dataclass(frozen=True)
-class Summed:
-    """A window of all ranks: assignments of each logical expert [L, E], rows of each slot [L, P]."""
-
-    counts_LE: Ints
-    slots_LP: Ints
-    begin: float
-    end: float
-    passes: int
 
 
 @dataclass
@@ -95,8 +69,13 @@ class History:
         self._layer_ids, self._experts, self._comm, self._path = layer_ids, experts, comm, path
         self._ep_rank, self._ep_size, self._slots = ep_rank, ep_size, placement_LP.shape[1]
         self._windows: list[Summed] = []
-        self._placements = [(time.time(), placement_LP.astype(np.int32))]
+        self._placements: list[tuple[float, NDArray[np.int32]]] = []
         self._pairs: np.ndarray | None = None
+        self._pairs_before: np.ndarray | int = 0
+        self._asked: deque[float] = deque(maxlen=MAX_ASKED)
+        if path is not None and path.exists():
+            self._go_on(path, placement_LP.shape)
+        self._placements.append((time.time(), placement_LP.astype(np.int32)))
         self._written = time.monotonic()
         self._write_took = 0.0
         self._failure = ""
@@ -104,6 +83,26 @@ class History:
         self.last_balancedness = float("nan")
         self._jobs: queue.SimpleQueue[tuple[Window, object] | _Flush] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="expert-history", daemon=True).start()
+
+    def _go_on(self, path: Path, shape_LP: tuple[int, ...]) -> None:
+        """Takes over what the process before left. What does not fit is put aside, not lost."""
+        try:
+            found = read_experts(path)
+            shapes = (found.counts.shape[1:], found.placement.shape[1:], found.ep_size)
+            if shapes != ((len(self._layer_ids), self._experts), shape_LP, self._ep_size) or found.slot_counts is None:
+                raise ValueError(f"it counts other layers, experts, slots or ranks: {shapes}")
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            path.rename(aside)
+            log.warning("%s is not gone on with (%s): it is %s now", path, error, aside.name)
+            return
+        whole = zip(found.counts, found.slot_counts, found.times.tolist(), strict=True)
+        self._windows = [Summed(counts, slots, begin, end, 0) for counts, slots, (begin, end) in whole]
+        self._placements = list(zip(found.placement_times.tolist(), found.placement, strict=True))
+        if found.pairs is not None:
+            self._pairs = self._pairs_before = found.pairs
+        log.info("%s: going on with %d windows of the process before", path, len(self._windows))
 
     # --- called between steps -----------------------------------------------------------------------
 
@@ -135,13 +134,18 @@ class History:
         if len(self._placements) > MAX_PLACEMENTS:
             del self._placements[1]  # the first stays: how it was without rebalancing
 
-    def dump(self) -> str:
-        """Writes SGLang's ``stat`` dump beside the file (on the rank that keeps it); its name."""
+    def dump(self, since: float) -> str:
+        """Writes SGLang's ``stat`` dump beside the file (on the rank that keeps it); its name.
+
+        Args:
+            since: Unix seconds: of the windows that ended later.
+        """
         if self._path is None:
             return ""
         from toolkit.engine.eplb.formats import write_dump
 
-        windows = self._windows or [Summed(self._none(self._experts), self._none(self._slots), 0.0, 0.0, 0)]
+        none = Summed(self._none(self._experts), self._none(self._slots), 0.0, 0.0, 0)
+        windows = [window for window in self._windows if window.end > since] or [none]
         parts = [part for part in np.array_split(np.arange(len(windows)), DUMP_WINDOWS) if len(part)]
         counts = np.stack([sum(windows[i].counts_LE for i in part) for part in parts])
         rows = np.zeros((len(counts), max(self._layer_ids) + 1, self._experts), np.int64)  # one of every model layer
@@ -169,7 +173,9 @@ class History:
         if isinstance(job, _Flush):
             if job.pairs is not None:
                 self._comm.all_reduce(job.pairs)
-                self._pairs = job.pairs.numpy()
+                self._pairs = job.pairs.numpy() + self._pairs_before
+            if self._windows:
+                self._asked.append(self._windows[-1].end)
             self._write()
             return
         window, event = job
@@ -181,7 +187,7 @@ class History:
         self._windows.append(summed)
         self.last_balancedness = balancedness(summed.slots_LP, self._ep_size)
         if len(self._windows) >= MAX_WINDOWS:
-            self._windows = [merged(a, b) for a, b in zip(self._windows[::2], self._windows[1::2])]
+            self._windows = halved(self._windows, set(self._asked))
         self.listen(summed)
         if time.monotonic() - self._written > max(WRITE_S, self._write_took / WRITE_SHARE):
             self._write()
@@ -224,25 +230,12 @@ class History:
         self._write_took = self._written - begin
 
 
-def balancedness(slots_LP: Ints, ranks: int) -> float:
-    """Mean over layers of mean / max over EP ranks of the rows they received (SGLang's definition); NaN: no rows."""
-    loads = slots_LP.reshape(len(slots_LP), ranks, -1).sum(-1)
-    loads = loads[loads.any(1)]
-    return float((loads.mean(1) / loads.max(1)).mean()) if len(loads) else float("nan")
-
-
 def dump_path(experts: Path, rank: int | None) -> Path:
     """Where a dump goes, under SGLang's name; ``rank`` where every rank writes one."""
-    folder = experts.parent / "expert_dumps"
+    folder = experts.parent / EXPERT_DUMPS
     folder.mkdir(parents=True, exist_ok=True)
     suffix = "" if rank is None else f"_{rank}"
     return folder / f"expert_distribution_recorder_{time.time():.3f}{suffix}.pt"
-
-
-def merged(a: Summed, b: Summed) -> Summed:
-    """One window of two that follow each other."""
-    counts, slots = a.counts_LE + b.counts_LE, a.slots_LP + b.slots_LP
-    return Summed(counts, slots, a.begin, b.end, a.passes + b.passes)
 
 
 def _copy(tensor: Tensor) -> Tensor:

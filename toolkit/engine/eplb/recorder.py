@@ -22,9 +22,10 @@ from torch import Tensor
 
 from toolkit.engine import fused
 from toolkit.engine.core import Batch
-from toolkit.engine.eplb.history import History, Window
+from toolkit.engine.eplb.history import History
 from toolkit.engine.eplb.passes import PassLog
 from toolkit.engine.eplb.placement import Placement
+from toolkit.engine.eplb.windows import Window
 
 PAIRS_EVERY = 16  # windows: counting pairs costs rows x experts^2, so it is a sample
 
@@ -145,12 +146,16 @@ class Recorder:
         pairs.diagonal(dim1=1, dim2=2).zero_()
         self.history.flush(pairs.cpu() if self._by_ids else None)
 
-    def dump(self) -> str:
-        """``flush``, and files in SGLang's format; what was written."""
+    def dump(self, since: float = 0.0) -> str:
+        """``flush``, and files in SGLang's format; what was written.
+
+        Args:
+            since: Unix seconds; windows that ended before are not in the dump. Single passes are dumped once anyway.
+        """
         self.flush()
         if self.passes is not None:
             return self.passes.dump(self.placement.phy2log_LP)
-        return self.history.dump()
+        return self.history.dump(since)
 
     def placement_changes(self) -> None:
         """Before maps change: a window has one placement. All ranks at the same pass."""

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config.engine import EngineConfig
-from toolkit.engine.eplb.history import Summed, balancedness, merged
 from toolkit.engine.eplb.placement import Placement
 from toolkit.engine.eplb.planning import Answer, Ask, Planning
 from toolkit.engine.eplb.pool import Pool
+from toolkit.engine.eplb.windows import Summed, balancedness, merged
 
 log = logging.getLogger(__name__)
 

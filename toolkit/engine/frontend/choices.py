@@ -2,7 +2,7 @@
 
 With ``n`` > 1 the first choice goes ahead until its first token, when its prompt's blocks are in the prefix cache of
 its rank; then the others start there and find them. Each draws with a seed of its own. Knows neither HTTP nor JSON.
-Read next: ``detokenize.py``, ``ranks.py``.
+Read next: ``detokenize.py``, ``flight.py``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import msgspec
 
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.frontend.detokenize import Detokenizer
-from toolkit.engine.frontend.disagg import DisaggFlight
 from toolkit.engine.frontend.errors import ApiError
+from toolkit.engine.frontend.flight import Flight, Mailbox
 from toolkit.engine.frontend.logprobs import Scored
 from toolkit.engine.frontend.metrics import Metrics
 from toolkit.engine.frontend.protocol import MAX_SEED
-from toolkit.engine.frontend.ranks import Flight
 from toolkit.engine.frontend.tokenizer import Tokenizer
 from toolkit.engine.messages import Output
 
@@ -139,15 +138,17 @@ class Choices:
 
     Args:
         rid: of the first choice; the others' are made of it.
+        flight: takes the requests; what comes of them is put into ``mailbox``.
         detokenizer: makes one for each choice.
         echo: the prompt, where the answer repeats it.
     """
 
     def __init__(
-        self, rid: str, flight: Flight | DisaggFlight, prompt: list[int], sampling: SamplingParams, num: int,
+        self, rid: str, flight: Flight, mailbox: Mailbox, prompt: list[int], sampling: SamplingParams, num: int,
         detokenizer: Callable[[], Detokenizer], echo: Echo | None, metrics: Metrics,
     ) -> None:  # fmt: skip
-        self._rid, self._flight, self._prompt, self._sampling, self._num = rid, flight, prompt, sampling, num
+        self._rid, self._flight, self._mailbox = rid, flight, mailbox
+        self._prompt, self._sampling, self._num = prompt, sampling, num
         self._detokenizer, self._echo, self._metrics = detokenizer, echo, metrics
         self._open: dict[str, Choice] = {}
         self._all: list[Choice] = []
@@ -159,20 +160,25 @@ class Choices:
         return Usage.of(len(self._prompt), sum(choice.num_tokens for choice in self._all), self._cached)
 
     @property
+    def headers(self) -> dict[str, str]:
+        """Who answers: known from the first piece on."""
+        return {"x-request-id": self._rid, "x-dp-rank": str(self._flight.label)}
+
+    @property
     def ended(self) -> bool:
         return bool(self._all) and not self._open
 
     @property
     def waiting(self) -> bool:
         """Whether the next piece is here already. Never of several choices: what waits may be of one that has ended."""
-        return self._num == 1 and bool(self._open) and self._flight.waiting
+        return self._num == 1 and bool(self._open) and self._mailbox.waiting
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """What the choices say, in the order in which it comes; ends when all have ended."""
         self._start(self._sampling)
         prompt_scores: list[Scored] = []
         while self._open:
-            output = await self._flight.next()
+            output = await self._mailbox.next()
             choice = self._open.get(output.rid)
             if choice is None:
                 continue  # was on its way when a stop string ended the choice
@@ -207,7 +213,7 @@ class Choices:
         choice = Choice(index, self._detokenizer(), sampling, self._echo, self._metrics)
         self._all.append(choice)
         self._open[rid] = choice
-        self._flight.send(rid, self._prompt, sampling)
+        self._flight.send(rid, sampling)
 
 
 def _join(pieces: list[Piece]) -> Piece:

@@ -38,6 +38,13 @@ class StartProfile(msgspec.Struct, forbid_unknown_fields=True):
     num_steps: Annotated[int, Meta(ge=1, le=2**31)] | None = None
 
 
+class Dump(msgspec.Struct, forbid_unknown_fields=True):
+    """``since``, Unix seconds: the dump has the windows that ended later; null: all. In the recorder's modes per_pass
+    and per_token it has the passes since the dump before."""
+
+    since: Annotated[float, Meta(ge=0)] | None = None
+
+
 class Rebalance(msgspec.Struct, forbid_unknown_fields=True):
     """Rebalances experts now. ``physical_to_logical_map``: the expert of each slot of each MoE layer to go to; null:
     the placement that suits what was counted."""
@@ -62,14 +69,14 @@ class EplbAnswer(msgspec.Struct):
     state: EplbStats | None
 
 
-Body = type[Nothing | SlowDown | StartProfile | Rebalance]
+Body = type[Nothing | SlowDown | StartProfile | Dump | Rebalance]
 
 # path -> operation and body
 OPERATIONS: dict[str, tuple[ControlOp, Body]] = {
     "/flush_cache": ("flush_cache", Nothing),
     "/start_expert_distribution_record": ("start_experts", Nothing),
     "/stop_expert_distribution_record": ("stop_experts", Nothing),
-    "/dump_expert_distribution_record": ("dump_experts", Nothing),
+    "/dump_expert_distribution_record": ("dump_experts", Dump),
     "/slow_down": ("slow_down", SlowDown),
     "/start_profile": ("start_profile", StartProfile),
     "/stop_profile": ("stop_profile", Nothing),
@@ -123,11 +130,13 @@ class ControlRoutes:
         return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
 
-def _control(op: ControlOp, body: Nothing | SlowDown | StartProfile | Rebalance) -> Control:
+def _control(op: ControlOp, body: Nothing | SlowDown | StartProfile | Dump | Rebalance) -> Control:
     cid = uuid.uuid4().hex
     if isinstance(body, Rebalance):
         given = body.physical_to_logical_map is not None
         return Control(cid, op, placement=msgspec.json.encode(body).decode() if given else "")
+    if isinstance(body, Dump):
+        return Control(cid, op, since=body.since or 0.0)
     if isinstance(body, SlowDown):
         return Control(cid, op, sleep_s=body.forward_sleep_time or 0.0)
     if isinstance(body, StartProfile):

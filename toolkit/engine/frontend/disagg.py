@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import msgspec
 
 from toolkit.engine.core import SamplingParams
+from toolkit.engine.frontend.flight import Sink
 from toolkit.engine.messages import Generate, Output, Receive, Send
 
 if TYPE_CHECKING:
     from toolkit.engine.frontend.fleet import Unit
 
 log = logging.getLogger(__name__)
-
-Side = Literal["prefill", "decode"]
 
 
 class Pick(Protocol):
@@ -78,16 +77,15 @@ class Refused(Exception):
 
 @dataclass
 class Leg:
-    """One side of an attempt. Its outputs go to a queue that both sides share."""
+    """One side of an attempt, which takes its outputs."""
 
-    side: Side
     unit: Unit
     rid: str
-    queue: asyncio.Queue[tuple[Leg, Output]]
+    attempt: Attempt
     started: bool = field(default=False)
 
     def put(self, output: Output) -> None:
-        self.queue.put_nowait((self, output))
+        self.attempt.take(self, output)
 
     def start(self, request: Generate) -> None:
         self.started = True
@@ -99,35 +97,123 @@ class Leg:
             self.unit.client.abort(self.rid)
 
 
-class DisaggFlight:
-    """Requests of one prompt. Like ``ranks.Flight``: ``send``, ``next``, ``abort``, ``close``."""
+class Attempt:
+    """A request, or what is left of it, on one pair of workers; ``prefill`` None: on the decode worker alone.
 
-    def __init__(self, handoffs: Handoffs, prompt: list[int]) -> None:
-        self._handoffs = handoffs
+    Outputs are passed on as they come: a token costs no turn of the event loop.
+    """
+
+    def __init__(self, handoffs: Handoffs, job: Job, prefill: Unit | None, decode: Unit, sink: Sink) -> None:
+        self._handoffs, self._job, self._sink = handoffs, job, sink
+        rid = f"{job.rid}@{next(handoffs.attempts)}"
+        self._decode = Leg(decode, rid, self)
+        self._prefill = None if prefill is None else Leg(prefill, rid, self)
+        self._first: Output | None = None  # the prefill worker's token, until the decode worker has joined
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        """To the last output. ``Lost``, ``Refused``."""
+        try:
+            if self._prefill is None:
+                self._start_alone()
+            else:
+                self._start_pair(self._prefill)
+            await self._over
+        finally:
+            self._over.cancel()  # what still comes is of no matter
+            for leg in (self._decode, self._prefill):
+                if leg is not None:
+                    leg.end()
+
+    def take(self, leg: Leg, output: Output) -> None:
+        """An output of either side."""
+        if self._over.done():
+            return
+        try:
+            self._take(leg, output)
+        except Exception as error:
+            self._over.set_exception(error)
+
+    def _take(self, leg: Leg, output: Output) -> None:
+        if output.finish in ("error", "abort"):
+            reason = f"{leg.unit.client.name}: {output.error or 'the request was aborted by its rank'}"
+            raise Lost(reason) if output.retry else Refused(reason)
+        if leg is self._prefill and output.finish is None:
+            self._first = output if output.token_ids else self._first
+            self._pass_on(leg, output)
+        elif output.joined:
+            assert self._first is not None and self._prefill is not None, output
+            self._prefill.unit.client.forget(self._prefill.rid)  # its blocks are the reader's to release
+            self._give(msgspec.structs.replace(self._first, ticket=None, finish=output.finish))
+        else:  # of a prefill worker: its first token is its last
+            self._give(output)
+        if output.finish is not None:
+            self._over.set_result(None)
+
+    def _start_alone(self) -> None:
+        if self._handoffs.enforce:
+            raise Refused("no prefill worker lives, and deploy.enforce_disagg=true does without none")
+        if not self._handoffs.warned:
+            self._handoffs.warned = True
+            log.warning("no prefill worker lives: decode workers compute prompts (deploy.enforce_disagg=false)")
+        self._decode.start(self._request(self._decode))
+
+    def _start_pair(self, prefill: Leg) -> None:
+        self._handoffs.warned = False
+        room, early = secrets.randbits(62), self._handoffs.early
+        if early:
+            self._decode.start(self._request(self._decode, receive=Receive(room, _kv(prefill.unit))))
+        prefill.start(self._request(prefill, send=Send(room, early)))
+
+    def _request(self, leg: Leg, send: Send | None = None, receive: Receive | None = None) -> Generate:
+        """The prompt is scored once; a request that begins anew has its scores."""
+        job = self._job
+        sampling = msgspec.structs.replace(job.sampling, prompt_logprobs=None) if job.generated else job.sampling
+        return Generate(leg.rid, list(job.tokens), sampling, job.generated, send, receive)
+
+    def _pass_on(self, prefill: Leg, output: Output) -> None:
+        """The prefill worker's ticket to the decode worker."""
+        ticket = output.ticket
+        assert ticket is not None, output
+        if self._decode.started:
+            self._decode.unit.client.hand_over(self._decode.rid, ticket)
+        else:
+            self._decode.start(self._request(self._decode, receive=Receive(ticket.room, _kv(prefill.unit), ticket)))
+
+    def _give(self, output: Output) -> None:
+        """New tokens for the client."""
+        job = self._job
+        job.cached = max(job.cached, 0 if job.generated else output.cached_tokens)
+        job.tokens += output.token_ids
+        job.generated += len(output.token_ids)
+        self._sink.put(msgspec.structs.replace(output, rid=job.rid, cached_tokens=job.cached))
+
+
+def _kv(unit: Unit) -> list[bytes]:
+    return unit.client.kv_of(unit.dp_rank)
+
+
+class DisaggFlight:
+    """Requests of one prompt. A ``flight.Flight``; ``close`` it."""
+
+    def __init__(self, handoffs: Handoffs, prompt: list[int], sink: Sink) -> None:
+        self._handoffs, self._prompt, self._sink = handoffs, prompt, sink
         # Chosen now because the answer's headers name it; an attempt may have to take another.
         self._unit = handoffs.decode(prompt)
         self.label = self._unit.index if self._unit is not None else -1
-        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def send(self, rid: str, prompt: list[int], sampling: SamplingParams) -> None:
+    def send(self, rid: str, sampling: SamplingParams) -> None:
         """Starts a request."""
         self._handoffs.num_open += 1
-        self._tasks[rid] = asyncio.create_task(self._serve(Job(rid, list(prompt), sampling)))
-
-    async def next(self) -> Output:
-        return await self._outputs.get()
-
-    @property
-    def waiting(self) -> bool:
-        """Whether ``next`` has an output already."""
-        return not self._outputs.empty()
+        self._tasks[rid] = asyncio.create_task(self._serve(Job(rid, list(self._prompt), sampling)))
 
     def abort(self, rid: str) -> None:
         """Ends a request on both sides, unless it has ended."""
         self._tasks[rid].cancel()
 
     def close(self) -> None:
+        """Ends those that have not ended."""
         for task in self._tasks.values():
             task.cancel()
 
@@ -153,91 +239,17 @@ class DisaggFlight:
             self._handoffs.num_open -= 1
 
     def _fail(self, job: Job, reason: str) -> None:
-        self._outputs.put_nowait(Output(job.rid, [], "error", error=reason))
+        self._sink.put(Output(job.rid, [], "error", error=reason))
 
     async def _attempt(self, job: Job, avoid: list[Unit]) -> None:
         """Serves the request, or what is left of it, once. ``avoid`` grows by the workers that it was lost on."""
-        queue: asyncio.Queue[tuple[Leg, Output]] = asyncio.Queue()
-        rid = f"{job.rid}@{next(self._handoffs.attempts)}"
-        unit = self._unit if self._unit is not None and not self._unit.client.down and not avoid else None
-        unit = unit or self._handoffs.decode(job.tokens, avoid)
-        if unit is None:
+        decode = self._unit if self._unit is not None and not self._unit.client.down and not avoid else None
+        decode = decode or self._handoffs.decode(job.tokens, avoid)
+        if decode is None:
             raise Refused("no decode worker lives")
-        decode = Leg("decode", unit, rid, queue)
-        source = self._handoffs.prefill(job.tokens, avoid)
-        prefill = None if source is None else Leg("prefill", source, rid, queue)
+        prefill = self._handoffs.prefill(job.tokens, avoid)
         try:
-            if prefill is None:
-                self._start_alone(job, decode)
-            else:
-                self._start_pair(job, prefill, decode)
-            await self._follow(job, prefill, decode, queue)
+            await Attempt(self._handoffs, job, prefill, decode, self._sink).run()
         except Lost:
-            avoid += [leg.unit for leg in (prefill, decode) if leg is not None]
+            avoid += [unit for unit in (prefill, decode) if unit is not None]
             raise
-        finally:
-            for leg in (decode, prefill):
-                if leg is not None:
-                    leg.end()
-
-    def _start_alone(self, job: Job, decode: Leg) -> None:
-        if self._handoffs.enforce:
-            raise Refused("no prefill worker lives, and deploy.enforce_disagg=true does without none")
-        if not self._handoffs.warned:
-            self._handoffs.warned = True
-            log.warning("no prefill worker lives: decode workers compute prompts (deploy.enforce_disagg=false)")
-        decode.start(Generate(decode.rid, job.tokens, self._sampling(job), job.generated))
-
-    def _start_pair(self, job: Job, prefill: Leg, decode: Leg) -> None:
-        self._handoffs.warned = False
-        room, early, sampling = secrets.randbits(62), self._handoffs.early, self._sampling(job)
-        if early:
-            receive = Receive(room, prefill.unit.client.kv_of(prefill.unit.dp_rank))
-            decode.start(Generate(decode.rid, job.tokens, sampling, job.generated, receive=receive))
-        prefill.start(Generate(prefill.rid, job.tokens, sampling, job.generated, send=Send(room, early)))
-
-    def _sampling(self, job: Job) -> SamplingParams:
-        """The prompt is scored once; a request that begins anew has its scores."""
-        return msgspec.structs.replace(job.sampling, prompt_logprobs=None) if job.generated else job.sampling
-
-    async def _follow(
-        self, job: Job, prefill: Leg | None, decode: Leg, queue: asyncio.Queue[tuple[Leg, Output]]
-    ) -> None:
-        """From the first output of either side to the last one."""
-        first: Output | None = None
-        while True:
-            leg, output = await queue.get()
-            if output.finish in ("error", "abort"):
-                reason = f"{leg.unit.client.name}: {output.error or 'the request was aborted by its rank'}"
-                raise Lost(reason) if output.retry else Refused(reason)
-            if leg is prefill:
-                if output.finish is not None:  # its first token is its last
-                    self._give(job, output)
-                    return
-                first = output if output.token_ids else first
-                self._pass_on(job, prefill, decode, output)
-            elif output.joined:
-                assert first is not None and prefill is not None, output
-                prefill.unit.client.forget(prefill.rid)  # its blocks are the reader's to release
-                self._give(job, msgspec.structs.replace(first, rid=first.rid, ticket=None, finish=output.finish))
-            else:
-                self._give(job, output)
-            if output.finish is not None:
-                return
-
-    def _pass_on(self, job: Job, prefill: Leg, decode: Leg, output: Output) -> None:
-        """The prefill worker's ticket to the decode worker."""
-        ticket = output.ticket
-        assert ticket is not None, output
-        if decode.started:
-            decode.unit.client.hand_over(decode.rid, ticket)
-            return
-        receive = Receive(ticket.room, prefill.unit.client.kv_of(prefill.unit.dp_rank), ticket)
-        decode.start(Generate(decode.rid, job.tokens, self._sampling(job), job.generated, receive=receive))
-
-    def _give(self, job: Job, output: Output) -> None:
-        """New tokens for the client."""
-        job.cached = max(job.cached, 0 if job.generated else output.cached_tokens)
-        job.tokens = job.tokens + output.token_ids
-        job.generated += len(output.token_ids)
-        self._outputs.put_nowait(msgspec.structs.replace(output, rid=job.rid, cached_tokens=job.cached))

@@ -1,6 +1,6 @@
 """Fleet: all workers as the server sees them: which take a request, how they are, operations on every one.
 
-With one aggregated worker a request is a ``Flight`` to one of its DP ranks; with pools it is a ``DisaggFlight``
+With one aggregated worker a request is a ``RankFlight`` to one of its DP ranks; with pools it is a ``DisaggFlight``
 (``disagg.py``). A worker that is down is passed over; whether the server can serve at all is judged here.
 Knows neither HTTP nor text. Read next: ``ranks.py``, ``disagg.py``.
 """
@@ -11,17 +11,17 @@ import asyncio
 import contextlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from toolkit.engine.args import FrontendArgs
 from toolkit.engine.frontend.disagg import DisaggFlight, Handoffs
-from toolkit.engine.frontend.ranks import Flight, RankClient, RankStatus
+from toolkit.engine.frontend.errors import ApiError
+from toolkit.engine.frontend.flight import Sink, State
+from toolkit.engine.frontend.ranks import RankClient, RankFlight, RankStatus
 from toolkit.engine.frontend.router import ROUTERS, RouterPolicy
 from toolkit.engine.messages import Control, ControlReply, Stats
-
-State = Literal["loading", "ready", "failed"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ class Pool:
         """Why none of the workers can take requests; empty when one can."""
         reasons = [client.down for client in self.clients]
         return "; ".join(reasons) if all(reasons) else ""
+
+
+FleetFlight = RankFlight | DisaggFlight
 
 
 class Fleet:
@@ -158,15 +161,28 @@ class Fleet:
         """The smallest value of a figure that ranks gave with ``Ready``, among those that hold whole requests."""
         return min(client.info_min(key) for client in self._serving.clients if client.ready)
 
+    def admit(self, num_requests: int) -> None:
+        """``ApiError`` 503 when so many more cannot be taken now."""
+        if self.failure:
+            raise ApiError(503, self.failure, code="failed")
+        most = self._args.engine.max_queued_requests
+        if self.num_open + num_requests > most:
+            raise ApiError(
+                503, f"{self.num_open} requests are open, engine.max_queued_requests={most}: try later, or raise it",
+                code="overloaded", retry_after_s=1,
+            )  # fmt: skip
+
     @contextlib.contextmanager
-    def flight(self, prompt: list[int]) -> Iterator[Flight | DisaggFlight]:
-        """For the requests of one prompt. Leaving the block aborts those that have not ended."""
+    def flight(self, prompt: list[int], num_requests: int, sink: Sink) -> Iterator[FleetFlight]:
+        """For up to ``num_requests`` of one prompt. Leaving the block aborts those that have not ended."""
+        self.admit(num_requests)
+        flight: FleetFlight
         if self._handoffs is not None:
-            with contextlib.closing(DisaggFlight(self._handoffs, prompt)) as handed:
-                yield handed
-            return
-        unit = self._serving.pick(prompt) or self._serving.units[0]
-        with unit.client.flight(unit.dp_rank, unit.index) as flight:
+            flight = DisaggFlight(self._handoffs, prompt, sink)
+        else:
+            unit = self._serving.pick(prompt) or self._serving.units[0]
+            flight = RankFlight(unit.client, unit.dp_rank, unit.index, prompt, sink)
+        with contextlib.closing(flight):
             yield flight
 
     async def control(self, control: Control, timeout_s: float, pool: str | None = None) -> list[ControlReply]:

@@ -1,8 +1,8 @@
-"""The request line: POST -> parse -> tokenize -> ``Fleet.flight`` -> rank -> detokenize -> answer.
+"""The request line: POST -> parse -> tokenize -> ``Serving.flight`` -> rank -> detokenize -> answer.
 
 Owns the two completion endpoints, streamed and whole. What has come for a client goes out in one write.
-A client that goes away cancels its handler, and leaving ``Fleet.flight`` aborts its requests on their rank.
-Read next: ``protocol.py`` (what is accepted), ``choices.py`` (what becomes of tokens), ``fleet.py`` (the workers).
+A client that goes away cancels its handler, and leaving its flight aborts its requests on their rank.
+Read next: ``protocol.py`` (what is accepted), ``choices.py`` (what becomes of tokens), ``flight.py`` (the workers).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from aiohttp import web
 from toolkit.engine.frontend.choices import Choices, Echo
 from toolkit.engine.frontend.detokenize import Detokenizer
 from toolkit.engine.frontend.errors import ApiError
-from toolkit.engine.frontend.fleet import Fleet
+from toolkit.engine.frontend.flight import Mailbox, Serving
 from toolkit.engine.frontend.metrics import Metrics
 from toolkit.engine.frontend.protocol import ChatRequest, Common, CompletionRequest, StreamOptions, parse
 from toolkit.engine.frontend.responses import DONE, ChatFormat, ChunkUsage, ResponseFormat, TextFormat
@@ -37,8 +37,9 @@ class Generator:
     """The completion endpoints of a server that is ready.
 
     Args:
-        max_open: requests held at a time; more are answered 503.
+        max_open: requests held at a time.
         seed: where the seeds of requests that bring none come from.
+        index, num: of the processes that answer beside each other.
     """
 
     def __init__(
@@ -46,15 +47,17 @@ class Generator:
         model_name: str,
         tokenizer: Tokenizer,
         limits: Limits,
-        fleet: Fleet,
+        fleet: Serving,
         metrics: Metrics,
         max_open: int,
         seed: int,
+        index: int = 0,
+        num: int = 1,
     ) -> None:
         self._model_name, self._tokenizer, self._limits = model_name, tokenizer, limits
         self._fleet, self._metrics = fleet, metrics
         self._max_open, self._seed = max_open, seed
-        self._count = itertools.count()
+        self._count = itertools.count(index, num)
 
     async def chat(self, http: web.Request) -> web.StreamResponse:
         request = parse(await http.read(), ChatRequest)
@@ -91,18 +94,12 @@ class Generator:
                 404, f"model={request.model} is not served here: use {self._model_name}", param="model",
                 code="model_not_found",
             )  # fmt: skip
-        if self._fleet.failure:
-            raise ApiError(503, self._fleet.failure, code="failed")
         if request.num_choices > self._max_open:
             raise ApiError(
                 400, f"n={request.num_choices} is more than engine.max_queued_requests={self._max_open}: ask for fewer "
                 "choices", param="n", code="invalid_value",
             )  # fmt: skip
-        if self._fleet.num_open + request.num_choices > self._max_open:
-            raise ApiError(
-                503, f"{self._fleet.num_open} requests are open, engine.max_queued_requests={self._max_open}: "
-                "try later, or raise it", code="overloaded", retry_after_s=1,
-            )  # fmt: skip
+        self._fleet.admit(request.num_choices)
 
     def _request_seed(self, request: Common) -> int:
         """A seed for this request alone: the same for the n-th request of every start."""
@@ -121,31 +118,29 @@ class Generator:
     ) -> web.StreamResponse:
         eos = self._tokenizer.stop_token_ids
         sampling = sampling_params(request, prompt, self._limits, eos, self._request_seed(request))
-        self._admit(request)  # again: others may have come while a long prompt was tokenized
         echo = None
         if isinstance(request, CompletionRequest) and request.echo:
             echo = Echo.of(text, prompt, self._tokenizer, alone=request.max_tokens == 0)
-        with self._fleet.flight(prompt) as flight:
+        mailbox = Mailbox()
+        with self._fleet.flight(prompt, request.num_choices, mailbox) as flight:
             choices = Choices(
-                fmt.rid, flight, prompt, sampling, request.num_choices,
+                fmt.rid, flight, mailbox, prompt, sampling, request.num_choices,
                 lambda: Detokenizer(self._tokenizer.stream(), request.stop_strings, sampling.min_tokens),
                 echo, self._metrics,
             )  # fmt: skip
-            headers = {"x-request-id": fmt.rid, "x-dp-rank": str(flight.label)}
             if request.stream:
-                return await self._stream(http, request.usage_options, choices, fmt, headers)
+                return await self._stream(http, request.usage_options, choices, fmt)
             body = fmt.whole(await choices.whole(), choices.usage)
-        return web.Response(body=body, content_type="application/json", headers=headers)
+            return web.Response(body=body, content_type="application/json", headers=choices.headers)
 
     async def _stream(
-        self, http: web.Request, options: StreamOptions, choices: Choices, fmt: ResponseFormat, headers: dict[str, str]
+        self, http: web.Request, options: StreamOptions, choices: Choices, fmt: ResponseFormat
     ) -> web.StreamResponse:
         response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream",
                 "Cache-Control": "no-cache",
                 "X-Accel-Buffering": "no",
-                **headers,
             }
         )
         try:
@@ -176,6 +171,7 @@ async def _write_events(
     try:
         async for piece in choices.pieces():
             if not response.prepared:  # only now: a request that fails before its first token gets a status
+                response.headers.update(choices.headers)
                 await response.prepare(http)
             if options.continuous_usage_stats:
                 usage = choices.usage

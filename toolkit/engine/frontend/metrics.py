@@ -7,10 +7,11 @@ observed here. Latencies are for watching a server; a benchmark's are measured b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from toolkit.engine.messages import EplbStats, Stats
@@ -97,12 +98,22 @@ def _eplb(state: EplbStats | None) -> Iterable[GaugeMetricFamily | CounterMetric
         yield CounterMetricFamily(PREFIX + name, help_text, value=value(state))
 
 
-class Metrics:
-    """All metrics of one server, in a registry of its own."""
+class Sample(msgspec.Struct, frozen=True):
+    """One figure of a metric of another process."""
 
-    def __init__(self, stats: Callable[[], Mapping[int, Stats]], num_open: Callable[[], int]) -> None:
+    metric: str
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+class Metrics:
+    """All metrics of one process, in a registry of its own. ``ranks``: where it talks to them."""
+
+    def __init__(self, ranks: RankCollector | None = None) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(RankCollector(stats, num_open))
+        if ranks is not None:
+            self._registry.register(ranks)
         self.ttft = self._histogram(
             "time_to_first_token_seconds", "Request sent to its rank to first token", _TTFT_BUCKETS
         )
@@ -114,8 +125,36 @@ class Metrics:
             PREFIX + "http_requests", "HTTP requests answered", ["route", "code"], registry=self._registry
         )
 
-    def render(self) -> bytes:
-        return generate_latest(self._registry)
+    def samples(self) -> list[Sample]:
+        """For ``render`` in another process."""
+        return [Sample(m.name, s.name, s.labels, s.value) for m in self._registry.collect() for s in m.samples]
+
+    def render(self, others: Sequence[Sample] = ()) -> bytes:
+        """With those of other processes added."""
+        total = CollectorRegistry()
+        total.register(_Sum(self._registry, others))
+        return generate_latest(total)
 
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(PREFIX + name, help_text, buckets=buckets, registry=self._registry)
+
+
+class _Sum(Collector):
+    """The metrics of a registry with samples of other processes added to its own."""
+
+    def __init__(self, registry: CollectorRegistry, others: Sequence[Sample]) -> None:
+        self._registry, self._others = registry, others
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._registry.collect():
+            values = {(s.name, frozenset(s.labels.items())): s.value for s in metric.samples}
+            for other in self._others:
+                if other.metric == metric.name:
+                    key = other.name, frozenset(other.labels.items())
+                    # When a series began is told beside it: the earliest counts.
+                    fold = min if other.name.endswith("_created") else float.__add__
+                    values[key] = fold(values[key], other.value) if key in values else other.value
+            total = Metric(metric.name, metric.documentation, metric.type)
+            for (name, labels), value in values.items():
+                total.add_sample(name, dict(labels), value)
+            yield total

@@ -23,7 +23,7 @@ _ERRORS = {
     "404": "no such model", "413": "the body is too large", "503": "loading, overloaded or failed: see /health",
 }  # fmt: skip
 _CONTROL_ERRORS = {"409": "the state of the ranks does not allow it", "504": "a rank did not reply"}
-_GETS = {
+GETS = {
     "/live": "200 from the process's first moment", "/health": "200 when completions are served, else 503",
     "/metrics": "Prometheus metrics", "/v1/models": "the one model", "/openapi.json": "this document",
     "/get_server_info": "configuration; memory by kind and state of every rank",
@@ -41,7 +41,7 @@ def document(model: str) -> Schema:
         schema = schemas[request.__name__]
         schema["properties"] = _unserved(request) | schema["properties"] | {"model": {"enum": [model, None]}}
         schema["additionalProperties"] = False
-    paths: Schema = {path: {"get": _get(path, summary)} for path, summary in _GETS.items()}
+    paths: Schema = {path: {"get": _get(path, summary)} for path, summary in GETS.items()}
     for path, (_, body) in OPERATIONS.items():
         paths[path] = {"post": _post(body, ControlAnswer, _ERRORS | _CONTROL_ERRORS, required=False)}
     paths["/v1/chat/completions"] = {"post": _post(ChatRequest, ChatAnswer, _ERRORS)}

@@ -1,27 +1,23 @@
-"""RankClient: the frontend's side of the wire to the ranks of one worker.
+"""RankClient: what the frontend knows of the ranks of one worker.
 
-Owns the sockets, the table of open requests, start-up progress and replies to control operations, and keeps the
-wake rule: whatever is sent, each rank gets exactly one message, its own or a ``Wake``, because all ranks take part
-in the step that follows. It does not know HTTP or text. Read next: ``messages.py``, ``worker.py``.
+Owns the table of open requests, start-up progress and replies to control operations. It does not know HTTP or text.
+Read next: ``wire.py``, ``messages.py``, ``worker.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import zmq
-import zmq.asyncio
+from typing import Any
 
 from toolkit.engine.args import WorkerAddress
 from toolkit.engine.core import SamplingParams
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.frontend.flight import Sink
+from toolkit.engine.frontend.wire import Wire
 from toolkit.engine.messages import (
     Abort,
     Control,
@@ -37,9 +33,7 @@ from toolkit.engine.messages import (
     Ticket,
     ToFrontend,
     ToRank,
-    Wake,
     decode_to_frontend,
-    encode,
 )
 
 log = logging.getLogger(__name__)
@@ -57,45 +51,29 @@ class RankStatus:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-class Sink(Protocol):
-    """Where the outputs of requests go."""
-
-    def put(self, output: Output) -> None: ...
-
-
-class Flight:
-    """Requests to one DP rank that belong together: what it sends, in order. A request's last output has ``finish``.
+class RankFlight:
+    """Requests of one prompt to one DP rank. What comes of them goes to ``sink``.
 
     ``label``: the DP rank's number in its pool.
     """
 
-    def __init__(self, client: RankClient, dp_rank: int, label: int) -> None:
-        self.dp_rank, self.label = dp_rank, label
-        self._client = client
+    def __init__(self, client: RankClient, dp_rank: int, label: int, prompt: list[int], sink: Sink) -> None:
+        assert 0 <= dp_rank < client.dp_size, dp_rank
+        self.label = label
+        self._client, self._dp_rank, self._prompt, self._sink = client, dp_rank, prompt, sink
         self._rids: list[str] = []
-        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
 
-    def send(self, rid: str, prompt: list[int], sampling: SamplingParams) -> None:
+    def send(self, rid: str, sampling: SamplingParams) -> None:
         """Starts a request."""
         self._rids.append(rid)
-        self._client.start(self, self.dp_rank, Generate(rid, prompt, sampling))
-
-    def put(self, output: Output) -> None:
-        self._outputs.put_nowait(output)
-
-    async def next(self) -> Output:
-        return await self._outputs.get()
-
-    @property
-    def waiting(self) -> bool:
-        """Whether ``next`` has an output already."""
-        return not self._outputs.empty()
+        self._client.start(self._sink, self._dp_rank, Generate(rid, self._prompt, sampling))
 
     def abort(self, rid: str) -> None:
         """Ends a request on its rank, unless it has ended."""
         self._client.abort(rid)
 
     def close(self) -> None:
+        """Ends those that have not ended."""
         for rid in self._rids:
             self.abort(rid)
 
@@ -140,16 +118,7 @@ class RankClient:
         self._flights: dict[str, tuple[Sink, int]] = {}
         self._replies: dict[str, dict[int, ControlReply]] = {}
         self._reply_arrived = asyncio.Condition()
-        self._context = zmq.asyncio.Context()
-        self._inbox = self._bind(address.inbox)
-        # Plain sockets: with no high-water mark a send never waits, so one message and its wakes go out with
-        # nothing in between, and each rank sees them in order.
-        self._plain = zmq.Context(self._context)
-        self._addresses = address.rank_inboxes
-        self._outboxes: list[zmq.SyncSocket] = []
-        self._monitors: list[asyncio.Task[None]] = []
-        self._connect_all()
-        self._wake = encode(Wake(), token)
+        self._wire = Wire(address.inbox, address.rank_inboxes, token, self._broken if timeout_s else None)
         self._tasks = [asyncio.create_task(self._receive())]
         if timeout_s:
             self._tasks.append(asyncio.create_task(self._watch_silence()))
@@ -180,16 +149,6 @@ class RankClient:
         """The smallest value of a figure that every rank gave with ``Ready``."""
         return min(int(status.info[key]) for status in self.ranks)
 
-    @contextlib.contextmanager
-    def flight(self, dp_rank: int, label: int) -> Iterator[Flight]:
-        """For requests to a DP rank. Leaving the block aborts those that have not ended."""
-        assert 0 <= dp_rank < self._dims.dp_size, dp_rank
-        flight = Flight(self, dp_rank, label)
-        try:
-            yield flight
-        finally:
-            flight.close()
-
     def start(self, sink: Sink, dp_rank: int, request: Generate) -> None:
         """Sends a request whose outputs go to ``sink``."""
         assert request.rid not in self._flights, request.rid
@@ -215,9 +174,7 @@ class RankClient:
         """Has every rank carry it out and gives their replies, by rank. ``TimeoutError`` names the silent ranks."""
         cid = control.cid
         replies = self._replies[cid] = {}
-        frames = encode(control, self._token)
-        for outbox in self._outboxes:
-            outbox.send_multipart(frames, zmq.NOBLOCK)
+        self._wire.send_all(control)
         try:
             async with asyncio.timeout(timeout_s), self._reply_arrived:
                 await self._reply_arrived.wait_for(lambda: len(replies) == len(self.ranks) or bool(self.failure))
@@ -243,58 +200,18 @@ class RankClient:
         self._give_up(reason)
         await self.fail(reason)
         self.ranks = [RankStatus(self._first_rank + rank) for rank in range(self._dims.tp_size)]
-        self._connect_all()  # what was meant for the old processes must not reach the new ones
+        self._wire.connect_all()  # what was meant for the old processes must not reach the new ones
 
     async def close(self) -> None:
-        tasks = [*self._tasks, *self._monitors]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for outbox in self._outboxes:
-            outbox.close()
-        self._inbox.close()
-        self._context.term()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._wire.close()
 
-    def _bind(self, address: tuple[str, int]) -> zmq.asyncio.Socket:
-        inbox = self._context.socket(zmq.PULL)
-        inbox.setsockopt(zmq.RCVHWM, 0)
-        inbox.setsockopt(zmq.LINGER, 0)
-        host, port = address
-        try:
-            # ZeroMQ binds addresses, not names.
-            inbox.bind(f"tcp://{socket.gethostbyname(host)}:{port}")
-        except (OSError, zmq.ZMQError) as error:
-            inbox.close()
-            self._context.term()
-            raise ValueError(
-                f"inbox={host}:{port} cannot be bound ({error}): choose a free port of this host (cluster.port)"
-            ) from None
-        return inbox
-
-    def _connect_all(self) -> None:
-        """New connections to all ranks; what waits in old ones is dropped."""
-        for monitor in self._monitors:
-            monitor.cancel()
-        for outbox in self._outboxes:
-            outbox.disable_monitor()
-            outbox.close()
-        self._outboxes = [self._connect(address) for address in self._addresses]
-        if self._timeout_s:
-            self._monitors = [asyncio.create_task(self._watch(rank)) for rank in range(len(self._outboxes))]
-
-    async def _watch(self, rank: int) -> None:
-        """Fails the worker when the connection to one of its ranks breaks: its process has ended."""
-        address = f"inproc://monitor-{id(self)}-{rank}-{time.monotonic_ns()}"
-        self._outboxes[rank].monitor(address, zmq.EVENT_DISCONNECTED)
-        events = self._context.socket(zmq.PAIR)
-        try:
-            events.connect(address)
-            await events.recv_multipart()
-        finally:
-            events.close(linger=0)
+    def _broken(self, rank: int) -> None:
         if not self.failure:
             log.error("%s: the connection to rank %d is broken", self.name, rank)
-            # apart: this task is among those that `_lose` ends
+            # apart: the caller is among the tasks that `_lose` ends
             self._tasks.append(asyncio.create_task(self._lose(f"{self.name} rank {rank}: its process has ended")))
 
     async def _watch_silence(self) -> None:
@@ -313,24 +230,14 @@ class RankClient:
         for rid, (sink, _) in flights.items():
             sink.put(Output(rid, [], finish="error", error=reason, retry=True))
 
-    def _connect(self, address: tuple[str, int]) -> zmq.SyncSocket:
-        outbox = self._plain.socket(zmq.PUSH)
-        outbox.setsockopt(zmq.SNDHWM, 0)
-        outbox.setsockopt(zmq.LINGER, 0)
-        outbox.connect(f"tcp://{address[0]}:{address[1]}")
-        return outbox
-
     def _send(self, dp_rank: int, message: ToRank) -> None:
-        """``message`` to the DP group's leader, a ``Wake`` to every other rank of the worker."""
-        leader = self._dims.leader(dp_rank)
-        frames = encode(message, self._token)
-        for rank, outbox in enumerate(self._outboxes):
-            outbox.send_multipart(frames if rank == leader else self._wake, zmq.NOBLOCK)
+        """To the DP group's leader."""
+        self._wire.send(self._dims.leader(dp_rank), message)
 
     async def _receive(self) -> None:
         try:
             while True:
-                frames = await self._inbox.recv_multipart()
+                frames = await self._wire.receive()
                 try:
                     message = decode_to_frontend(frames, self._token)
                 except ValueError as error:

@@ -116,6 +116,7 @@ def _frontend_args(
         ],
         router=deploy.router,
         api_key_env=deploy.api_key_env,
+        api_servers=plan.frontend.api_servers,
         handoff=deploy.disaggregation_handoff,
         enforce_disagg=deploy.enforce_disagg,
         migration_limit=deploy.migration_limit if disagg else 0,
