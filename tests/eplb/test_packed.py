@@ -8,7 +8,7 @@ import pytest
 from tests.eplb.test_weighted import placed
 from toolkit.engine.eplb import weighted
 from toolkit.engine.eplb.packed import Layout, pack
-from toolkit.engine.eplb.weighted import STIFF, STRIDE, WIDTH
+from toolkit.engine.eplb.weighted import STIFF, STRIDE, UP, WIDTH
 
 
 def slots_by_row(ids: np.ndarray, row: np.ndarray, layout: Layout) -> np.ndarray:
@@ -37,7 +37,7 @@ def slots_by_row(ids: np.ndarray, row: np.ndarray, layout: Layout) -> np.ndarray
         share += STRIDE * (given + (on_FX * (there.sum(1) * inverse_F)[:, None] - there) / STIFF - np.maximum(share, 0))
     share = np.maximum(share, 0)
     share *= (expert_F * part_F / np.maximum(share.sum(1), 1e-6))[:, None]
-    begin = np.floor(share.cumsum(1) - share + (expert_F * ahead_F)[:, None] + 0.5).ravel()
+    begin = np.floor(share.cumsum(1) - share + (expert_F * ahead_F)[:, None] + UP).ravel()
     seen, out = np.zeros(layout.experts, np.int64), []
     for expert in ids.tolist():
         if expert < 0 or count_E[expert] == 1:

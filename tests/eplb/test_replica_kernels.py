@@ -56,7 +56,8 @@ def both_ways(experts: int, slots: int, gpus: int, assignments: int, where: str 
             assert torch.equal(torch.from_numpy(placed[layer])[found[:-3]], ids[:-3])
             loads = [np.bincount(slots_[:-3].numpy().ravel() // (slots // gpus), minlength=gpus)
                      for slots_ in (found, wanted)]  # fmt: skip
-            assert np.abs(loads[0] - loads[1]).max() <= 2, "float32 and float64 may round a token differently"
+            most = loads[1].max() + 2 + 0.01 * loads[1].mean()  # float32 and float64 may round a token differently
+            assert loads[0].max() <= most, f"{loads[0]} is less level than {loads[1]}"
             assert (found == wanted).float().mean() > 0.98
         assert device(0, ids[:0].to(where)).shape == (0, 4) and device.table_L.data_ptr() == addresses
 

@@ -183,7 +183,7 @@ class WeightedOnDevice:
 
     def __call__(self, layer: int, ids_SK: Tensor) -> Tensor:
         w = self._weighted
-        slots: Tensor = self._slots_of(ids_SK, self.table_L[layer], self._layout, w.STIFF, w.STRIDE)
+        slots: Tensor = self._slots_of(ids_SK, self.table_L[layer], self._layout, w.STIFF, w.STRIDE, w.UP)
         return slots
 
     def table(self, layer: int) -> Tensor | None:

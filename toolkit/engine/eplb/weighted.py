@@ -32,6 +32,10 @@ STIFF = 0.5
 STRIDE = 1.6
 """Of a round's move, how much is made: above 1 is over-relaxed, 2 would not converge."""
 
+UP = 0.55
+"""Rounds parts of tokens. More than 0.5: of an odd number on two replicas the first gets more, whatever floats say, and
+which GPU has the first differs from expert to expert; else a hair's breadth would send them all to the same GPU."""
+
 CLOSE = 1e-4
 """The host ends when a round moves no share by more than this part of the mean GPU load."""
 
@@ -149,7 +153,7 @@ def _split(
             given, upto = 0, 0.0
         for p in range(first, end):
             upto += share_P[p]
-            tokens_P[p] = max(0, int(np.floor(upto + 0.5)) - given)
+            tokens_P[p] = max(0, int(np.floor(upto + UP)) - given)
             given += tokens_P[p]
         if end == first_E[expert_F[f]] + count_E[expert_F[f]]:
             tokens_P[end - 1] += counts_E[expert_F[f]] - given

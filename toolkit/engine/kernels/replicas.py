@@ -74,7 +74,7 @@ def _total(
 def _level(
     total, base_G, bin_F, gpu_P, held_GH, part_F, ahead_F, inverse_F, even_FX, smooth_GG, rounds,
     P: tl.constexpr, F: tl.constexpr, X: tl.constexpr, G: tl.constexpr, H: tl.constexpr, STIFF: tl.constexpr,
-    STRIDE: tl.constexpr,
+    STRIDE: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Assignments of its expert before each place, [P]; see ``eplb/weighted.py``, ``_level``."""
     on_FX = tl.where(tl.reshape(gpu_P, [F, X]) >= 0, 1.0, 0.0)
@@ -94,14 +94,14 @@ def _level(
     share = tl.maximum(share, 0.0)
     share *= (total_F / tl.maximum(tl.sum(share, 1), 1e-6))[:, None]
     before = tl.cumsum(share, 1) - share + (expert_F * ahead_F)[:, None]
-    return tl.reshape(tl.floor(before + 0.5).to(tl.int32), [P])
+    return tl.reshape(tl.floor(before + UP).to(tl.int32), [P])
 
 
 @triton.jit(do_not_specialize=["N", "B"])
 def _choose_kernel(
     ids_ptr, counts_ptr, ints_ptr, floats_ptr, out_ptr, N, B, E: tl.constexpr, ROOM: tl.constexpr, F: tl.constexpr,
     X: tl.constexpr, G: tl.constexpr, H: tl.constexpr, BINS: tl.constexpr, STIFF: tl.constexpr, STRIDE: tl.constexpr,
-    TILE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, COUNTED: tl.constexpr,
+    UP: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, COUNTED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = F * X
@@ -125,7 +125,7 @@ def _choose_kernel(
     base_G = tl.gather(total, g, 0).to(tl.float32)
     begin_P = _level(
         total, base_G, bin_F, gpu_P, held_GH, part_F, ahead_F, inverse_F, even_FX, smooth_GG, rounds, P, F, X, G, H,
-        STIFF, STRIDE,
+        STIFF, STRIDE, UP,
     )  # fmt: skip
 
     r = tl.arange(0, BLOCK)
@@ -156,12 +156,12 @@ def _replica(begin_P, slot_P, at, count, rank, P: tl.constexpr):
     return tl.gather(slot_P, at, 0)
 
 
-def weighted_slots(ids: Tensor, row: Tensor, layout: Layout, stiff: float, stride: float) -> Tensor:
+def weighted_slots(ids: Tensor, row: Tensor, layout: Layout, stiff: float, stride: float, up: float) -> Tensor:
     """Slots of the assignments ``ids`` [S, K], levelled over the GPUs; -1 stays -1.
 
     Args:
         row: int32, the placement's, of this ``layout``.
-        stiff, stride: of the levelling, as in ``eplb/weighted.py``.
+        stiff, stride, up: of the levelling and its rounding, as in ``eplb/weighted.py``.
     """
     flat = ids.contiguous()
     count = flat.numel()
@@ -176,7 +176,7 @@ def weighted_slots(ids: Tensor, row: Tensor, layout: Layout, stiff: float, strid
         _count_kernel[(tiles,)](flat, row, counts, count, **sizes, num_warps=4)
     _choose_kernel[(triton.cdiv(count, block),)](
         flat, counts, row, row.view(torch.float32), out, count, tiles, F=layout.windows, X=layout.width, G=layout.gpus,
-        H=layout.holds, STIFF=stiff, STRIDE=stride, TILES=TILES, BLOCK=block, COUNTED=not few, **sizes,
+        H=layout.holds, STIFF=stiff, STRIDE=stride, UP=up, TILES=TILES, BLOCK=block, COUNTED=not few, **sizes,
         num_warps=4 if few and layout.gpus <= 32 else 8,
     )  # fmt: skip
     return out
