@@ -83,7 +83,12 @@ def jobs(n: int) -> Iterator[Work]:
     yield Work("test-engine-one", 1, 300, pytest(engine, "-k", "not several_gpus"))
     yield Work("test-engine", n, 420, pytest(engine, "-k", "several_gpus"))
     yield Work("test-dispatchers", n, 300, pytest("tests/gpu/test_dispatchers.py"))
-    yield Work("test-kernels", 1, 300, pytest("tests/gpu/test_fused.py", "tests/gpu/test_gemms.py"))
+    yield Work(
+        "test-kernels",
+        1,
+        300,
+        pytest("tests/gpu/test_fused.py", "tests/gpu/test_gemms.py", "tests/gpu/test_replica_choice.py"),
+    )
     yield Work("kernels", 1, 90, ("-m", "toolkit.engine.bench.kernels", "--out", "OUT/kernels.json"))
     yield Work("attention", 1, 300, ("-m", "toolkit.engine.bench.attention", "--out", "OUT/attention.json",
                "--backends", "fa3", "fa3-merged", "fa3-whole", "varlen", *PEERS))  # fmt: skip
