@@ -35,7 +35,7 @@ def launch(*words: str, results: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=560, check=False)
 
 
-@pytest.fixture(scope="module", params=["dep", "tep", pytest.param("tp", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["dep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tep", "tp"))])
 def run_folder(request: pytest.FixtureRequest, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = tmp_path_factory.mktemp(request.param)
     words = ["+exp=smoke", *MAPPINGS[request.param], f"model.path={demo_model}"]

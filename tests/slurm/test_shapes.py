@@ -25,6 +25,7 @@ from toolkit.records.steps import read_steps
 TWO = ["parallel=dep2", "cluster.gpus_per_node=1", "load.concurrency=[1]", "load.osl=4", "load.warmup_requests=0"]
 
 
+@pytest.mark.slow
 def test_a_rack_of_18_nodes_is_planned_and_launched(cluster: Cluster, tmp_path: Path) -> None:
     dims = {"tp_size": 72, "dp_size": 72, "ep_size": 8, "moe_dp_size": 9, "enable_dp_attention": True}
     keys = {"launcher": "slurm", "gpus_per_node": 4, "results_dir": str(tmp_path)}

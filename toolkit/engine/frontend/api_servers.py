@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from toolkit.engine.args import FrontendArgs
 from toolkit.engine.frontend.errors import ApiError
 from toolkit.engine.frontend.fleet import Fleet, FleetFlight
-from toolkit.engine.frontend.http_server import cannot_bind
+from toolkit.engine.frontend.http_server import HttpServer, cannot_bind
 from toolkit.engine.frontend.metrics import Sample
 from toolkit.engine.frontend.relay import (
     Begin,
@@ -177,6 +179,9 @@ class ApiServers:
         self._args, self._fleet, self._api_key, self._on_end, self._spawn = args, fleet, api_key, on_end, spawn
         self._all: list[ApiServer] = []
         self._looking: asyncio.Task[None] | None = None
+        # Nobody else may look into it; and a socket's path has room for 107 characters, which TMPDIR may exceed.
+        folder = "/tmp" if os.access("/tmp", os.W_OK) else None
+        self._folder = tempfile.TemporaryDirectory(prefix="wideep-", dir=folder)
 
     @property
     def num_ready(self) -> int:
@@ -186,10 +191,11 @@ class ApiServers:
     def ready(self) -> bool:
         return self.num_ready == self._args.api_servers
 
-    async def start(self, operations: str) -> None:
-        """``operations``: Unix socket for what they do not answer themselves. ``ValueError``: the port is taken."""
-        host, port = self._args.http
-        _check_free(host, port)
+    async def start(self, http: HttpServer) -> None:
+        """``http``: answers what they do not answer themselves. ``ValueError``: the port is taken."""
+        _check_free(*self._args.http)
+        operations = f"{self._folder.name}/operations"
+        await http.listen_here(operations)
         num = self._args.api_servers
         for index in range(num):
             here, there = socket.socketpair()
@@ -209,6 +215,7 @@ class ApiServers:
         if self._looking is not None:
             self._looking.cancel()
         await asyncio.gather(*(server.end() for server in self._all))
+        self._folder.cleanup()
 
     async def _look(self) -> None:
         """Tells all how the workers are, when that has changed."""

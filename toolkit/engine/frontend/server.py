@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from toolkit.engine.args import FrontendArgs
@@ -56,7 +54,6 @@ class Server:
         operations = Operations(args, fleet, lambda: self.state, self._waits_for, self._render, control_timeout_s)
         routes = operations.routes() + ([] if self._api_servers else self._completions.routes())
         self._http = HttpServer(routes, api_key, self._metrics)
-        self._folder = tempfile.TemporaryDirectory(prefix="wideep-")
 
     async def start(self) -> None:
         """Serves from here on. ``ValueError`` when the address cannot be bound."""
@@ -66,9 +63,7 @@ class Server:
                 await self._http.listen(host, port)
                 self._completions.load()
             else:
-                operations = Path(self._folder.name, "operations").as_posix()
-                await self._http.listen_here(operations)
-                await self._api_servers.start(operations)
+                await self._api_servers.start(self._http)
         except ValueError:
             await self.stop()
             raise
@@ -81,7 +76,6 @@ class Server:
             await self._api_servers.end()
         await self._http.close()
         await self._fleet.close()
-        self._folder.cleanup()
 
     @property
     def state(self) -> State:
