@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +48,18 @@ TINY_MIXTRAL = {
 }  # fmt: skip
 
 
+_claims: deque[ports.Claim] = deque()
+
+
 def free_port() -> int:
-    """Below the ports the kernel gives to clients: one of those, not yet bound, can be taken, or connect to itself."""
-    return ports.free_range(1)
+    """Below the ports the kernel gives to clients: one of those, not yet bound, can be taken, or connect to itself.
+
+    No other process of tests takes it before this one has asked for many more.
+    """
+    _claims.append(ports.claim(1))
+    if len(_claims) > 32:
+        _claims.popleft().close()
+    return _claims[-1].first
 
 
 def utf8(text: str) -> list[int]:
@@ -207,8 +217,8 @@ async def serving(
     ranks = Ranks(tp_size, dp_size)
     args = msgspec.structs.replace(args_for(ranks, tp_size, dp_size, model, **engine), api_servers=API_SERVERS)
     server = Server(args, TOKEN, api_key, control_timeout_s, InThisLoop.start)
-    await server.start()
     try:
+        await server.start()
         async with aiohttp.ClientSession(f"http://127.0.0.1:{args.http[1]}") as http:
             bench = Bench(server, ranks, http)
             if ready:
