@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,9 @@ def test_a_server_that_ends_leaves_no_request_on_the_ranks() -> None:
     asyncio.run(run())
 
 
-def test_the_frontend_ends_when_an_api_server_does(tmp_path: Path) -> None:
+@pytest.fixture
+def frontend(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A frontend process with two API servers that listen."""
     args = msgspec.structs.replace(_plain_args(), http=("127.0.0.1", free_port()), api_servers=2)
     file = tmp_path / "frontend.json"
     file.write_bytes(msgspec.json.encode(args))
@@ -107,25 +110,24 @@ def test_the_frontend_ends_when_an_api_server_does(tmp_path: Path) -> None:
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             _wait_live(f"http://127.0.0.1:{args.http[1]}/live", process)
-            first, second = psutil.Process(process.pid).children()
-            second.kill()
-            output, _ = process.communicate(timeout=30)
+            yield process
         finally:
             process.kill()
-    assert process.returncode == 1 and "API server 1 has ended" in output
+
+
+def test_the_frontend_ends_when_an_api_server_does(frontend: subprocess.Popen[str]) -> None:
+    first, second = psutil.Process(frontend.pid).children()
+    second.kill()
+    output, _ = frontend.communicate(timeout=30)
+    assert frontend.returncode == 1 and "API server 1 has ended" in output
     assert not first.is_running()
 
 
-def test_api_servers_end_with_a_frontend_that_is_killed(tmp_path: Path) -> None:
-    args = msgspec.structs.replace(_plain_args(), http=("127.0.0.1", free_port()), api_servers=2)
-    file = tmp_path / "frontend.json"
-    file.write_bytes(msgspec.json.encode(args))
-    command = [sys.executable, "-m", "toolkit.engine.frontend", "--args", str(file)]
-    with subprocess.Popen(command, env={**os.environ, TOKEN_ENV: TOKEN}) as process:
-        _wait_live(f"http://127.0.0.1:{args.http[1]}/live", process)
-        others = psutil.Process(process.pid).children()
-        process.send_signal(signal.SIGKILL)
-        assert psutil.wait_procs(others, timeout=30)[1] == []
+def test_api_servers_end_with_a_frontend_that_is_killed(frontend: subprocess.Popen[str]) -> None:
+    others = psutil.Process(frontend.pid).children()
+    assert len(others) == 2
+    frontend.send_signal(signal.SIGKILL)
+    assert psutil.wait_procs(others, timeout=30)[1] == []
 
 
 def test_figures_of_processes_are_added_and_the_earliest_beginning_kept() -> None:

@@ -7,7 +7,6 @@ Read next: ``relay.py`` (what is said), ``api_server.py`` (who says it).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -72,7 +71,7 @@ class ApiServer:
     def __init__(self, name: str, fleet: Fleet, link: Link, process: Process, on_end: Callable[[str], None]) -> None:
         self.listening, self.ready = asyncio.Event(), False
         self._name, self._fleet, self._link, self._process, self._on_end = name, fleet, link, process, on_end
-        self._flights: dict[int, tuple[FleetFlight, contextlib.ExitStack]] = {}
+        self._flights: dict[int, FleetFlight] = {}
         self._outputs: list[Output] = []
         self._scraped: asyncio.Future[list[Sample]] | None = None
         self._listening = asyncio.create_task(self._listen())
@@ -112,8 +111,8 @@ class ApiServer:
             self._process.kill()
 
     def _close_flights(self) -> None:
-        for _, stack in self._flights.values():
-            stack.close()
+        for flight in self._flights.values():
+            flight.close()
         self._flights.clear()
 
     def _flush(self) -> None:
@@ -129,13 +128,13 @@ class ApiServer:
                         self._open(number, prompt, num_requests)
                     case Start(number, rid, sampling):
                         if number in self._flights:
-                            self._flights[number][0].send(rid, sampling)
+                            self._flights[number].send(rid, sampling)
                     case Drop(number, rid):
                         if number in self._flights:
-                            self._flights[number][0].abort(rid)
+                            self._flights[number].abort(rid)
                     case Close(number):
                         if number in self._flights:
-                            self._flights.pop(number)[1].close()
+                            self._flights.pop(number).close()
                     case Scraped(samples):
                         if self._scraped is not None:
                             self._scraped.set_result(samples)
@@ -156,13 +155,12 @@ class ApiServer:
             self._close_flights()
 
     def _open(self, number: int, prompt: list[int], num_requests: int) -> None:
-        stack = contextlib.ExitStack()
         try:
-            flight = stack.enter_context(self._fleet.flight(prompt, num_requests, self))
+            flight = self._fleet.open(prompt, num_requests, self)
         except ApiError as error:
             self._link.send(Refused(number, error.message, error.code, error.retry_after_s))
             return
-        self._flights[number] = flight, stack
+        self._flights[number] = flight
         self._link.send(Opened(number, flight.label))
 
 

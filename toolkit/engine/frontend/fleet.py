@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,18 +172,17 @@ class Fleet:
                 code="overloaded", retry_after_s=1,
             )  # fmt: skip
 
-    @contextlib.contextmanager
-    def flight(self, prompt: list[int], num_requests: int, sink: Sink) -> Iterator[FleetFlight]:
-        """For up to ``num_requests`` of one prompt. Leaving the block aborts those that have not ended."""
+    def open(self, prompt: list[int], num_requests: int, sink: Sink) -> FleetFlight:
+        """For up to ``num_requests`` of one prompt; ``close`` it. ``ApiError``: see ``admit``."""
         self.admit(num_requests)
-        flight: FleetFlight
         if self._handoffs is not None:
-            flight = DisaggFlight(self._handoffs, prompt, sink)
-        else:
-            unit = self._serving.pick(prompt) or self._serving.units[0]
-            flight = RankFlight(unit.client, unit.dp_rank, unit.index, prompt, sink)
-        with contextlib.closing(flight):
-            yield flight
+            return DisaggFlight(self._handoffs, prompt, sink)
+        unit = self._serving.pick(prompt) or self._serving.units[0]
+        return RankFlight(unit.client, unit.dp_rank, unit.index, prompt, sink)
+
+    def flight(self, prompt: list[int], num_requests: int, sink: Sink) -> contextlib.closing[FleetFlight]:
+        """``open``, for a block: leaving it aborts those that have not ended."""
+        return contextlib.closing(self.open(prompt, num_requests, sink))
 
     async def control(self, control: Control, timeout_s: float, pool: str | None = None) -> list[ControlReply]:
         """Has every rank of every living worker, or of one pool's, carry it out; replies by the ranks' numbers.
