@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -74,13 +74,20 @@ def _spread(scales: Tensor) -> Tensor:
     return scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
 
 
-def equals_a_float32_loop(case: Case, counts: tuple[int, ...], gemm: ExpertGemm | None = None) -> None:
-    """The case's GEMM, or ``gemm``, on rows of ``counts``, against the loop; padding rows hold junk."""
+def equals_a_float32_loop(
+    case: Case, counts: tuple[int, ...], gemm: ExpertGemm | None = None, expected: int = 0
+) -> None:
+    """The case's GEMM, or ``gemm``, on rows of ``counts``, against the loop; padding rows hold junk.
+
+    Args:
+        expected: rows a slot that the GEMM is told to expect; 0: the most.
+    """
     gemm, w = gemm or make_gemm(case.backend, case.device), weights(case, len(counts))
     gemm.pack(w)
     alignment = max(gemm.decode_alignment if case.decode else gemm.alignment, 4)
     generator = torch.Generator().manual_seed(1)
     rows, starts = _rows(case, counts, alignment, generator, gemm.alignment)
+    rows = replace(rows, expected=expected or rows.expected)
     out = gemm(rows)
     assert out.shape == rows.x.shape and out.dtype == case.dtype
     x = rows.x if rows.scales is None else dequantize_rows(rows.x, rows.scales)

@@ -10,7 +10,7 @@ from toolkit.engine.moe.dispatch import Dispatched
 from toolkit.engine.moe.gemm import GEMMS, TorchGemm, make_gemm
 
 BACKENDS = ["torch", "grouped_mm"]
-GPU_BACKENDS = ["deep_gemm"]
+GPU_BACKENDS = ["deep_gemm", "triton"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

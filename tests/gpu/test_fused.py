@@ -67,8 +67,11 @@ def test_a_product_in_parts_goes_on_to_the_norm(hidden: int, wide: int, rows: in
     assert isinstance(late, Late)
     wanted = (x.to(BF16).float() @ weight.float().T).to(BF16)  # a library may add up its own parts in bf16
     close(late.alone(), wanted)
+    one_rounding = wanted.float().abs() / 128  # of the product, which is larger than a sum that it cancels in
     for found, expected in zip(n.add(residual.to(BF16), late), n.add(residual.to(BF16), wanted)):
-        close(found, expected)
+        off = (found.float() - expected.float()).abs()
+        close(torch.where(off <= one_rounding, expected, found), expected)
+        assert float((off > 0).float().mean()) < 0.01
     assert torch.is_tensor(late_linear(x.to(BF16).repeat(65, 1), weight))
 
 

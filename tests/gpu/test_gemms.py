@@ -11,6 +11,9 @@ from tests.gpu.needs import needs_gpus, needs_library
 from toolkit.config.model import ModelConfig
 from toolkit.engine.fp8 import BlockFp8, Matrix, quantize_blocks, quantize_groups
 from toolkit.engine.layers import linear, swiglu
+from toolkit.engine.moe.dispatch import Dispatched
+from toolkit.engine.moe.gemm import AutoGemm
+from toolkit.engine.moe.triton_gemm import TritonGemm
 from toolkit.engine.weights import DummyWeights, Shard, open_weights
 
 pytestmark = needs_gpus(1)
@@ -28,6 +31,10 @@ TORCH = [
     Case(backend, layout, rows, weighted, False, "cuda", hidden=256, ffn=256, tolerance=1e-2)  # type: ignore[arg-type]
     for backend, rows in (("torch", "float32"), ("torch", "bfloat16"), ("grouped_mm", "bfloat16"))
     for layout, weighted in (("contiguous", True), ("masked", False))
+]
+TRITON = [
+    Case("triton", layout, "bfloat16", weighted, True, "cuda", hidden=256, ffn=384, tolerance=1e-2)  # type: ignore[arg-type]
+    for layout, weighted in (("contiguous", False), ("contiguous", True), ("masked", False))
 ]
 
 
@@ -48,6 +55,31 @@ def test_torch_equals_a_float32_loop(case: Case) -> None:
 def test_deep_gemm_equals_a_float32_loop(case: Case) -> None:
     for counts in (*COUNTS, (130, 0, 1, 300)):
         equals_a_float32_loop(case, counts)
+
+
+@pytest.mark.parametrize("expected", [1, 20, 60, 500])
+@pytest.mark.parametrize("case", TRITON, ids=case_id)
+def test_triton_equals_a_float32_loop(case: Case, expected: int) -> None:
+    """For each size of its tiles, with fewer and with more rows than were expected."""
+    for counts in (*COUNTS, (30, 0, 1, 17), (130, 0, 1, 300)):
+        equals_a_float32_loop(case, counts, expected=expected)
+
+
+def test_auto_takes_triton_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not a Hopper GPU")
+    case = Case("auto", "contiguous", "bfloat16", decode=True, device="cuda", hidden=256, ffn=256, tolerance=1e-2)
+    gemm, took, call = AutoGemm(), [], TritonGemm.__call__
+
+    def noted(self: TritonGemm, rows: Dispatched) -> torch.Tensor:
+        took.append(rows.expected)
+        return call(self, rows)
+
+    monkeypatch.setattr(TritonGemm, "__call__", noted)
+    for expected in (5, 64, 65, 700):
+        equals_a_float32_loop(case, (65, 0, 3, 8), gemm, expected)
+    assert took == [5, 64]
+    assert [*gemm.shapes(300, 64)][:3] == [10, 32, 64]
 
 
 @pytest.mark.parametrize("by_column", [True, False])

@@ -73,6 +73,35 @@ def experts_by_groups(rows: int, hidden: int, wide: int) -> None:
         torch.testing.assert_close(weights, wanted.weights_SK)
 
 
+def experts_with_few_rows(rows: int, hidden: int, wide: int) -> None:
+    """Both products of uneven slots, in both layouts, by fewer programs than there are tiles."""
+    from toolkit.engine.kernels import experts as kernels
+
+    ffn, counts = 128, [rows, 0, 3 * rows, 1, 0]
+    gate_up, down = torch.randn(5, 2 * ffn, hidden) / hidden**0.5, torch.randn(5, hidden, ffn) / ffn**0.5
+    count, stride = torch.tensor(counts, dtype=torch.int32), 64
+    starts = [stride * slot for slot in range(5)]
+    ends = torch.tensor([start + n for start, n in zip(starts, counts)], dtype=torch.int32)
+    x, by = torch.randn(5 * stride, hidden), torch.rand(5 * stride)
+    first, second = kernels.Tiles(16, 64, 128, 3, 4), kernels.Tiles(16, 128, 64, 3, 4)
+    for weights, ended in ((by, ends), (None, None)):
+        slots = kernels.Slots(count, ended, expected=0)
+        given = x if ended is not None else x.view(5, stride, hidden)
+        a = kernels.gate_up(given, kernels.describe(gate_up, first), weights, slots, first)
+        y = kernels.down(a, kernels.describe(down, second), slots, second).view(len(x), hidden)
+        for slot, (start, n) in enumerate(zip(starts, counts)):
+            gate, up = (x[start : start + n] @ gate_up[slot].T).chunk(2, -1)
+            wanted = torch.nn.functional.silu(gate) * up
+            if weights is not None:
+                wanted = wanted * weights[start : start + n, None]
+            torch.testing.assert_close(y[start : start + n], wanted @ down[slot].T, rtol=1e-3, atol=1e-3)
+
+
+@needs_triton
+def test_experts_with_few_rows() -> None:
+    interpret(__name__, "experts_with_few_rows")
+
+
 @needs_triton
 def test_experts_by_groups() -> None:
     interpret(__name__, "experts_by_groups")

@@ -32,7 +32,7 @@ class EngineConfig:
     deepep_num_max_dispatch_tokens_per_rank: int = opt(
         0, "rows of a rank for which low_latency has room; 0: what a step without prefill may have"
     )
-    moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch, grouped_mm, deep_gemm (GPU)")
+    moe_runner_backend: str = opt("auto", "expert GEMM: auto, torch, grouped_mm; on GPUs deep_gemm, triton")
     page_size: int = opt(16, "tokens a KV block")
     kv_cache_dtype: Literal["auto", "fp8_e4m3"] = opt(
         "auto", "auto: the model's; fp8_e4m3: half the bytes, for latent attention (DeepSeek)"

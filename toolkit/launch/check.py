@@ -32,7 +32,7 @@ NAMES = {
     "engine.backend": ("native",),
     "engine.attention_backend": ("auto", "fa3", "flash_mla", "sdpa", "varlen"),
     "engine.moe_a2a_backend": ("allgather", "all_to_all", "deepep", "nvlink"),
-    "engine.moe_runner_backend": ("auto", "torch", "grouped_mm", "deep_gemm"),
+    "engine.moe_runner_backend": ("auto", "torch", "grouped_mm", "deep_gemm", "triton"),
     "deploy.router": tuple(ROUTERS),
 }
 
@@ -104,7 +104,7 @@ def _gpu_backends(cfg: ExpConfig) -> Iterator[str]:
     """Backends that run on GPUs alone, where there are none or the model's type is not theirs."""
     for key, names, other in (
         ("moe_a2a_backend", ("deepep", "nvlink"), "all_to_all"),
-        ("moe_runner_backend", ("deep_gemm",), "auto"),
+        ("moe_runner_backend", ("deep_gemm", "triton"), "auto"),
     ):
         name = getattr(cfg.engine, key)
         if name not in names:

@@ -4,8 +4,9 @@
 
 Each is timed as CUDA graphs of many calls that follow one another, over several copies of the large weights, so that
 those are not read from L2. Microseconds a call: median of repeats, the fastest and slowest but one in brackets, and the
-ratio to torch's in the same process. ``WIDEEP_PDL=0`` before the command: kernels do not overlap their starts.
-Shapes are Qwen3-30B-A3B's, the gate by groups DeepSeek-V3's; EPLB's weighted choice of replicas, beside the
+ratio to the other way, torch's unless said, in the same process. ``WIDEEP_PDL=0`` before the command: kernels do not
+overlap their starts. Shapes are Qwen3-30B-A3B's, the gate by groups DeepSeek-V3's. Experts are those of one GPU of four, rows come from all
+four, and beside them is DeepGEMM with SwiGLU between its products. EPLB's weighted choice of replicas, beside the
 dynamic one's calls, is of both, of a larger group, and of a prefill chunk. What several ranks do together is in
 ``toolkit.engine.moe.bench``, attention in ``toolkit.engine.bench.attention``.
 """
@@ -27,9 +28,12 @@ from torch import Tensor
 
 from toolkit.engine import device as devices
 from toolkit.engine.eplb.replicas import DynamicChoice, WeightedOnDevice
+from toolkit.engine.gpu_libraries import has_deep_gemm
 from toolkit.engine.late import late_linear
 from toolkit.engine.layers import RMSNorm
+from toolkit.engine.moe.dispatch import Dispatched
 from toolkit.engine.moe.gate import GroupedSigmoidGate, SoftmaxGate
+from toolkit.engine.moe.gemm import ExpertWeights
 
 COPIES, CALLS, REPEATS = 8, 48, 20
 HIDDEN, WIDE, EXPERTS, TOP_K = 2048, 4096, 128, 8
@@ -45,7 +49,7 @@ class Row:
     us: float
     low: float
     high: float
-    torch_us: float
+    other_us: float
 
 
 def main() -> int:
@@ -62,7 +66,7 @@ def main() -> int:
             us, low, high = time_us(ours)
             found.append(Row(what, rows, us, low, high, time_us(others)[0]))
             r = found[-1]
-            ratio = f"torch {r.torch_us:6.2f} us  ratio {r.us / r.torch_us:.2f}"
+            ratio = f"beside {r.other_us:6.2f} us  ratio {r.us / r.other_us:.2f}"
             sys.stdout.write(f"{what:34} {rows:4} rows  {us:6.2f} us [{low:.2f} .. {high:.2f}]  {ratio}\n")
             sys.stdout.flush()
     if args.out:
@@ -71,7 +75,7 @@ def main() -> int:
 
 
 def pairs(rows: int) -> Iterator[tuple[str, Call, Call]]:
-    """Ours and torch's way to the same, by name."""
+    """Ours, and torch's or a library's way to the same, by name."""
     x, wide, residual = _random(rows, HIDDEN), _random(rows, WIDE), _random(rows, HIDDEN)
     norm = RMSNorm(_Ones(), "norm", HIDDEN, 1e-6)  # type: ignore[arg-type]
     yield "add, norm", lambda i: norm.add(residual, x), lambda i: _plain_norm(residual + x, norm)
@@ -97,10 +101,36 @@ def pairs(rows: int) -> Iterator[tuple[str, Call, Call]]:
         lambda i: kernels.gather_rows(placed, at, weights, torch.bfloat16),
         lambda i: (placed[at] * weights[..., None]).sum(1).to(torch.bfloat16),
     )
+    if has_deep_gemm():
+        yield "experts, 32 of 128", *_experts(rows, even=True)
+        yield "experts, 32 of 128, uneven", *_experts(rows, even=False)
     for shape in ((128, 144, 4), (256, 288, 32), (384, 512, 64)):
         yield f"weighted choice, {shape[0]} in {shape[1]} on {shape[2]}", *_choices(rows, *shape)
     if rows == 256:
         yield "weighted choice, 64 x these rows", *_choices(64 * rows, 256, 288, 32)
+
+
+def _experts(rows: int, even: bool) -> tuple[Call, Call]:
+    """The products of the first of four GPUs, by Triton's kernels and by DeepGEMM, for rows of all four."""
+    from toolkit.engine.moe.deep_gemm import DeepGemm
+    from toolkit.engine.moe.triton_gemm import TritonGemm
+
+    slots, ffn, copies = EXPERTS // 4, 768, 3  # three layers of 302 MB: nothing is left in L2
+    chance = torch.ones(EXPERTS) if even else torch.arange(1, EXPERTS + 1) ** -0.6
+    ids = torch.multinomial(chance.expand(4 * rows, -1), TOP_K, generator=torch.Generator().manual_seed(0))
+    counts = ids.flatten().bincount(minlength=EXPERTS)[:: 1 if even else 4][:slots].to("cuda", torch.int32)
+    ours, library = [TritonGemm() for _ in range(copies)], [DeepGemm() for _ in range(copies)]
+    alignment = library[0].decode_alignment
+    padded = (counts + alignment - 1) // alignment * alignment
+    ends = (padded.cumsum(0) - padded + counts).to(torch.int32)
+    x = _random(int(padded.sum()), HIDDEN)
+    expected = max(1, 4 * rows * TOP_K // EXPERTS)
+    given = Dispatched("contiguous", x, None, counts, ends, None, alignment, expected)
+    for a, b in zip(ours, library):
+        weights = ExpertWeights(_random(slots, 2 * ffn, HIDDEN) / 45, _random(slots, HIDDEN, ffn) / 28)
+        a.pack(weights)
+        b.pack(weights)
+    return lambda i: ours[i % copies](given), lambda i: library[i % copies](given)
 
 
 def _choices(rows: int, experts: int, slots: int, ranks: int) -> tuple[Call, Call]:

@@ -83,7 +83,7 @@ def make_gemm(name: str, device: str = "cpu") -> ExpertGemm:
     Args:
         name: auto: torch on CPUs; on a GPU what suits the weights, see ``AutoGemm``.
     """
-    from toolkit.engine.moe import deep_gemm, grouped_mm  # noqa: F401  (register themselves)
+    from toolkit.engine.moe import deep_gemm, grouped_mm, triton_gemm  # noqa: F401  (register themselves)
 
     if name == "auto":
         return TorchGemm() if device == "cpu" else AutoGemm()
@@ -93,18 +93,22 @@ def make_gemm(name: str, device: str = "cpu") -> ExpertGemm:
 class AutoGemm:
     """On a GPU: deep_gemm where it is installed and runs; grouped_mm for other bf16 experts; torch for the rest.
 
-    Slots are aligned for the strictest of them, before the weights are known.
+    On Hopper triton multiplies bf16 experts that have few rows each. Slots are aligned for the strictest of them,
+    before the weights are known.
     """
 
     def __init__(self) -> None:
         self.gemm: ExpertGemm | None = None
+        self.few: ExpertGemm | None = None
         strictest = GEMMS["deep_gemm" if has_deep_gemm() else "grouped_mm"]()
         self.alignment, self.decode_alignment = strictest.alignment, strictest.decode_alignment
 
     def pack(self, weights: ExpertWeights) -> None:
         if self.gemm is None:
-            self.gemm = self._choose(weights)
+            self.gemm, self.few = self._choose(weights), self._choose_few(weights)
         self.gemm.pack(weights)
+        if self.few is not None:
+            self.few.pack(weights)
 
     def _choose(self, weights: ExpertWeights) -> ExpertGemm:
         # DeepGEMM's tiles are 64 columns wide in bf16; torch wants rows of 16 bytes
@@ -115,13 +119,27 @@ class AutoGemm:
             name = "deep_gemm" if has_deep_gemm() and not any(size % 64 for size in sizes) else "grouped_mm"
         return GEMMS[name]()
 
+    def _choose_few(self, weights: ExpertWeights) -> ExpertGemm | None:
+        from toolkit.engine.moe.triton_gemm import TritonGemm
+
+        on_hopper = weights.down.is_cuda and torch.cuda.get_device_capability()[0] == 9
+        return TritonGemm() if on_hopper and TritonGemm.takes(weights) else None
+
+    def _of(self, expected: int) -> ExpertGemm:
+        from toolkit.engine.moe.triton_gemm import FEW
+
+        gemm = self.few if self.few is not None and expected <= FEW else self.gemm
+        assert gemm is not None, "rows before weights"
+        return gemm
+
     def __call__(self, rows: Dispatched) -> Tensor:
-        assert self.gemm is not None, "rows before weights"
-        return self.gemm(rows)
+        return self._of(rows.expected)(rows)
 
     def shapes(self, most: int, alignment: int) -> Iterator[int]:
         assert self.gemm is not None, "shapes before weights"
-        return self.gemm.shapes(most, alignment)
+        if self.few is not None:
+            yield from self.few.shapes(most, alignment)
+        yield from (size for size in self.gemm.shapes(most, alignment) if self._of(size) is self.gemm)
 
 
 @GEMMS.register("torch")
