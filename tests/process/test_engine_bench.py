@@ -13,9 +13,13 @@ from toolkit.config.mapping import from_mapping
 from toolkit.config.model import ModelConfig as Model
 from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.arch import read_arch
-from toolkit.engine.bench.__main__ import CONF, arguments, main, make_job
+from toolkit.engine.bench import rank
+from toolkit.engine.bench.__main__ import CONF, _report, arguments, bench, main, make_job
+from toolkit.engine.bench.rank import Job
 from toolkit.engine.bench.roofline import Rates, Roofline
 from toolkit.engine.dims import ParallelDims
+from toolkit.engine.parallel import Groups
+from toolkit.engine.runner import ModelRunner
 from toolkit.records.experts import read_rebalances
 
 
@@ -48,6 +52,46 @@ def test_two_ranks_leave_a_run_folder(tmp_path: Path) -> None:
     assert {k["rank"] for k in kernels} == {"0", "1"}
     assert "| 2 |" in (folder / "bench.md").read_text()
     assert (folder / "trace-batch-2.json.gz").is_file() and (folder / "rank-1.log").is_file()
+
+
+def fails_at_the_second_batch(job: Job, number: int) -> None:
+    """One rank, right before it would leave its second point; the other has it."""
+    point = rank._point
+
+    def broken(runner: ModelRunner, groups: Groups, job: Job, batch: int, folder: Path) -> rank.Point:
+        found = point(runner, groups, job, batch, folder)
+        if batch == 2 and number == 1:
+            raise RuntimeError("no second point")
+        return found
+
+    rank._point = broken
+    rank.run(job, number)
+
+
+def test_a_rank_that_fails_loses_no_batch_size_that_was_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--model",
+        "tiny",
+        "--parallel",
+        "dep2",
+        "--device",
+        "cpu",
+        "--isl",
+        "4",
+        "--osl",
+        "6",
+        "--batch",
+        "1",
+        "2",
+    ]
+    asked = arguments([*words, "--profile-steps", "1", "--out", str(tmp_path), "--set", "engine.page_size=4"])
+    assert bench(asked, fails_at_the_second_batch, _report) == 1
+    assert "rank 1 failed: see" in capsys.readouterr().err
+    (row,) = json.loads((tmp_path / "bench.json").read_text())
+    assert row["batch"] == 1
+    assert "| 1 |" in (tmp_path / "bench.md").read_text()
 
 
 @pytest.mark.parametrize(

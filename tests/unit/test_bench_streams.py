@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from torch.autograd import DeviceType
@@ -18,6 +19,7 @@ def rows(*calls: Call, steps: int = 1) -> dict[str, tuple[float, float, float, f
     """Name -> us, calls, duration, beside."""
     names, streams, begins, ends = zip(*calls)
     found = attributed(names, streams, np.array(begins, np.float64), np.array(ends, np.float64), steps)
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Attribution) == found, "it goes into a file"
     assert [k.us for k in found.kernels] == sorted((k.us for k in found.kernels), reverse=True)
     assert found.span_us == (max(ends) - min(begins)) / steps
     return {k.name: (k.us, k.calls, k.duration_us, k.beside_us) for k in found.kernels}

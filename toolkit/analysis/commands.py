@@ -91,11 +91,13 @@ def pareto(options: argparse.Namespace) -> int:
     _print(
         ["tok/s/user", "tok/s/GPU", "conc.", "mapping", "model", "run"],
         (
-            [_number(row["output_tok_s_per_user"]), _number(row["output_tok_s_per_gpu"]), f"{row['concurrency']:g}",
-             row["mapping"], row["model"], row["run"]]
+            [_number(row["output_tok_s_per_user"]), _number(row["tok_s_per_gpu"]) + "*" * (not row["steady"]),
+             f"{row['concurrency']:g}", row["mapping"], row["model"], row["run"]]
             for row in front.to_dict("records")
         ),
     )  # fmt: skip
+    if not front["steady"].all():
+        sys.stdout.write("* of the whole point, start and tail included: it has no steady state\n")
     sys.stdout.write(f"{len(front)} of {len(points)} points are on the front\n{_invalid(runs)}")
     sys.stdout.write(f"files: {stem}.csv .png .svg\n")
     return 0

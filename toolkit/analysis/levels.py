@@ -40,6 +40,14 @@ def run_levels(run: Run) -> pd.DataFrame:
     return combine(point for point in run.points if point.valid)
 
 
+def steady_per_gpu(levels: pd.DataFrame) -> pd.DataFrame:
+    """Of rows with the columns of ``sweep.csv``: ``tok_s_per_gpu``, in the steady state; where there is none
+    (``steady`` is false) of the whole point, with its start and tail."""
+    steady, gpus = levels["steady_output_tok_s"].notna(), levels["output_tok_s"] / levels["output_tok_s_per_gpu"]
+    rates = (levels["steady_output_tok_s"] / gpus).where(steady, levels["output_tok_s_per_gpu"])
+    return pd.DataFrame({"tok_s_per_gpu": rates, "steady": steady})
+
+
 def _level(points: list[LoadPoint]) -> dict[str, float]:
     rows = pd.DataFrame([point.row for point in points]).drop(columns=[*SWEEP_TEXTS, "repeat"], errors="ignore")
     level: dict[str, float] = {str(name): float(rows[name].iloc[0]) for name in rows}

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from toolkit.analysis.findings import best_row
-from toolkit.analysis.levels import combine
+from toolkit.analysis.levels import combine, steady_per_gpu
 from toolkit.analysis.load import Run
 
 # What differs between any two runs and says nothing of what was measured.
@@ -99,13 +99,16 @@ class Runs:
 
     @cached_property
     def pareto(self) -> pd.DataFrame:
-        """Valid load points, tok/s/GPU against tok/s/user: run, mapping, concurrency, both, ``front``: on the front."""
+        """Valid load points, tok/s/GPU against tok/s/user: run, model, mapping, concurrency, ``output_tok_s_per_user``,
+        ``tok_s_per_gpu`` and ``steady`` (``levels.steady_per_gpu``), ``front``: on the front."""
         rows = self.sweep
         rows = rows[rows["state"] != "invalid"] if len(rows) else rows
-        needed = ["run", "model", "mapping", "concurrency", "output_tok_s_per_user", "output_tok_s_per_gpu"]
-        rows = rows[needed].dropna(subset=needed[-2:]).reset_index(drop=True) if len(rows) else pd.DataFrame()
-        if len(rows):
-            rows["front"] = front(rows[needed[-2]].to_numpy(np.float64), rows[needed[-1]].to_numpy(np.float64))
+        if rows.empty:
+            return pd.DataFrame()
+        x, y = "output_tok_s_per_user", "tok_s_per_gpu"
+        rows = rows[["run", "model", "mapping", "concurrency", x]].join(steady_per_gpu(rows))
+        rows = rows.dropna(subset=[x, y]).reset_index(drop=True)
+        rows["front"] = front(rows[x].to_numpy(np.float64), rows[y].to_numpy(np.float64))
         return rows
 
     @property

@@ -27,6 +27,14 @@ LINES: tuple[dict[str, Any], ...] = (
     {"color": ORANGE, "marker": "s", "linestyle": "--"},
     {"color": RED, "marker": "^", "linestyle": ":"},
 )
+SERIES: tuple[dict[str, Any], ...] = (
+    *LINES,
+    {"color": "#009E73", "marker": "D", "linestyle": "-."},
+    {"color": "#CC79A7", "marker": "v", "linestyle": "-"},
+    {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
+    {"color": INK, "marker": "X", "linestyle": ":"},
+    {"color": "#999999", "marker": ".", "linestyle": "-"},
+)
 # Below the mean, the mean (in the middle), and above it.
 LOAD_COLORS = ((0.0, "#6aaed6"), (0.5, "#fafafa"), (0.7, "#f4a582"), (0.88, "#b2182b"), (1.0, "#4d0010"))
 

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from toolkit.analysis import style
 
 PARETO_CAPTION = (
-    "Each point is a load point of a run, labelled with mapping and concurrency: up is more tokens from each GPU, "
-    "right is a faster stream for each user. The line joins the points that no other beats in both; dominated points "
-    "are dimmed. Pick the point on the line at the speed your users need: its mapping and load are the deployment to "
-    "choose."
+    "Each point is a load point of a run, labelled with its concurrency: up is more tokens from each GPU, right is a "
+    "faster stream for each user. The broad line joins the points that no other beats in both. Pick the point on it at "
+    "the speed your users need: its mapping and load are the deployment to choose. Filled: throughput of the steady "
+    "state; hollow: of the whole point, ramp-up and tail included, because it has no steady state."
 )
 COMPARE_CAPTION = (
     "Change of each figure from run A to run B at each concurrency that both have, with 95 % intervals; right of zero "
@@ -35,21 +35,28 @@ def pareto_figure(points: pd.DataFrame) -> Figure:
         raise ValueError("no load point has a throughput and a speed")
     fig = style.figure("Throughput of a GPU against speed of a user", f"{points['run'].nunique()} runs", height=6.0)
     ax = fig.subplots()
-    x, y = points["output_tok_s_per_user"], points["output_tok_s_per_gpu"]
-    best = points["front"]
-    ax.scatter(x[~best], y[~best], s=28, color=style.MUTED, alpha=0.35, linewidth=0, label="dominated")
-    line = points[best].sort_values("output_tok_s_per_user")
-    ax.plot(line["output_tok_s_per_user"], line["output_tok_s_per_gpu"], markersize=6, linewidth=1.6,
-            label="Pareto front", **style.LINES[0])  # fmt: skip
-    shown = points if len(points) <= MAX_LABELS else points[best]
+    x, y = "output_tok_s_per_user", "tok_s_per_gpu"
+    line = points[points["front"]].sort_values(x)
+    ax.plot(line[x], line[y], linewidth=7, color=style.GRID, solid_capstyle="round", label="Pareto front")
+    names = points["mapping"].where(points["mapping"] != "", points["run"])
+    for i, (name, rows) in enumerate(points.groupby(names, sort=False)):
+        look = style.SERIES[min(i, len(style.SERIES) - 1)]
+        rest = names.nunique() > len(style.SERIES) and i >= len(style.SERIES) - 1
+        label = "others" if rest and i == len(style.SERIES) - 1 else None if rest else str(name)
+        for _, run in rows.groupby("run", sort=False):
+            ordered = run.sort_values(x)
+            ax.plot(ordered[x], ordered[y], linewidth=1, color=look["color"], linestyle=":")
+        for filled, some in rows.groupby("steady"):
+            face = look["color"] if filled else "white"
+            ax.plot(some[x], some[y], **(look | {"linestyle": "none"}), markersize=6, markerfacecolor=face, label=label)
+            label = None
+    shown = points if len(points) <= MAX_LABELS else points[points["front"]]
     for _, row in shown.iterrows():
-        ax.annotate(
-            f"{row['mapping'] or row['run']} @{row['concurrency']:g}",
-            (row["output_tok_s_per_user"], row["output_tok_s_per_gpu"]),
-            xytext=(5, 4), textcoords="offset points", fontsize=7, color=style.INK if row["front"] else style.MUTED,
-            parse_math=False,
-        )  # fmt: skip
-    style.axes(ax, "output tok/s of a user (mean 1 / TPOT)", "output tok/s per GPU", "labels: mapping @ concurrency")
+        ax.annotate(f"{row['concurrency']:g}", (row[x], row[y]), xytext=(6, 4), textcoords="offset points", fontsize=8,
+                    color=style.INK if row["front"] else style.MUTED)  # fmt: skip
+    title = "labels: concurrency"
+    style.axes(ax, "output tok/s of a user (mean 1 / TPOT)", "output tok/s per GPU, steady state", title)
+    ax.margins(0.08)
     ax.set_xlim(left=0)
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=8, frameon=False)

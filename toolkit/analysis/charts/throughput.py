@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from toolkit.analysis import style
 from toolkit.analysis.charts.registry import chart
 from toolkit.analysis.findings import SLO_SHARE, goodputs, largest_load
-from toolkit.analysis.levels import run_levels
+from toolkit.analysis.levels import run_levels, steady_per_gpu
 from toolkit.analysis.load import Run
 
 
@@ -27,9 +27,7 @@ def throughput_vs_latency(run: Run) -> Figure:
         raise ValueError("no load point has a throughput")
     fig = style.figure("Throughput of a GPU against latency of a user", run.name)
     left, right = fig.subplots(1, 2, sharey=True)
-    steady = levels["steady_output_tok_s"].notna()
-    gpus = levels["output_tok_s"] / levels["output_tok_s_per_gpu"]
-    gpu = (levels["steady_output_tok_s"] / gpus).where(steady, levels["output_tok_s_per_gpu"])
+    gpu, steady = (column for _, column in steady_per_gpu(levels).items())
     # Labels stand where the curve is not: it falls to the right in one panel and rises in the other.
     for ax, column, beside in ((left, "output_tok_s_per_user", (6, 5)), (right, "ttft_p50_ms", (7, -10))):
         ax.plot(levels[column], gpu, linewidth=1.4, color=style.BLUE)

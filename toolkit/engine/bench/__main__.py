@@ -156,9 +156,9 @@ def bench(
     failed = run_ranks(job, run)
     if failed:
         sys.stderr.write(f"rank {failed[0]} failed: see {folder}/rank-{failed[0]}.log and the output above\n")
-        return 1
-    report(job, folder)
-    return 0
+    if not failed or all((folder / f"rank-{rank}.json").exists() for rank in range(job.parallel.tp_size)):
+        report(job, folder)  # of a run that failed: what all ranks had done
+    return int(bool(failed))
 
 
 def run_ranks(job: Job, run: Callable[[Job, int], None]) -> list[int]:

@@ -3,8 +3,8 @@
     python -m toolkit.engine.bench.attention [--backends NAME ...] [--out FILE]
 
 Decode is timed as a captured plan in a CUDA graph over many layers' caches, so that no cache is read from L2; prefill
-as it is launched. Before it is timed, each is compared with float32 on some of its requests. Rates count each cached
-byte that is seen once, and the arithmetic of the pairs that are not masked. Medians over repeats, with the spread. What
+as it is launched. What was timed is then compared with float32 on some of its requests. Rates count each cached byte
+that is seen once, and the arithmetic of the pairs that are not masked. Medians over repeats, with the spread. What
 is not installed, refuses the shape or computes something else is listed with what it says.
 Read next: ``peers.py``.
 """
@@ -192,10 +192,11 @@ def _times(row: Row, shape: Shape, device: str) -> tuple[list[float], float]:
             return _layers(attention, q, plan, shape)
     else:
         run = _decode_graph(attention, Batch(tuple(scheduled)), q, shape, length)
-    off = distance(run(), q, cache, LAYERS - 1, scheduled, shape)
+    times = _measure(run)
+    off = distance(run(), q, cache, LAYERS - 1, scheduled, shape)  # of what was timed
     if not off < FARTHEST:
         raise ValueError(f"the output is {off:.3f} from float32 (relative), more than {FARTHEST}")
-    return _measure(run), off
+    return times, off
 
 
 def _layers(attention: AttentionBackend, q: Tensor, plan: AttentionPlan, shape: Shape) -> Tensor:
@@ -250,8 +251,8 @@ def _decode_graph(
     with torch.cuda.graph(graph, stream=stream):
         out = _layers(attention, q, captured, shape)
 
-    def replay() -> Tensor:
-        graph.replay()
+    def replay(held: object = (views, captured)) -> Tensor:
+        graph.replay()  # which reads the plan's arrays: they live as long as this function
         return out
 
     return replay

@@ -5,10 +5,10 @@
 Each is timed as CUDA graphs of many calls that follow one another, over several copies of the large weights, so that
 those are not read from L2. Microseconds a call: median of repeats, the fastest and slowest but one in brackets, and the
 ratio to the other way, torch's unless said, in the same process. ``WIDEEP_PDL=0`` before the command: kernels do not
-overlap their starts. Shapes are Qwen3-30B-A3B's, the gate by groups DeepSeek-V3's. Experts are those of one GPU of four, rows come from all
-four, and beside them is DeepGEMM with SwiGLU between its products. EPLB's weighted choice of replicas, beside the
-dynamic one's calls, is of both, of a larger group, and of a prefill chunk. What several ranks do together is in
-``toolkit.engine.moe.bench``, attention in ``toolkit.engine.bench.attention``.
+overlap their starts. Shapes are Qwen3-30B-A3B's, the gate by groups DeepSeek-V3's. Experts are those of one GPU of
+four, rows come from all four, and beside them is DeepGEMM with SwiGLU between its products. EPLB's weighted choice of
+replicas, beside the dynamic one's calls, is of both, of a larger group, and of a prefill chunk. What several ranks do
+together is in ``toolkit.engine.moe.bench``, attention in ``toolkit.engine.bench.attention``.
 """
 
 from __future__ import annotations

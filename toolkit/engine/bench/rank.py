@@ -172,7 +172,8 @@ def log_to(folder: Path, rank: int) -> None:
 
 
 def run(job: Job, rank: int) -> None:
-    """Everything of one rank; leaves ``rank-<R>.json`` and its log in the job's folder."""
+    """Everything of one rank; leaves ``rank-<R>.json``, rewritten after each batch size, and its log in the job's
+    folder."""
     folder = Path(job.folder)
     log_to(folder, rank)
     begin = time.perf_counter()
@@ -185,13 +186,14 @@ def run(job: Job, rank: int) -> None:
     memory = prepare(runner, lambda stage, done, total: None)
     load_s = time.perf_counter() - begin
     log.info("rank %d is ready after %.1f s", rank, load_s)
-    points = [_point(runner, groups, job, batch, folder) for batch in job.batches]
     result = RankResult(
         rank, _name(device), rates.bytes_s, rates.flops_s, memory,
         list(runner.graphs.sizes) if runner.graphs else [], runner.engine.max_total_tokens,
-        type(runner.moe.dispatcher).__name__, type(runner.attention).__name__, load_s, points,
+        type(runner.moe.dispatcher).__name__, type(runner.attention).__name__, load_s, [],
     )  # fmt: skip
-    (folder / f"rank-{rank}.json").write_bytes(msgspec.json.encode(result))
+    for batch in job.batches:
+        result.points.append(_point(runner, groups, job, batch, folder))
+        (folder / f"rank-{rank}.json").write_bytes(msgspec.json.encode(result))
 
 
 def _point(runner: ModelRunner, groups: Groups, job: Job, batch: int, folder: Path) -> Point:

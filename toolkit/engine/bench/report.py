@@ -43,9 +43,9 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 def figures(job: Job, results: Sequence[RankResult], roofline: Roofline) -> list[Figures]:
-    """One row a batch size."""
+    """One row a batch size that all ranks have done."""
     rates = Rates(min(r.bytes_s for r in results), min(r.flops_s for r in results))
-    return [_point(job, results, roofline, rates, i) for i in range(len(job.batches))]
+    return [_point(job, results, roofline, rates, i) for i in range(min(len(r.points) for r in results))]
 
 
 def _point(job: Job, results: Sequence[RankResult], roofline: Roofline, rates: Rates, index: int) -> Figures:
@@ -108,10 +108,10 @@ def text(job: Job, results: Sequence[RankResult], rows: Sequence[Figures], top: 
             f"{f.decode_share:.1%} | {f.step_ms_median:.2f} ({f.step_ms_p10:.2f}-{f.step_ms_p90:.2f}) | "
             f"{f.floor_ms:.2f} | {f.kernels_ms:.2f} | {f.profiled_step_ms:.2f} |"
         )
-    for index, batch in enumerate(job.batches):
-        profiled = first.points[index].profiled
-        if profiled.kernels:
-            lines += ["", f"## Kernels of a decode step, {batch} requests", "", *kernel_table(profiled, top)]
+    for point in first.points[: len(rows)]:
+        if point.profiled.kernels:
+            lines += ["", f"## Kernels of a decode step, {point.batch} requests", ""]
+            lines += kernel_table(point.profiled, top)
     return "\n".join(lines) + "\n"
 
 

@@ -79,8 +79,8 @@ def attributed(
     kernels = [Kernel(str(name), *map(float, row)) for name, *row in zip(kinds, *columns)]
     idle = np.diff(edges) * (running == 0)
     if idle.any():
-        gap = float(idle.sum()) / steps
-        kernels.append(Kernel(NOTHING, gap, np.count_nonzero(idle) / steps, gap))
+        gap, count = float(idle.sum()) / steps, int(np.count_nonzero(idle))
+        kernels.append(Kernel(NOTHING, gap, count / steps, gap))
     return Attribution(sorted(kernels, key=lambda kernel: -kernel.us), float(edges[-1] - edges[0]) / steps)
 
 
