@@ -13,7 +13,7 @@ from toolkit.config.mapping import from_mapping
 from toolkit.config.model import ModelConfig as Model
 from toolkit.config.parallel import ParallelConfig
 from toolkit.engine.arch import read_arch
-from toolkit.engine.bench import rank
+from toolkit.engine.bench import rank as ranks
 from toolkit.engine.bench.__main__ import CONF, _report, arguments, bench, main, make_job
 from toolkit.engine.bench.rank import Job
 from toolkit.engine.bench.roofline import Rates, Roofline
@@ -56,37 +56,23 @@ def test_two_ranks_leave_a_run_folder(tmp_path: Path) -> None:
 
 def fails_at_the_second_batch(job: Job, number: int) -> None:
     """One rank, right before it would leave its second point; the other has it."""
-    point = rank._point
+    point = ranks._point
 
-    def broken(runner: ModelRunner, groups: Groups, job: Job, batch: int, folder: Path) -> rank.Point:
+    def broken(runner: ModelRunner, groups: Groups, job: Job, batch: int, folder: Path) -> ranks.Point:
         found = point(runner, groups, job, batch, folder)
         if batch == 2 and number == 1:
             raise RuntimeError("no second point")
         return found
 
-    rank._point = broken
-    rank.run(job, number)
+    ranks._point = broken
+    ranks.run(job, number)
 
 
 def test_a_rank_that_fails_loses_no_batch_size_that_was_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "--model",
-        "tiny",
-        "--parallel",
-        "dep2",
-        "--device",
-        "cpu",
-        "--isl",
-        "4",
-        "--osl",
-        "6",
-        "--batch",
-        "1",
-        "2",
-    ]
-    asked = arguments([*words, "--profile-steps", "1", "--out", str(tmp_path), "--set", "engine.page_size=4"])
+    words = "--model tiny --parallel dep2 --device cpu --isl 4 --osl 6 --batch 1 2 --profile-steps 1".split()
+    asked = arguments([*words, "--out", str(tmp_path), "--set", "engine.page_size=4"])
     assert bench(asked, fails_at_the_second_batch, _report) == 1
     assert "rank 1 failed: see" in capsys.readouterr().err
     (row,) = json.loads((tmp_path / "bench.json").read_text())
