@@ -71,8 +71,10 @@ def fails_at_the_second_batch(job: Job, number: int) -> None:
 def test_a_rank_that_fails_loses_no_batch_size_that_was_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "--model tiny --parallel dep2 --device cpu --isl 4 --osl 6 --batch 1 2 --profile-steps 1".split()
-    asked = arguments([*words, "--out", str(tmp_path), "--set", "engine.page_size=4"])
+    asked = arguments(
+        ["--model", "tiny", "--parallel", "dep2", "--device", "cpu", "--isl", "4", "--osl", "6", "--batch", "1", "2",
+         "--profile-steps", "1", "--out", str(tmp_path), "--set", "engine.page_size=4"]
+    )  # fmt: skip
     assert bench(asked, fails_at_the_second_batch, _report) == 1
     assert "rank 1 failed: see" in capsys.readouterr().err
     (row,) = json.loads((tmp_path / "bench.json").read_text())
