@@ -90,6 +90,7 @@ def jobs(n: int) -> Iterator[Work]:
         pytest("tests/gpu/test_fused.py", "tests/gpu/test_gemms.py", "tests/gpu/test_replica_choice.py"),
     )
     yield Work("kernels", 1, 90, ("-m", "toolkit.engine.bench.kernels", "--out", "OUT/kernels.json"))
+    yield Work("expert-tiles", 1, 300, ("-m", "toolkit.engine.bench.expert_tiles", "--out", "OUT/tiles.json"))
     yield Work("attention", 1, 300, ("-m", "toolkit.engine.bench.attention", "--out", "OUT/attention.json",
                "--backends", "fa3", "fa3-merged", "fa3-whole", "varlen", *PEERS))  # fmt: skip
     yield Work("recorder", 1, 90, ("-m", "tests.bench.recorder", "--device", "cuda"))

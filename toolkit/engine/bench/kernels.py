@@ -36,7 +36,8 @@ from toolkit.engine.moe.gate import GroupedSigmoidGate, SoftmaxGate
 from toolkit.engine.moe.gemm import ExpertWeights
 
 COPIES, CALLS, REPEATS = 8, 48, 20
-HIDDEN, WIDE, EXPERTS, TOP_K = 2048, 4096, 128, 8
+HIDDEN, WIDE, FFN, EXPERTS, TOP_K = 2048, 4096, 768, 128, 8
+ALIGNMENT = 64  # of slots in decode
 
 Call = Callable[[int], object]
 """Does the work once, with the given copy of the weights."""
@@ -111,26 +112,37 @@ def pairs(rows: int) -> Iterator[tuple[str, Call, Call]]:
 
 
 def _experts(rows: int, even: bool) -> tuple[Call, Call]:
-    """The products of the first of four GPUs, by Triton's kernels and by DeepGEMM, for rows of all four."""
+    """The products of the first of four GPUs, by Triton's kernels and by DeepGEMM."""
     from toolkit.engine.moe.deep_gemm import DeepGemm
     from toolkit.engine.moe.triton_gemm import TritonGemm
 
-    slots, ffn, copies = EXPERTS // 4, 768, 3  # three layers of 302 MB: nothing is left in L2
+    given, layers = expert_rows(rows, 4, even), expert_layers(4)
+    ours, library = [TritonGemm() for _ in layers], [DeepGemm() for _ in layers]
+    for mine, theirs, weights in zip(ours, library, layers):
+        mine.pack(weights)
+        theirs.pack(weights)
+    return lambda i: ours[i % len(ours)](given), lambda i: library[i % len(library)](given)
+
+
+def expert_rows(rows: int, ranks: int, even: bool) -> Dispatched:
+    """What the first of ``ranks`` GPUs gets, each of which has ``rows``. Uneven: expert n is chosen as n ** -0.6."""
+    slots, step = EXPERTS // ranks, 1 if even else ranks
     chance = torch.ones(EXPERTS) if even else torch.arange(1, EXPERTS + 1) ** -0.6
-    ids = torch.multinomial(chance.expand(4 * rows, -1), TOP_K, generator=torch.Generator().manual_seed(0))
-    counts = ids.flatten().bincount(minlength=EXPERTS)[:: 1 if even else 4][:slots].to("cuda", torch.int32)
-    ours, library = [TritonGemm() for _ in range(copies)], [DeepGemm() for _ in range(copies)]
-    alignment = library[0].decode_alignment
-    padded = (counts + alignment - 1) // alignment * alignment
+    ids = torch.multinomial(chance.expand(ranks * rows, -1), TOP_K, generator=torch.Generator().manual_seed(0))
+    counts = ids.flatten().bincount(minlength=EXPERTS)[::step][:slots].to("cuda", torch.int32)
+    padded = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     ends = (padded.cumsum(0) - padded + counts).to(torch.int32)
     x = _random(int(padded.sum()), HIDDEN)
-    expected = max(1, 4 * rows * TOP_K // EXPERTS)
-    given = Dispatched("contiguous", x, None, counts, ends, None, alignment, expected)
-    for a, b in zip(ours, library):
-        weights = ExpertWeights(_random(slots, 2 * ffn, HIDDEN) / 45, _random(slots, HIDDEN, ffn) / 28)
-        a.pack(weights)
-        b.pack(weights)
-    return lambda i: ours[i % copies](given), lambda i: library[i % copies](given)
+    return Dispatched("contiguous", x, None, counts, ends, None, ALIGNMENT, max(1, ranks * rows * TOP_K // EXPERTS))
+
+
+def expert_layers(ranks: int) -> list[ExpertWeights]:
+    """Three layers of the first GPU's experts: at 302 MB a layer of four GPUs nothing is left in L2."""
+    slots = EXPERTS // ranks
+    return [
+        ExpertWeights(_random(slots, 2 * FFN, HIDDEN) / HIDDEN**0.5, _random(slots, HIDDEN, FFN) / FFN**0.5)
+        for _ in range(3)
+    ]
 
 
 def _choices(rows: int, experts: int, slots: int, ranks: int) -> tuple[Call, Call]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from toolkit.engine.moe.dispatch import Dispatched
 from toolkit.engine.moe.gemm import GEMMS, ExpertWeights
 
-# By the rows expected of a slot, at most: tiles (rows, weights, columns, stages, warps) of gate_up and of down. These
-# were the best pairs of a sweep with even and uneven slots on H200 (docs/performance.md).
+# By the rows expected of a slot, at most: tiles (rows, weights, columns, stages, warps) of gate_up and of down. The
+# best of ``toolkit.engine.bench.expert_tiles`` on H200.
 SIZES = (
     (10, (16, 64, 128, 3, 4), (16, 64, 128, 3, 4)),
     (32, (64, 64, 64, 3, 4), (64, 128, 64, 4, 8)),
