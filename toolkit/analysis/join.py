@@ -136,10 +136,13 @@ class Loss:
                 f"{at} no wait for the busiest expert GPU can be told from noise: {bound} {self.step_ms:.3g} ms step "
                 f"({related}, {seen})."
             )
-        interval = f"{_two_digits(self.held_ms.low)} to {_two_digits(self.held_ms.high)}"
+        held = self.bounded or self.held_ms
+        how_long = f"{_two_digits(held.value)} ms ({_two_digits(held.low)} to {_two_digits(held.high)})"
+        if held.value < self.held_ms.value:  # step time grows with the load for other reasons, too
+            how_long = f"{_two_digits(held.value)} ms at most"
         return (
-            f"{at} the slowest rank holds the others for {_two_digits(self.held_ms.value)} ms ({interval}) of each "
-            f"{self.step_ms:.3g} ms step: imbalance {self.imbalance:.2f}, {related}, {seen}."
+            f"{at} the slowest rank holds the others for {how_long} of each {self.step_ms:.3g} ms step: imbalance "
+            f"{self.imbalance:.2f}, {related}, {seen}."
         )
 
 
