@@ -39,10 +39,11 @@ def pareto_figure(points: pd.DataFrame) -> Figure:
     line = points[points["front"]].sort_values(x)
     ax.plot(line[x], line[y], linewidth=7, color=style.GRID, solid_capstyle="round", label="Pareto front")
     names = points["mapping"].where(points["mapping"] != "", points["run"])
-    for i, (name, rows) in enumerate(points.groupby(names, sort=False)):
-        look = style.SERIES[min(i, len(style.SERIES) - 1)]
-        rest = names.nunique() > len(style.SERIES) and i >= len(style.SERIES) - 1
-        label = "others" if rest and i == len(style.SERIES) - 1 else None if rest else str(name)
+    if names.nunique() > len(style.SERIES):  # those on the front are told apart first
+        told = pd.concat([names[points["front"]], names]).unique()[: len(style.SERIES) - 1]
+        names = names.where(names.isin(told), "others")
+    for look, (name, rows) in zip(style.SERIES, points.groupby(names, sort=False)):
+        label: str | None = str(name)
         for _, run in rows.groupby("run", sort=False):
             ordered = run.sort_values(x)
             ax.plot(ordered[x], ordered[y], linewidth=1, color=look["color"], linestyle=":")

@@ -27,7 +27,8 @@ def throughput_vs_latency(run: Run) -> Figure:
         raise ValueError("no load point has a throughput")
     fig = style.figure("Throughput of a GPU against latency of a user", run.name)
     left, right = fig.subplots(1, 2, sharey=True)
-    gpu, steady = (column for _, column in steady_per_gpu(levels).items())
+    rates = steady_per_gpu(levels)
+    gpu, steady = rates["tok_s_per_gpu"], rates["steady"]
     # Labels stand where the curve is not: it falls to the right in one panel and rises in the other.
     for ax, column, beside in ((left, "output_tok_s_per_user", (6, 5)), (right, "ttft_p50_ms", (7, -10))):
         ax.plot(levels[column], gpu, linewidth=1.4, color=style.BLUE)

@@ -151,6 +151,8 @@ def bench(
         return 2
     folder = Path(args.out or f"results/bench/{time.strftime('%Y%m%d-%H%M%S')}{suffix}")
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("rank-*.json"):
+        old.unlink()
     job = msgspec.structs.replace(job, folder=str(folder.absolute()), port=free_port())
     (folder / "config.json").write_text(json.dumps(msgspec.to_builtins(job), indent=1))
     failed = run_ranks(job, run)
