@@ -136,8 +136,10 @@ def test_the_verdict_names_the_best_point_and_the_limit(finished: Path) -> None:
 def test_the_best_point_is_the_lowest_load_near_the_top(finished: Path) -> None:
     run = Run(finished)
     run.sweep["output_tok_s"] = [50.0, 99.0, 100.0, 97.5]
+    run.sweep["steady_output_tok_s"] = [50.0, 150.0, 100.0, 97.5]
     assert best_row(run) == 1
     said = {finding.label: finding.text for finding in verdict(run)}
+    assert said["Best point"].endswith("Without start and tail of the point it delivers 150 tok/s.")
     assert said["Limit"].startswith("Saturated: from concurrency 2 to 4 throughput rose by 1%")
 
 

@@ -20,6 +20,7 @@ from toolkit.analysis.join import Loss
 from toolkit.analysis.load import Run
 
 SATURATED = 0.03  # throughput gain below which more load is said to buy nothing
+START_AND_TAIL = 0.05  # share of a point's throughput from which it is worth a word
 STILL_RISING = 0.10  # gain at the last load point above which the limit is said not to be reached
 EVEN = 0.95  # balancedness above which the experts are not worth a thought
 SLO_SHARE = 0.99  # of the measured requests must be good for a load to meet the SLO
@@ -65,7 +66,7 @@ def verdict(run: Run) -> list[Finding]:
             "Best point",
             f"{number(best['output_tok_s'])} output tok/s ({number(best['output_tok_s_per_gpu'])} per GPU) at "
             f"concurrency {best['concurrency']:g}; each user sees {number(best['output_tok_s_per_user'])} tok/s after "
-            f"a TTFT of {number(best['ttft_p50_ms'])} ms (p50; p99 {number(best['ttft_p99_ms'])} ms).",
+            f"a TTFT of {number(best['ttft_p50_ms'])} ms (p50; p99 {number(best['ttft_p99_ms'])} ms)." + _steady(best),
         )
     )
     if run.slo:
@@ -79,6 +80,14 @@ def verdict(run: Run) -> list[Finding]:
     if found is not None:
         findings.append(Finding("Waiting", found.sentence()))
     return findings
+
+
+def _steady(best: pd.Series[float]) -> str:
+    """What the throughput is in the steady state, where that is another one."""
+    steady, whole = best["steady_output_tok_s"], best["output_tok_s"]
+    if not math.isfinite(steady) or abs(steady / whole - 1) < START_AND_TAIL:
+        return ""
+    return f" Without start and tail of the point it delivers {number(steady)} tok/s."
 
 
 def loss_at(found: list[Loss], concurrency: int) -> Loss | None:
