@@ -39,7 +39,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         return texts(served)
 
 
-@pytest.fixture(scope="module", params=["all_to_all", "allgather"])
+@pytest.fixture(scope="module", params=[pytest.param("all_to_all", marks=pytest.mark.slow), "allgather"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     options = {"moe_a2a_backend": request.param, "eplb_rebalance_layers_per_chunk": 1}
     folder = tmp_path_factory.mktemp(request.param) / "run"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from toolkit.engine.graphs import bucket_sizes
 from toolkit.engine.inputs import LastTokens, resolve_tokens, token_arrays
 from toolkit.engine.parallel import Groups
 from toolkit.engine.runner import ModelRunner
+from toolkit.engine.scheduler import Scheduler
 from toolkit.engine.staging import StaticInts, ints, to_device
 
 
@@ -43,6 +46,39 @@ def test_texts_are_the_same(runner: ModelRunner) -> None:
     stop = at_once[0][4]
     params[0] = SamplingParams(max_tokens=12, stop_token_ids=(stop,))
     assert texts(runner, True, params)[0][0] == at_once[0][: at_once[0].index(stop) + 1]
+
+
+def test_where_a_launch_waits_the_step_before_is_told_at_once(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a dispatcher that needs to know how many rows come: nothing is lost, and nobody waits for a prefill."""
+    stop = SamplingParams(
+        max_tokens=12, stop_token_ids=(texts(runner, False, [SamplingParams(max_tokens=5)])[0][0][4],)
+    )
+    params = [stop, SamplingParams(max_tokens=5, temperature=1.0, seed=3), SamplingParams(max_tokens=9)]
+    at_once, _ = texts(runner, False, params)
+    seen: list[str] = []
+    launch, resolve = ModelRunner.launch, Scheduler.resolve
+
+    def noted_launch(self: ModelRunner, *args: Any) -> Any:
+        seen.append("launch")
+        launched = launch(self, *args)
+        seen.append("launched")
+        return launched
+
+    def noted_resolve(self: Scheduler, *args: Any) -> Any:
+        seen.append("told")
+        return resolve(self, *args)
+
+    monkeypatch.setattr(ModelRunner, "launch", noted_launch)
+    monkeypatch.setattr(Scheduler, "resolve", noted_resolve)
+    monkeypatch.setattr(runner.moe.dispatcher, "capturable", lambda step: False)
+    ahead, unknown = texts(runner, True, params)
+    assert unknown >= 6 and ahead == at_once
+    inside = [
+        i for i, what in enumerate(seen) if what == "told" and seen[i - 1 : i + 2] == ["launch", "told", "launched"]
+    ]
+    assert len(inside) >= 6 and seen[:3] == ["launch", "launched", "launch"]
 
 
 def test_penalties_wait_for_the_tokens_that_they_count(runner: ModelRunner) -> None:

@@ -1,8 +1,10 @@
 """Pipeline: steps launched one after the other, the host at most one step behind the device.
 
 While the device runs step n, the host schedules and launches step n + 1, and only then waits for the tokens of step n:
-the device never waits for sampling, stop checks or replies. Where the next step needs tokens that are not there yet
-(``Scheduler.can_run_ahead``), the host waits for them first. Without ``ahead`` each step is waited for at once.
+the device never waits for sampling, stop checks or replies. Where a launch itself waits for the device, as prefill over
+DeepEP does in every layer, the host takes the tokens of step n there and not a whole prefill later. Where the next step
+needs tokens that are not there yet (``Scheduler.can_run_ahead``), the host waits for them first. Without ``ahead`` each
+step is waited for at once.
 Knows runner and scheduler; neither network nor other ranks. Read next: ``worker.py``.
 """
 
@@ -69,7 +71,7 @@ class Pipeline:
     def launch(self, batch: Batch, ctx: StepContext) -> None:
         """Starts a step, then takes the result of the one before it."""
         begin = time.perf_counter()
-        launched = self._runner.launch(batch, ctx)
+        launched = self._runner.launch(batch, ctx, self.drain)
         in_flight = self._scheduler.advance(batch)
         self.drain()
         self._pending = _Pending(ctx, in_flight, launched, begin)

@@ -158,15 +158,22 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def launch(self, batch: Batch, ctx: StepContext) -> Launched:
-        """Starts the agreed step; ranks without tokens pass an empty batch."""
+    def launch(self, batch: Batch, ctx: StepContext, waited: Callable[[], None] | None = None) -> Launched:
+        """Starts the agreed step; ranks without tokens pass an empty batch.
+
+        Args:
+            waited: called, once or more, where the launch itself has to wait for the device; until then nothing of this
+                step is known, and all before it is done.
+        """
         size = self.graphs.size_for(ctx) if self.graphs is not None else None
         requests = [s.request for s in batch.scheduled if s.samples]
         if size is not None and self.graphs is not None:
             logits, greedy = self.graphs.run(size, batch)
             chosen = self.sampler.choose(logits, requests, greedy) if requests else None
         else:
+            self.moe.waited = waited
             due = self._logits(batch, ctx)
+            self.moe.waited = None
             chosen = self.sampler.choose(due, requests) if requests else None
         if chosen is not None and (size is None or chosen.tokens_N is not greedy):
             self.last.values[: len(requests)] = chosen.tokens_N.int()

@@ -33,7 +33,8 @@ from toolkit.engine.weights import Shard, Weights
 class MoEContext:
     """What all MoE layers of a rank share: where experts are, how rows travel, who counts.
 
-    ``recorder`` is set by the worker when counting is on; ``layers`` are those that were made, in order.
+    ``recorder`` is set by the worker when counting is on; ``layers`` are those that were made, in order. ``waited`` is
+    called where the host has waited for the device within a launch: what was launched before is done.
     """
 
     engine: EngineConfig
@@ -43,6 +44,7 @@ class MoEContext:
     shape: ExpertShape
     device: str
     recorder: Recorder | None = None
+    waited: Callable[[], None] | None = None
     layers: list[MoELayer] = field(default_factory=list)
 
     @classmethod
@@ -132,11 +134,14 @@ class MoELayer:
         if context.recorder is not None:
             context.recorder.selected(self.index, ids_SK, slots_SK)
         yield "selected"
-        sent = dispatcher.dispatch_start(x_SD, slots_SK, weights_SK, context.step_rows(layout))
+        step = context.step_rows(layout)
+        sent = dispatcher.dispatch_start(x_SD, slots_SK, weights_SK, step)
         # the shared expert fills the time in which rows travel: to the experts in decode, back from them in prefill
         shared = self._shared(x_SD) if not layout.is_extend else None
         yield "dispatched"
         rows, handle = dispatcher.dispatch_finish(sent)
+        if context.waited is not None and not dispatcher.capturable(step):
+            context.waited()
         if context.recorder is not None:
             context.recorder.received(self.index, rows.counts)
         returned = dispatcher.combine_start(self.gemm(rows), handle)
