@@ -16,6 +16,7 @@ from toolkit.analysis import Run
 from toolkit.analysis.__main__ import main
 from toolkit.analysis.goodput import Slo
 from toolkit.analysis.rates import full_gap_s, rate_match
+from toolkit.analysis.report import _subtitle
 from toolkit.records.files import write_json
 from toolkit.records.requests import RequestRecord, requests_table, write_requests
 
@@ -32,6 +33,11 @@ def write(folder: Path, phase: str, rows: list[RequestRecord]) -> Run:
     (folder / records.CONFIG).write_text(yaml.safe_dump(config))
     write_json(folder / records.PLAN, PLAN)
     return Run(folder)
+
+
+def test_a_page_names_both_pools(tmp_path: Path) -> None:
+    run = prefill_run(tmp_path / "prefill", 128, {1: 10.0})
+    assert str(PLAN["mapping"]) in _subtitle(run)
 
 
 def prefill_run(folder: Path, isl: int, per_s: dict[int, float]) -> Run:

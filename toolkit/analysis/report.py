@@ -132,10 +132,9 @@ def _changed(run: Run) -> list[str]:
 
 def _subtitle(run: Run) -> str:
     """Model, mapping and size of the deployment, as far as the folder says."""
-    model, parallel, engine = (_group(run.config, name) for name in ("model", "parallel", "engine"))
+    model, engine = (_group(run.config, name) for name in ("model", "engine"))
     parts = [str(model["name"])] if "name" in model else []
-    parts += [f"{key.removesuffix('_size').upper()}={parallel[key]}" for key in ("tp_size", "dp_size", "ep_size")
-              if key in parallel]  # fmt: skip
+    parts += [run.mapping] if run.mapping else []
     parts += [str(engine["moe_a2a_backend"])] if "moe_a2a_backend" in engine else []
     parts += [f"{run.num_gpus} GPUs or ranks"] if run.num_gpus else []
     parts += [f"state: {run.state}"] if run.status else []
