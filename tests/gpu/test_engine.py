@@ -168,15 +168,15 @@ def test_the_kv_cache_takes_what_is_left(case: Case) -> None:
     model = ModelConfig(path=case.model.path, dtype="bfloat16")
     free, total = torch.cuda.mem_get_info()
     others = 1 - free / total  # what other programs on this GPU take counts as taken
-    options = engine(mem_fraction_static=round(others + 0.2, 2), max_total_tokens=256)
+    options = engine(mem_fraction_static=others + 0.2, max_total_tokens=256)
     runner = ModelRunner(model, read_arch(model), options, Groups.single(), DEVICE)
     used = prepare(runner, lambda stage, done, total: None)
     share = sum(used.values()) / total - others
-    assert used["graphs"] > 0 and share < 0.22, used
+    assert used["graphs"] > 0 and share < 0.21, used
     if all(runner.arch.windows):
         assert runner.engine.max_total_tokens == 8 * 256  # what all running requests could use
     else:
-        assert share > 0.14, used
+        assert share > 0.15, used
 
 
 def dims(case: Case, ranks: int) -> ParallelDims:

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from toolkit.engine import device as devices
-from toolkit.engine.bench.kernels import FFN, Call, expert_layers, expert_rows, time_us
+from toolkit.engine.bench.kernels import Call, expert_layers, expert_rows, time_us
 from toolkit.engine.moe.dispatch import Dispatched
 from toolkit.engine.moe.gemm import ExpertWeights
+from toolkit.engine.moe.triton_gemm import slots_of
 
 if TYPE_CHECKING:
-    from toolkit.engine.kernels.experts import Slots, Tiles
+    from toolkit.engine.kernels.experts import Tiles
 
 SHARED = 225_000  # bytes of a multiprocessor's memory for the stages in flight
 BEST = 3  # of each product, that are paired
@@ -59,7 +60,7 @@ def main() -> int:
 
 def sweep(even: Dispatched, uneven: Dispatched, layers: list[ExpertWeights]) -> Iterator[dict[str, object]]:
     """Every timing in microseconds, as it comes; the best are printed."""
-    hidden = replace(even, x=even.x.new_ones(len(even.x), FFN))
+    hidden = replace(even, x=even.x.new_ones(len(even.x), layers[0].down.shape[2]))
     best: list[list[Tiles]] = []
     for what, make, rows in (("gate_up", _gate_up, even), ("down", _down, hidden)):
         times: list[tuple[float, Tiles]] = []
@@ -105,20 +106,14 @@ def _gate_up(layers: list[ExpertWeights], tiles: Tiles) -> Product:
     from toolkit.engine.kernels import experts as kernels
 
     weights = [kernels.describe(layer.gate_up, tiles) for layer in layers]
-    return lambda i, rows: kernels.gate_up(rows.x, weights[i % len(weights)], None, _slots(rows), tiles)
+    return lambda i, rows: kernels.gate_up(rows.x, weights[i % len(weights)], None, slots_of(rows), tiles)
 
 
 def _down(layers: list[ExpertWeights], tiles: Tiles) -> Product:
     from toolkit.engine.kernels import experts as kernels
 
     weights = [kernels.describe(layer.down, tiles) for layer in layers]
-    return lambda i, rows: kernels.down(rows.x, weights[i % len(weights)], _slots(rows), tiles)
-
-
-def _slots(rows: Dispatched) -> Slots:
-    from toolkit.engine.kernels.experts import Slots
-
-    return Slots(rows.counts, rows.ends, rows.expected)
+    return lambda i, rows: kernels.down(rows.x, weights[i % len(weights)], slots_of(rows), tiles)
 
 
 def _show(rows: Dispatched, what: str, us: float, *tiles: Tiles) -> None:

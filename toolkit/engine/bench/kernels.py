@@ -18,7 +18,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +31,14 @@ from toolkit.engine.eplb.replicas import DynamicChoice, WeightedOnDevice
 from toolkit.engine.gpu_libraries import has_deep_gemm
 from toolkit.engine.late import late_linear
 from toolkit.engine.layers import RMSNorm
+from toolkit.engine.moe.bench import MODELS, random_experts
 from toolkit.engine.moe.dispatch import Dispatched
 from toolkit.engine.moe.gate import GroupedSigmoidGate, SoftmaxGate
 from toolkit.engine.moe.gemm import ExpertWeights
+from toolkit.engine.moe.place import place
 
 COPIES, CALLS, REPEATS = 8, 48, 20
-HIDDEN, WIDE, FFN, EXPERTS, TOP_K = 2048, 4096, 768, 128, 8
+HIDDEN, WIDE, EXPERTS, TOP_K = 2048, 4096, 128, 8
 ALIGNMENT = 64  # of slots in decode
 
 Call = Callable[[int], object]
@@ -129,20 +131,14 @@ def expert_rows(rows: int, ranks: int, even: bool) -> Dispatched:
     slots, step = EXPERTS // ranks, 1 if even else ranks
     chance = torch.ones(EXPERTS) if even else torch.arange(1, EXPERTS + 1) ** -0.6
     ids = torch.multinomial(chance.expand(ranks * rows, -1), TOP_K, generator=torch.Generator().manual_seed(0))
-    counts = ids.flatten().bincount(minlength=EXPERTS)[::step][:slots].to("cuda", torch.int32)
-    padded = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    ends = (padded.cumsum(0) - padded + counts).to(torch.int32)
-    x = _random(int(padded.sum()), HIDDEN)
-    return Dispatched("contiguous", x, None, counts, ends, None, ALIGNMENT, max(1, ranks * rows * TOP_K // EXPERTS))
+    local = torch.where(ids % step == 0, ids // step, -1).to("cuda")
+    placed, _ = place(_random(len(ids), HIDDEN), local, torch.ones_like(local), slots, ALIGNMENT)
+    return replace(placed, expected=max(1, ids.numel() // EXPERTS))
 
 
 def expert_layers(ranks: int) -> list[ExpertWeights]:
     """Three layers of the first GPU's experts: at 302 MB a layer of four GPUs nothing is left in L2."""
-    slots = EXPERTS // ranks
-    return [
-        ExpertWeights(_random(slots, 2 * FFN, HIDDEN) / HIDDEN**0.5, _random(slots, HIDDEN, FFN) / FFN**0.5)
-        for _ in range(3)
-    ]
+    return [random_experts(MODELS["qwen3-30b-a3b"], EXPERTS // ranks, fp8=False) for _ in range(3)]
 
 
 def _choices(rows: int, experts: int, slots: int, ranks: int) -> tuple[Call, Call]:

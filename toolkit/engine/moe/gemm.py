@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from toolkit.engine.gpu_libraries import has_deep_gemm
 from toolkit.engine.layers import swiglu
 from toolkit.engine.moe.dispatch import Dispatched
 from toolkit.registry import Registry
+
+if TYPE_CHECKING:
+    from toolkit.engine.moe.triton_gemm import TritonGemm
 
 
 @dataclass
@@ -99,7 +102,7 @@ class AutoGemm:
 
     def __init__(self) -> None:
         self.gemm: ExpertGemm | None = None
-        self.few: ExpertGemm | None = None
+        self.few: TritonGemm | None = None
         strictest = GEMMS["deep_gemm" if has_deep_gemm() else "grouped_mm"]()
         self.alignment, self.decode_alignment = strictest.alignment, strictest.decode_alignment
 
@@ -119,16 +122,14 @@ class AutoGemm:
             name = "deep_gemm" if has_deep_gemm() and not any(size % 64 for size in sizes) else "grouped_mm"
         return GEMMS[name]()
 
-    def _choose_few(self, weights: ExpertWeights) -> ExpertGemm | None:
+    def _choose_few(self, weights: ExpertWeights) -> TritonGemm | None:
         from toolkit.engine.moe.triton_gemm import TritonGemm
 
         on_hopper = weights.down.is_cuda and torch.cuda.get_device_capability()[0] == 9
         return TritonGemm() if on_hopper and TritonGemm.takes(weights) else None
 
     def _of(self, expected: int) -> ExpertGemm:
-        from toolkit.engine.moe.triton_gemm import FEW
-
-        gemm = self.few if self.few is not None and expected <= FEW else self.gemm
+        gemm = self.few if self.few is not None and expected <= self.few.few else self.gemm
         assert gemm is not None, "rows before weights"
         return gemm
 

@@ -7,7 +7,7 @@ Knows nothing of routing. Read next: ``toolkit/engine/kernels/experts.py``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,26 +15,30 @@ from torch import Tensor
 from toolkit.engine.moe.dispatch import Dispatched
 from toolkit.engine.moe.gemm import GEMMS, ExpertWeights
 
-# By the rows expected of a slot, at most: tiles (rows, weights, columns, stages, warps) of gate_up and of down. The
-# best of ``toolkit.engine.bench.expert_tiles`` on H200.
+if TYPE_CHECKING:
+    from toolkit.engine.kernels.experts import Slots
+
+# By the rows expected of a slot, at most: tiles (rows, weights, columns, stages, warps) of gate_up and of down. From a
+# sweep as ``toolkit.engine.bench.expert_tiles`` makes it, of even and uneven slots on H200.
 SIZES = (
     (10, (16, 64, 128, 3, 4), (16, 64, 128, 3, 4)),
     (32, (64, 64, 64, 3, 4), (64, 128, 64, 4, 8)),
     (64, (128, 64, 128, 3, 4), (128, 128, 64, 3, 8)),
 )
-FEW = SIZES[-1][0]
 
 
 @GEMMS.register("triton")
 class TritonGemm:
+    """``few``: the most rows expected of a slot with which it is ahead of a library."""
+
     alignment = decode_alignment = 1
+    few = SIZES[-1][0]
 
     def __init__(self) -> None:
         from toolkit.engine.kernels import experts
 
         self._kernels = experts
-        self._sizes = [(most, experts.Tiles(*up), experts.Tiles(*down)) for most, up, down in SIZES]
-        self._weights: list[tuple[Any, Any]] = []
+        self._sizes: list[tuple[int, Any, Any]] = []  # as SIZES, of each product the weights and the tiles
 
     @staticmethod
     def takes(weights: ExpertWeights) -> bool:
@@ -49,16 +53,19 @@ class TritonGemm:
                 f"{' x '.join(map(str, weights.down.shape[1:]))}, but it multiplies bfloat16, both sizes multiples of "
                 "128: use moe_runner_backend=auto"
             )
-        describe = self._kernels.describe
-        self._weights = [(describe(weights.gate_up, up), describe(weights.down, down)) for _, up, down in self._sizes]
+
+        def product(weight: Tensor, sizes: tuple[int, ...]) -> tuple[Any, Any]:
+            tiles = self._kernels.Tiles(*sizes)
+            return self._kernels.describe(weight, tiles), tiles
+
+        self._sizes = [(most, product(weights.gate_up, up), product(weights.down, down)) for most, up, down in SIZES]
 
     def __call__(self, rows: Dispatched) -> Tensor:
         assert rows.scales is None, "FP8 rows for experts in bf16"
-        size = next((i for i, (most, *_) in enumerate(SIZES) if rows.expected <= most), len(SIZES) - 1)
-        (_, up, down), (gate_up_w, down_w) = self._sizes[size], self._weights[size]
-        slots = self._kernels.Slots(rows.counts, rows.ends if rows.layout == "contiguous" else None, rows.expected)
-        a = self._kernels.gate_up(rows.x, gate_up_w, rows.weights, slots, up)
-        out: Tensor = self._kernels.down(a, down_w, slots, down)
+        _, (gate_up, up), (down, to) = next((s for s in self._sizes if rows.expected <= s[0]), self._sizes[-1])
+        slots = slots_of(rows)
+        a = self._kernels.gate_up(rows.x, gate_up, rows.weights, slots, up)
+        out: Tensor = self._kernels.down(a, down, slots, to)
         return out
 
     def shapes(self, most: int, alignment: int) -> Iterator[int]:
@@ -66,3 +73,10 @@ class TritonGemm:
             yield size
             if size >= most:
                 return
+
+
+def slots_of(rows: Dispatched) -> Slots:
+    """Which rows are each slot's, as the kernels want it."""
+    from toolkit.engine.kernels.experts import Slots
+
+    return Slots(rows.counts, rows.ends if rows.layout == "contiguous" else None, rows.expected)
