@@ -92,7 +92,7 @@ def jobs(n: int) -> Iterator[Work]:
     yield Work("kernels", 1, 90, ("-m", "toolkit.engine.bench.kernels", "--out", "OUT/kernels.json"))
     yield Work("expert-tiles", 1, 300, ("-m", "toolkit.engine.bench.expert_tiles", "--out", "OUT/tiles.json"))
     yield Work("attention", 1, 300, ("-m", "toolkit.engine.bench.attention", "--out", "OUT/attention.json",
-               "--backends", "fa3", "fa3-merged", "fa3-whole", "varlen", *PEERS))  # fmt: skip
+               "--backends", "triton", "fa3", "varlen", *PEERS))  # fmt: skip
     yield Work("recorder", 1, 90, ("-m", "tests.bench.recorder", "--device", "cuda"))
     yield Work("test-attention", 1, 300, pytest("tests/gpu/test_attention.py"))
     yield Work("test-layers", pair, 300, pytest("tests/gpu/test_moe_layers.py"))

@@ -13,14 +13,18 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 needs_fa3 = pytest.mark.skipif(importlib.util.find_spec("sgl_kernel") is None, reason="sglang-kernel is not installed")
 needs_mla = pytest.mark.skipif(importlib.util.find_spec("flash_mla") is None, reason="sgl-flash-mla is not installed")
-PAGED = [pytest.param("fa3", 16, marks=needs_fa3), pytest.param("fa3", 64, marks=needs_fa3), ("varlen", 256)]
+PAGED = [
+    *(pytest.param(*what, marks=needs_fa3) for what in (("fa3", 16), ("fa3", 64), ("triton", 64), ("triton", 128))),
+    ("varlen", 256),
+]
 
 
-@needs_fa3
-@pytest.mark.parametrize("splits", [0, 1])
-def test_requests_whole_or_in_parts(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toolkit.engine.attention.fa3.Fa3Attention.splits", splits)
-    cases.check_static_plan("fa3", 64, 0, torch.bfloat16, "cuda:0")
+@pytest.fixture(autouse=True)
+def own_kernel_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that do not fill a GPU are decoded by the backend's own kernel nevertheless, in parts of two pages."""
+    monkeypatch.setattr("toolkit.engine.attention.triton_decode.TritonAttention.least", 0)
+    monkeypatch.setattr("toolkit.engine.attention.triton_decode.WHOLE", 128)
+    monkeypatch.setattr("toolkit.engine.attention.triton_decode.SPAN", 128)
 
 
 def skip_windows(backend: str, window: int) -> None:

@@ -115,3 +115,8 @@ def test_a_product_in_parts_goes_on_to_the_norm() -> None:
 @needs_triton
 def test_experts_their_slots_and_rows_back() -> None:
     interpret(__name__, "experts_and_slots")
+
+
+@needs_triton
+def test_attention_of_one_token_a_request() -> None:
+    interpret("tests.contract.decode_cases", "check")

@@ -151,7 +151,14 @@ def test_a_model_that_will_be_built_is_not_missed(tmp_path: Path) -> None:
 
 
 def test_the_names_that_are_checked_are_those_the_engine_offers() -> None:
-    from toolkit.engine.attention import backend, fa3, flash_mla, sdpa, varlen  # noqa: F401  register themselves
+    from toolkit.engine.attention import (  # noqa: F401  register themselves
+        backend,
+        fa3,
+        flash_mla,
+        sdpa,
+        triton_decode,
+        varlen,
+    )
     from toolkit.engine.moe import (  # noqa: F401
         all_to_all,
         allgather,

@@ -22,7 +22,7 @@ class EngineConfig:
     """The engine of every rank; SGLang's words."""
 
     backend: str = opt("native", "engine adapter: native")
-    attention_backend: str = opt("auto", "auto, sdpa; on GPUs: fa3, flash_mla (latent attention), varlen")
+    attention_backend: str = opt("auto", "auto, sdpa; on GPUs: triton, fa3, flash_mla (latent attention), varlen")
     moe_a2a_backend: str = opt("all_to_all", "allgather (SGLang: none), all_to_all; GPUs: deepep, nvlink (one host)")
     deepep_mode: Literal["auto", "normal", "low_latency"] = opt(
         "auto", "auto: low_latency for steps without prefill; normal waits for row counts, low_latency fits CUDA graphs"

@@ -30,7 +30,7 @@ BUILDS = ("smollm2_moe",)
 # Names that the engine's registries offer; those that need torch are not asked here (a test compares them).
 NAMES = {
     "engine.backend": ("native",),
-    "engine.attention_backend": ("auto", "fa3", "flash_mla", "sdpa", "varlen"),
+    "engine.attention_backend": ("auto", "fa3", "flash_mla", "sdpa", "triton", "varlen"),
     "engine.moe_a2a_backend": ("allgather", "all_to_all", "deepep", "nvlink"),
     "engine.moe_runner_backend": ("auto", "torch", "grouped_mm", "deep_gemm", "triton"),
     "deploy.router": tuple(ROUTERS),

@@ -123,14 +123,14 @@ BACKENDS: Registry[AttentionFactory] = Registry("engine.attention_backend")
 
 def make_attention(name: str, cache: KVCache, device: str) -> AttentionBackend:
     """The backend called ``name``; auto: sdpa on CPU, on GPUs the fastest that is installed and takes the cache."""
-    from toolkit.engine.attention import fa3, flash_mla, sdpa, varlen  # noqa: F401  (register themselves)
+    from toolkit.engine.attention import fa3, flash_mla, sdpa, triton_decode, varlen  # noqa: F401  (register themselves)
 
     return BACKENDS[choose(cache, device) if name == "auto" else name](cache, device)
 
 
 def choose(cache: KVCache, device: str) -> str:
     """What ``auto`` stands for. The order is measured: docs/performance.md."""
-    from toolkit.engine.attention import fa3, flash_mla, varlen
+    from toolkit.engine.attention import fa3, flash_mla, triton_decode, varlen
 
     if device == "cpu" or cache.dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
@@ -142,6 +142,8 @@ def choose(cache: KVCache, device: str) -> str:
             f"page_size={flash_mla.PAGE}, not with page_size={cache.page_size} as things are here: use both, or "
             "kv_cache_dtype=auto"
         )
+    if triton_decode.fits(cache):
+        return "triton"
     if fa3.fits(cache):
         return "fa3"
     return "varlen" if varlen.fits(cache) else "sdpa"

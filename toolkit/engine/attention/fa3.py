@@ -7,7 +7,6 @@ The tile schedule is worked out on the device in the first layer of a step, for 
 from __future__ import annotations
 
 import importlib.util
-import math
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from toolkit.engine.attention.paged import PagedAttention, PagedSegment, ragged_
 from toolkit.engine.kv.pool import KVCache
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
-LONGEST, EVEN = 4096, 0.9  # tokens of a context; share of the processors that are busy over all turns
 
 
 def fits(cache: KVCache) -> bool:
@@ -31,7 +29,6 @@ def fits(cache: KVCache) -> bool:
 @BACKENDS.register("fa3")
 class Fa3Attention(PagedAttention):
     schedule_once = True  # False: in every layer, for comparison
-    splits: int | None = None  # None: as ``_splits`` says; 0: FlashAttention's choice; for comparison
 
     def __init__(self, cache: KVCache, device: str) -> None:
         try:
@@ -44,7 +41,6 @@ class Fa3Attention(PagedAttention):
         refuse_fp8(cache, "fa3")
         super().__init__(cache, device)
         self._fa3: Any = flash_attn
-        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def _paged(self, q: Tensor, layer: int, kind: KindPlan, segment: PagedSegment, scale: float) -> Tensor:
         k, v = self.cache.pages(layer)
@@ -52,20 +48,8 @@ class Fa3Attention(PagedAttention):
             q, k, v, page_table=segment.tables_nP, cache_seqlens=segment.lens_n, cu_seqlens_q=segment.cu_q,
             max_seqlen_q=segment.max_q, softmax_scale=scale, causal=True, window_size=_window(kind.window),
             scheduler_metadata=self._schedule(q, kind, segment) if self.schedule_once else None,
-            num_splits=self._splits(segment),
         )  # fmt: skip
         return out
-
-    def _splits(self, segment: PagedSegment) -> int:
-        """1: requests are not cut into parts that a second kernel merges. 0: they may be, as the device finds best.
-
-        Whole requests are better where they fill the GPU in even turns and none can be much longer than the others.
-        """
-        if self.splits is not None:
-            return self.splits
-        turns = len(segment.q_lens) * self.cache.spec.heads / self._processors
-        longest = segment.tables_nP.shape[1] * self.cache.page_size
-        return 1 if segment.max_q == 1 and longest <= LONGEST and turns / math.ceil(turns) >= EVEN else 0
 
     def _schedule(self, q: Tensor, kind: KindPlan, segment: PagedSegment) -> Tensor:
         if segment.first not in kind.scratch:
@@ -73,7 +57,7 @@ class Fa3Attention(PagedAttention):
             kind.scratch[segment.first] = self._fa3.get_scheduler_metadata(
                 len(segment.q_lens), segment.max_q, segment.tables_nP.shape[1] * page, q.shape[1], spec.heads,
                 spec.k_dim, segment.lens_n, qkv_dtype=q.dtype, headdim_v=spec.v_dim, cu_seqlens_q=segment.cu_q,
-                page_size=page, causal=True, window_size=_window(kind.window), num_splits=self._splits(segment),
+                page_size=page, causal=True, window_size=_window(kind.window),
             )  # fmt: skip
         made: Tensor = kind.scratch[segment.first]
         return made

@@ -1,6 +1,6 @@
 """Paged attention on one GPU, the engine's backends and other packages: the choice behind ``attention_backend=auto``.
 
-    python -m toolkit.engine.bench.attention [--backends NAME ...] [--out FILE]
+    python -m toolkit.engine.bench.attention [--backends NAME ...] [--decode 32x1088 ...] [--shapes] [--out FILE]
 
 Decode is timed as a captured plan in a CUDA graph over many layers' caches, so that no cache is read from L2; prefill
 as it is launched. What was timed is then compared with float32 on some of its requests. Rates count each cached byte
@@ -20,7 +20,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from torch import Tensor
 from toolkit.engine import device as devices
 from toolkit.engine.attention.backend import AttentionBackend, AttentionPlan, make_attention
 from toolkit.engine.attention.fa3 import Fa3Attention
+from toolkit.engine.attention.triton_decode import TritonAttention
 from toolkit.engine.bench.peers import PEERS, PeerMissing
 from toolkit.engine.core import Batch, Request, SamplingParams, ScheduledRequest
 from toolkit.engine.kv.kinds import LayerKind
@@ -62,23 +62,27 @@ class Shape:
 QWEN = Shape("32/4 heads x 128", 32, 4)
 WINDOW = Shape("32/16 x 128, 1024 seen", 32, 16, window=1024)
 MLA = Shape("MLA, 128 heads", 128, 1, latent=True)
-EVERY_LAYER, MERGED, WHOLE = "fa3-schedule-every-layer", "fa3-merged", "fa3-whole"
-FA3: dict[str, dict[str, Any]] = {EVERY_LAYER: {"schedule_once": False}, MERGED: {"splits": 0}, WHOLE: {"splits": 1}}
+EVERY_LAYER = "fa3-schedule-every-layer"
 OTHERS = [(name, page) for name, peer in PEERS.items() for page in peer.pages]
 BACKENDS = {
     QWEN: [
-        *((name, 64) for name in ("fa3", *FA3)),
+        *((name, 64) for name in ("triton", "fa3", EVERY_LAYER)),
         *(("fa3", page) for page in (16, 128, 256)),
         ("varlen", 256),
         *OTHERS,
     ],
-    WINDOW: [("fa3", 64), ("varlen", 256), *OTHERS],
+    WINDOW: [("triton", 64), ("fa3", 64), ("varlen", 256), *OTHERS],
     MLA: [("flash_mla", 64), ("fa3", 64)],
 }
 DECODES = [(32, 1088), (128, 1088), (256, 1088), (64, 4096)]
+SHAPES = [(tile, stages, warps) for tile in (64, 32) for stages in (2, 3, 4) for warps in (1, 2, 4)]
 PREFILLS = [(16, 1024), (2, 8192)]
 FARTHEST = 0.02  # from float32, relative to its norm: rounding to bf16 gives 0.003
 LAST = 64  # queries of a request that are compared
+
+
+Step = tuple[str, int, int]
+"""decode or prefill, requests, tokens of each."""
 
 
 @dataclass
@@ -108,17 +112,23 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="", help="JSON file with every row")
-    names = ("fa3", *FA3, "varlen", "flash_mla", *PEERS)
+    names = ("triton", "fa3", EVERY_LAYER, "varlen", "flash_mla", *PEERS)
     only = f"only these of {', '.join(names)}; default: all"
     parser.add_argument("--backends", nargs="*", default=names, choices=names, metavar="NAME", help=only)
+    sizes = "requests x tokens in the cache, e.g. 64x4096"
+    parser.add_argument("--decode", nargs="*", type=_size, default=DECODES, metavar="NxL", help=sizes)
+    parser.add_argument("--shapes", action="store_true", help="decode alone, with every shape of triton's programs")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU on this machine: these kernels run nowhere else")
     device = devices.use("cuda", 0)
     todo = [(shape, *what) for shape, backends in BACKENDS.items() for what in backends if what[0] in args.backends]
+    if args.shapes:
+        todo = [(QWEN, name, 64) for name in ("fa3", "triton", *("triton-{}-{}-{}".format(*s) for s in SHAPES))]
     todo.sort(key=lambda what: what[1] in PEERS)  # last: who breaks the GPU's context breaks nothing of ours
     rows: list[Row] = []
-    for row in measured(todo, device):
+    steps = [("decode", *step) for step in args.decode] + [("prefill", *step) for step in PREFILLS if not args.shapes]
+    for row in measured(todo, steps, device):
         rows.append(row)
         sys.stdout.write(f"{row}\n")
         sys.stdout.flush()
@@ -127,14 +137,18 @@ def main() -> int:
     return 0
 
 
-def measured(todo: Sequence[tuple[Shape, str, int]], device: str) -> Iterator[Row]:
+def _size(text: str) -> tuple[int, int]:
+    requests, length = map(int, text.split("x"))
+    return requests, length
+
+
+def measured(todo: Sequence[tuple[Shape, str, int]], steps: Sequence[Step], device: str) -> Iterator[Row]:
     """Row by row, each shape, backend and size of pages; one row for a package that is not installed."""
     missing: set[str] = set()
     for shape, backend, page in todo:
         torch.cuda.empty_cache()
-        steps = [("decode", *step) for step in DECODES] + [("prefill", *step) for step in PREFILLS]
-        for phase, requests, length in steps[: len(DECODES)] if shape.latent else steps:
-            if backend in missing:
+        for phase, requests, length in steps:
+            if backend in missing or (shape.latent and phase == "prefill"):
                 break
             row = Row(backend, page, shape.name, phase, requests, length)
             try:
@@ -161,9 +175,14 @@ def _fill(row: Row, shape: Shape, device: str) -> None:
 def make(backend: str, cache: KVCache, device: str) -> AttentionBackend:
     if backend in PEERS:
         return PEERS[backend].make(cache, device)
-    attention = make_attention("fa3" if backend in FA3 else backend, cache, device)
-    if isinstance(attention, Fa3Attention):
-        vars(attention).update(FA3.get(backend, {}))
+    name, *sizes = backend.split("-")
+    attention = make_attention(name, cache, device)
+    if isinstance(attention, TritonAttention) and sizes:
+        from toolkit.engine.kernels.decode_attention import Shape as Programs
+
+        attention.shape = Programs(*map(int, sizes))
+    elif isinstance(attention, Fa3Attention):
+        attention.schedule_once = backend != EVERY_LAYER
     return attention
 
 
