@@ -56,7 +56,7 @@ class TritonAttention(fa3.Fa3Attention):
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def _paged(self, q: Tensor, layer: int, kind: KindPlan, segment: PagedSegment, scale: float) -> Tensor:
-        from toolkit.engine.kernels.decode_attention import decode, shape_for
+        from toolkit.engine.kernels.decode_attention import IN_PARTS, decode, shape_for
 
         requests, heads = len(segment.q_lens), self.cache.spec.heads
         few = requests * heads < self.least * self._processors
@@ -66,11 +66,12 @@ class TritonAttention(fa3.Fa3Attention):
             kind.scratch[segment.first] = torch.zeros(requests, heads, dtype=torch.int32, device=q.device)
         page = self.cache.page_size
         longest = max(self._longest, segment.tables_nP.shape[1] * page)
-        span = WHOLE if longest <= WHOLE else max(SPAN, -(-longest // (PARTS * page)) * page)
+        span, shape = WHOLE, shape_for(requests * heads, self._processors)
+        if longest > WHOLE:
+            span, shape = max(SPAN, -(-longest // (PARTS * page)) * page), IN_PARTS
         return decode(
             q.contiguous(), self.cache.k[layer], self.cache.v[layer], segment.tables_nP, segment.lens_n, page, scale,
-            kind.window, self.shape or shape_for(requests * heads, self._processors), kind.scratch[segment.first],
-            longest, span,
+            kind.window, self.shape or shape, kind.scratch[segment.first], longest, span,
         )  # fmt: skip
 
     def static_shapes(self, size: int, max_len: int) -> list[tuple[int, ...]]:

@@ -34,6 +34,7 @@ class Shape:
 # By the programs of each multiprocessor, at most. From ``toolkit.engine.bench.attention --shapes`` on H200: few of them
 # need many bytes in flight each; of more, small ones are there all at once, and none begins when the others end.
 SHAPES = ((2, Shape(64, 3, 4)), (5, Shape(64, 2, 2)), (8, Shape(32, 2, 1)), (math.inf, Shape(32, 3, 1)))
+IN_PARTS = Shape(64, 3, 4)  # where contexts may be of any length
 FURTHER = 512  # programs at most for what requests have beyond a span: about four for each multiprocessor
 
 

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 # sweep as ``toolkit.engine.bench.expert_tiles`` makes it, of even and uneven slots on H200.
 SIZES = (
     (10, (16, 64, 128, 3, 4), (16, 64, 128, 3, 4)),
-    (32, (64, 64, 64, 3, 4), (64, 128, 64, 4, 8)),
+    (32, (64, 64, 128, 4, 4), (64, 128, 64, 4, 4)),
     (64, (128, 64, 128, 3, 4), (128, 128, 64, 3, 8)),
 )
 
 
 @GEMMS.register("triton")
 class TritonGemm:
-    """``few``: the most rows expected of a slot with which it is ahead of a library."""
+    """``few``: the most rows expected of a slot with which it is ahead of a library, even where slots are uneven."""
 
     alignment = decode_alignment = 1
-    few = SIZES[-1][0]
+    few = 32
 
     def __init__(self) -> None:
         from toolkit.engine.kernels import experts
