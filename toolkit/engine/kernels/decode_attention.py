@@ -161,7 +161,7 @@ def decode(
     """q [n, H, D] over the last ``window`` (0: all) of each request's ``lens`` tokens, at least one -> like q.
 
     Args:
-        keys, values: of a layer, [rows, heads, D].
+        keys, values: of a layer, [rows, heads, D]. All are finite: rows beyond a request's end are multiplied by zero.
         tables: int32 [n, P], the blocks of each request. page: tokens of a block, a multiple of the largest tile.
         arrived: int32 [n, heads] of zeros, and is left so.
         longest: tokens that a request may have. span: of them that one program reads, a multiple of the largest tile.
