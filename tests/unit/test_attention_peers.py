@@ -123,7 +123,8 @@ def test_pages_of_requests_one_after_another() -> None:
 def test_what_is_not_installed_is_one_row_that_says_how(name: str, module: str) -> None:
     if importlib.util.find_spec(module) is not None:
         pytest.skip(f"{module} is installed here")
-    (row,) = bench.measured([(bench.QWEN, name, 64), (bench.QWEN, name, 16)], "cpu")
+    steps = [("decode", 2, 40), ("prefill", 1, 40)]
+    (row,) = bench.measured([(bench.QWEN, name, 64), (bench.QWEN, name, 16)], steps, "cpu")
     assert "pip install 'wideep-toolkit[peers]'" in row.error and row.us == 0
 
 

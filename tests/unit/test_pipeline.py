@@ -126,10 +126,15 @@ def test_token_arrays_name_the_rows_of_unknown_tokens_and_pad() -> None:
 
 
 def test_static_ints_keep_their_place_and_their_shapes() -> None:
-    static = StaticInts([(2,), (2, 3), (0,)], "cpu")
+    static = StaticInts([(2,), (2, 3), (0,), (5,)], "cpu")
     before = [view.data_ptr() for view in static.views]
-    static.fill([ints([4, 5]), ints([[1, 2, 3], [6, 7, 8]]), ints([])])
-    assert [v.tolist() for v in static.views] == [[4, 5], [[1, 2, 3], [6, 7, 8]], []]
+    given = [ints([4, 5]), ints([[1, 2, 3], [6, 7, 8]]), ints([]), ints([9] * 5)]
+    static.fill(given)
+    for views in (static.views, to_device(given, "cpu")):
+        assert [v.tolist() for v in views] == [a.tolist() for a in given]
+        assert [v.data_ptr() % 16 for v in views if len(v)] == [0, 0, 0], (
+            "a kernel would be compiled for each alignment"
+        )
     assert [view.data_ptr() for view in static.views] == before
     with pytest.raises(AssertionError, match="given for"):
-        static.fill([ints([4]), ints([[1, 2, 3], [6, 7, 8]]), ints([])])
+        static.fill([ints([4]), *given[1:]])

@@ -97,10 +97,7 @@ def _merge(sums_ptr, stats_ptr, parts, step, count, GROUP: tl.constexpr, D: tl.c
 
 
 # One variant for all steps: a new one must never be compiled while requests wait.
-@triton.jit(
-    do_not_specialize=["n", "table_stride", "window", "span", "most"],
-    do_not_specialize_on_alignment=["tables_ptr", "lens_ptr"],
-)
+@triton.jit(do_not_specialize=["n", "table_stride", "window", "span", "most"])
 def _decode_kernel(
     q_ptr, keys, values, out_ptr, sums_ptr, stats_ptr, arrived_ptr, tables_ptr, lens_ptr,
     n, table_stride, scale, window, span, most,
