@@ -40,8 +40,9 @@ def check(
     rows = [_rows(tables[i], int(lens[i]))[-window:] for i in range(n)]
     wanted = torch.stack([_one(q[i], keys, values, rows[i]) for i in range(n)])
     arrived = torch.zeros(n, heads, dtype=torch.int32, device=device)
+    seen = min(blocks * PAGE, window + PAGE) if window else blocks * PAGE
     for _, programs in (*PROGRAMS, PROGRAMS[0]):
-        out = decode(q, keys, values, tables, lens, PAGE, dim**-0.5, window, programs, arrived, blocks * PAGE, span)
+        out = decode(q, keys, values, tables, lens, PAGE, dim**-0.5, window, programs, arrived, seen, span)
         close(out, wanted, dtype)
         assert not arrived.any()
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from toolkit.engine.kernels.decode_attention import Shape
 
 PAGE, DIMS, GROUP = 64, (64, 128, 256), 16  # a page must be a multiple; values a head; query heads of a key's, at most
-WHOLE = 4096  # tokens: where no context can be longer, one program reads a request
+WHOLE = 4096  # tokens: where no more can be seen, one program reads a request
 SPAN, PARTS = 2048, 16  # elsewhere: tokens that a program reads; more, if a request could have more parts than that
 
 
@@ -66,6 +66,8 @@ class TritonAttention(fa3.Fa3Attention):
             kind.scratch[segment.first] = torch.zeros(requests, heads, dtype=torch.int32, device=q.device)
         page = self.cache.page_size
         longest = max(self._longest, segment.tables_nP.shape[1] * page)
+        if kind.window:
+            longest = min(longest, kind.window + page)
         span, shape = WHOLE, shape_for(requests * heads, self._processors)
         if longest > WHOLE:
             span, shape = max(SPAN, -(-longest // (PARTS * page)) * page), IN_PARTS

@@ -161,7 +161,8 @@ def decode(
         keys, values: of a layer, [rows, heads, D]. All are finite: rows beyond a request's end are multiplied by zero.
         tables: int32 [n, P], the blocks of each request. page: tokens of a block, a multiple of the largest tile.
         arrived: int32 [n, heads] of zeros, and is left so.
-        longest: tokens that a request may have. span: of them that one program reads, a multiple of the largest tile.
+        longest: tokens that are seen of a request, at most; with a window a page more than it.
+        span: of them that one program reads, a multiple of the largest tile.
     """
     (n, q_heads, dim), heads = q.shape, keys.shape[1]
     assert q.is_contiguous() and q_heads // heads <= HEADS and not page % 64, (q.shape, heads, page)
