@@ -3,8 +3,7 @@
 One program a request and key head, several on each multiprocessor, so that while one begins or ends the others read.
 Tiles of keys and values come by TMA, no larger than a page, so that one block id says where a tile lies; the id of the
 next one is read meanwhile. What a request has beyond ``span`` tokens, further programs read; the last of a request's
-parts to be done merges them all. Not chained to other kernels (``chain.py``): programs that come while those of another
-one are still there do not spread evenly.
+parts to be done merges them all. Not chained to other kernels (``chain.py``), which was slower (docs/performance.md).
 n: requests, H: query heads, D: values a head, P: blocks of a request. Read next: ``attention/triton_decode.py``.
 """
 
