@@ -94,7 +94,8 @@ def jobs(n: int) -> Iterator[Work]:
     yield Work("attention", 1, 300, ("-m", "toolkit.engine.bench.attention", "--out", "OUT/attention.json",
                "--backends", "triton", "fa3", "varlen", *PEERS))  # fmt: skip
     yield Work("recorder", 1, 90, ("-m", "tests.bench.recorder", "--device", "cuda"))
-    yield Work("test-attention", 1, 300, pytest("tests/gpu/test_attention.py"))
+    yield Work("test-attention", 1, 300, pytest("tests/gpu/test_attention.py",
+               "tests/gpu/test_decode_attention.py"))  # fmt: skip
     yield Work("test-layers", pair, 300, pytest("tests/gpu/test_moe_layers.py"))
     yield Work("test-transfers", pair, 200, pytest("tests/gpu/test_transfers.py"))
     yield Work("test-serving", n, 300, pytest("tests/gpu/test_serving.py"))

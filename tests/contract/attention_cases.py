@@ -18,10 +18,17 @@ from toolkit.engine.kv.kinds import LayerKind, first_token
 from toolkit.engine.kv.pool import KVCache, KVSpec, to_fp8
 from toolkit.engine.staging import StaticInts
 
-# (tokens computed, tokens of this step) of each request
-DECODE = [(1, 1), (37, 1), (600, 1), (255, 1), (256, 1)]
-PREFILL = [(0, 1), (0, 300), (40, 70), (513, 33)]
-STEPS = {"decode": (DECODE, []), "prefill": ([], PREFILL), "mixed": (DECODE, PREFILL), "one": ([(9, 1)], [])}
+Part = list[tuple[int, int]]
+"""Tokens computed and tokens of this step, of each request."""
+
+DECODE: Part = [(1, 1), (37, 1), (600, 1), (255, 1), (256, 1)]
+PREFILL: Part = [(0, 1), (0, 300), (40, 70), (513, 33)]
+STEPS: dict[str, tuple[Part, Part]] = {
+    "decode": (DECODE, []),
+    "prefill": ([], PREFILL),
+    "mixed": (DECODE, PREFILL),
+    "one": ([(9, 1)], []),
+}
 
 
 @dataclass
@@ -36,7 +43,7 @@ class Given:
 
 
 def given(
-    step: str,
+    step: str | tuple[Part, Part],
     spec: KVSpec,
     page: int,
     dtype: torch.dtype,
@@ -48,11 +55,12 @@ def given(
     """Two layers of equal window; random keys and values; blocks dealt at random.
 
     Args:
+        step: one of ``STEPS``, or what decodes and what prefills.
         fp8: of the cache; keys are then numbers that it holds.
     """
     rng = random.Random(seed)
     generator = torch.Generator(device).manual_seed(seed)
-    parts = STEPS[step]
+    parts = STEPS[step] if isinstance(step, str) else step
     lengths = [sum(r) for part in parts for r in part]
     num_blocks = sum(-(-n // page) for n in lengths) + 3
     free = list(range(num_blocks))

@@ -5,10 +5,13 @@ Run on GPUs by ``tests/gpu/test_decode_attention.py``, in Triton's interpreter b
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import random
 
-from tests.contract.attention_cases import close
+import torch
+
+from tests.contract.attention_cases import close, expected, given
+from toolkit.engine.attention.paged import PagedAttention, PagedSegment
+from toolkit.engine.kv.pool import KVSpec
 
 PAGE, LONGEST = 64, 300
 # requests, heads of keys, query heads of each, values a head, window, tokens that one program reads
@@ -30,29 +33,22 @@ def check(
     from toolkit.engine.kernels.decode_attention import SHAPES as PROGRAMS
     from toolkit.engine.kernels.decode_attention import decode
 
-    generator = torch.Generator().manual_seed(n)
-    blocks = -(-longest // PAGE)
-    keys, values = (torch.randn(n * blocks * PAGE, heads, dim, generator=generator).to(device, dtype) for _ in "kv")
-    tables = torch.randperm(n * blocks, generator=generator).view(n, blocks).int().to(device)
-    lens = torch.randint(1, longest + 1, (n,), generator=generator).int().to(device)
-    lens[0], lens[-1] = 1, longest
-    q = torch.randn(n, heads * group, dim, generator=generator).to(device, dtype)
-    rows = [_rows(tables[i], int(lens[i]))[-window:] for i in range(n)]
-    wanted = torch.stack([_one(q[i], keys, values, rows[i]) for i in range(n)])
+    rng = random.Random(n)
+    lens = [1, *(rng.randint(1, longest) for _ in range(n - 2)), longest]
+    g = given(([(length - 1, 1) for length in lens], []), KVSpec(heads, dim, dim), PAGE, dtype, device, window)
+    paged = PagedAttention(g.cache, device)
+    plan = paged.plan(g.batch)
+    paged.write(g.k, g.v, 1, plan)
+    segment = plan.layers[1].decode
+    assert isinstance(segment, PagedSegment)
+    q = torch.randn(n, heads * group, dim, device=device).to(dtype)
+    wanted = expected(g, q, dim**-0.5, window, dim)
     arrived = torch.zeros(n, heads, dtype=torch.int32, device=device)
-    seen = min(blocks * PAGE, window + PAGE) if window else blocks * PAGE
+    seen = min(longest, window) + PAGE if window else longest
     for _, programs in (*PROGRAMS, PROGRAMS[0]):
-        out = decode(q, keys, values, tables, lens, PAGE, dim**-0.5, window, programs, arrived, seen, span)
+        out = decode(
+            q, g.cache.k[1], g.cache.v[1], segment.tables_nP, segment.lens_n, PAGE, dim**-0.5, window, programs,
+            arrived, seen, span,
+        )  # fmt: skip
         close(out, wanted, dtype)
         assert not arrived.any()
-
-
-def _rows(table: Tensor, length: int) -> Tensor:
-    return (table.long()[:, None] * PAGE + torch.arange(PAGE, device=table.device)).ravel()[:length]
-
-
-def _one(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-    """q [H, D] over these rows, in float32."""
-    k, v = (x[rows].float().repeat_interleave(q.shape[0] // x.shape[1], 1) for x in (keys, values))
-    scores = torch.einsum("hd,mhd->hm", q.float(), k) * q.shape[1] ** -0.5
-    return torch.einsum("hm,mhd->hd", scores.softmax(-1), v)

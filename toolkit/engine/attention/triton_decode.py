@@ -20,7 +20,7 @@ from toolkit.engine.kv.pool import KVCache
 if TYPE_CHECKING:
     from toolkit.engine.kernels.decode_attention import Shape
 
-PAGE, DIMS, GROUP = 64, (64, 128, 256), 16  # a page must be a multiple; values a head; query heads of a key's, at most
+PAGE, DIMS = 64, (64, 128, 256)  # a page must be a multiple; values a head
 WHOLE = 4096  # tokens: where no more can be seen, one program reads a request
 SPAN, PARTS = 2048, 16  # elsewhere: tokens that a program reads; more, if a request could have more parts than that
 
@@ -56,11 +56,11 @@ class TritonAttention(fa3.Fa3Attention):
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def _paged(self, q: Tensor, layer: int, kind: KindPlan, segment: PagedSegment, scale: float) -> Tensor:
-        from toolkit.engine.kernels.decode_attention import IN_PARTS, decode, shape_for
+        from toolkit.engine.kernels.decode_attention import HEADS, IN_PARTS, decode, shape_for
 
         requests, heads = len(segment.q_lens), self.cache.spec.heads
         few = requests * heads < self.least * self._processors
-        if few or segment.max_q > 1 or q.shape[1] > GROUP * heads:
+        if few or segment.max_q > 1 or q.shape[1] > HEADS * heads:
             return super()._paged(q, layer, kind, segment, scale)
         if segment.first not in kind.scratch:
             kind.scratch[segment.first] = torch.zeros(requests, heads, dtype=torch.int32, device=q.device)

@@ -48,6 +48,12 @@ def _first(lens, window, TILE: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _further(lens, window, span, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """Parts that are read of a request beside its first."""
+    return (lens - _first(lens, window, TILE, WINDOW) - 1) // span
+
+
+@triton.jit
 def _attend(
     q, keys, values, table, block, first, last, seen_from, column, scale,
     D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
@@ -110,7 +116,7 @@ def _decode_kernel(
         r, upto = tl.arange(0, REQUESTS), tl.zeros((REQUESTS,), tl.int32)
         if begin >= n:
             lens = tl.load(lens_ptr + r, mask=r < n, other=1)
-            upto = tl.cumsum((lens - _first(lens, window, TILE, WINDOW) - 1) // span, 0)
+            upto = tl.cumsum(_further(lens, window, span, TILE, WINDOW), 0)
             end = n + tl.max(upto, 0)
             stride = tl.num_programs(1) - n
     for task in range(begin, end, stride):
@@ -123,7 +129,7 @@ def _decode_kernel(
         length = tl.load(lens_ptr + request)
         first, last = _first(length, window, TILE, WINDOW), length
         if PARTS:
-            count = (length - first - 1) // span + 1
+            count = _further(length, window, span, TILE, WINDOW) + 1
             first += number * span
             last = tl.minimum(length, first + span)
         table = tables_ptr + request * table_stride
